@@ -1,0 +1,238 @@
+"""Aurora-Vision: a hierarchical window-attention encoder and a cross-attention text stack, trained by four objectives.
+
+    images -> SwinEncoder -> four maps -+-> AttentionPool ------------------------> image embedding   (contrastive)
+                                        +-> MemoryProjector -> TextDecoder -------> captions, masked words
+                                        +-> reconstruction head ------------------> pixels            (masked images)
+                                        +-> FeaturePyramid, QueryHeads -----------> dense maps, boxes, masks
+
+Shapes: B batch, P pairs, U uncaptioned images, K captions per image, T tokens, D decoder width, E joint space, V vocabulary.
+"""
+
+from __future__ import annotations
+
+import math
+from dataclasses import dataclass
+
+import torch
+from torch import Tensor, nn
+
+from models import objectives
+from models.aurora.config import AuroraConfig
+from models.aurora.decoder import DecodingState, TextDecoder
+from models.aurora.encoder import STRIDE, SwinEncoder, WindowAttention
+from models.aurora.heads import FeaturePyramid, MemoryProjector, QueryHeads, with_places
+from models.layers import AttentionPool
+from models.objectives import Normalizers, ObjectiveConfig
+from models.tokens import IGNORE, MASK, PAD
+
+
+class Aurora(nn.Module):
+    """The whole model. `forward` gives the pre-training losses; the other methods are for using it."""
+
+    def __init__(self, config: AuroraConfig) -> None:
+        super().__init__()
+        self.config = config
+        self.encoder = SwinEncoder(config)
+        self.decoder = TextDecoder(config)
+        self.image_pool = AttentionPool(config.stage_widths[3], config.head_dim, config.embedding_width)
+        self.text_pool = AttentionPool(config.decoder_width, config.decoder_head_dim, config.embedding_width)
+        self.logit_scale = nn.Parameter(torch.empty(()))
+        self.logit_bias = nn.Parameter(torch.empty(()))
+        self.projector = MemoryProjector(config)
+        self.pixels = nn.Linear(config.stage_widths[3], 3 * STRIDE * STRIDE)
+        self.pyramid = FeaturePyramid(config)
+        self.pixel_embedding = nn.Linear(config.pyramid_width, config.embedding_width)
+        self.query_heads = QueryHeads(config)
+        init_weights(self)
+
+    @property
+    def gradient_checkpointing(self) -> bool:
+        """Recompute activations in the backward pass instead of keeping them."""
+        return self.encoder.gradient_checkpointing
+
+    @gradient_checkpointing.setter
+    def gradient_checkpointing(self, on: bool) -> None:
+        self.encoder.gradient_checkpointing = self.decoder.gradient_checkpointing = on
+
+    def forward(
+        self,
+        pair_images: Tensor,
+        tokens: Tensor,
+        mlm_tokens: Tensor,
+        mlm_targets: Tensor,
+        mim_images: Tensor,
+        mim_mask: Tensor,
+        objectives: ObjectiveConfig | None = None,
+        normalizers: Normalizers | None = None,
+    ) -> dict[str, Tensor]:
+        """The losses that are on, unweighted fp32 scalars under "mim", "itc", "caption", "mlm".
+
+        Args:
+            pair_images: normalised float [P, 3, height, width]; mim_images [U, 3, height, width], the same size.
+            tokens: int64 [P*K, T], begin ... end, padded; rows i*K to i*K+K-1 belong to image i.
+            mlm_tokens, mlm_targets: int64 [P*K, T], the captions with hidden words, and those words (-100 elsewhere).
+            mim_mask: bool [U, height/32, width/32], True = hidden.
+            normalizers: denominators of the whole optimizer step; without them each loss is this batch's mean.
+        """
+        return pretraining_losses(
+            self, pair_images, tokens, mlm_tokens, mlm_targets, mim_images, mim_mask,
+            objectives or ObjectiveConfig(), normalizers,
+        )  # fmt: skip
+
+    def encode_image(self, images: Tensor) -> list[Tensor]:
+        """Normalised images [B, 3, height, width] -> four maps [B, H_i, W_i, C_i], strides 4, 8, 16, 32."""
+        return self.encoder(images)
+
+    def image_embedding(self, maps: list[Tensor]) -> Tensor:
+        """Maps -> fp32 [B, E] of unit length."""
+        return self.image_pool(with_places(maps[3]))
+
+    def text_embedding(self, tokens: Tensor) -> Tensor:
+        """int64 [B, T] -> fp32 [B, E] of unit length."""
+        return self.text_pool(self.decoder.read_text(tokens, causal=True), tokens != PAD)
+
+    def memory(self, maps: list[Tensor]) -> Tensor:
+        """Maps -> what the text stack reads of the image, [B, M, D]."""
+        return self.projector(maps)
+
+    def mlm_logits(self, memory: Tensor, mlm_tokens: Tensor) -> Tensor:
+        """Logits [B, T, V] of every token of captions with hidden words, given the image."""
+        return self.decoder.logits(self.masked_language(memory, mlm_tokens))
+
+    def masked_language(self, memory: Tensor, mlm_tokens: Tensor) -> Tensor:
+        """The text stack in its bidirectional mode -> [B, T, D]."""
+        x = self.decoder.read_text(mlm_tokens, causal=False)
+        return self.decoder.read_image(x, memory, causal=False, key_mask=mlm_tokens != PAD)
+
+    def reconstruct(self, images: Tensor, mask: Tensor) -> Tensor:
+        """The picture as predicted where mask bool [B, height/32, width/32] hides it: [B, 3, height, width], normalised space."""
+        return objectives.unpatchify(self.pixels(self.encoder(images, mask)[3]))
+
+    def start(self, memory: Tensor) -> DecodingState:
+        """Begin generating captions from memory [B, M, D]."""
+        return self.decoder.start(memory)
+
+    def step(self, tokens: Tensor, state: DecodingState) -> Tensor:
+        """Logits [B, V] of the token that follows int64 [B]."""
+        return self.decoder.step(tokens, state)
+
+    def dense_embedding(self, maps: list[Tensor]) -> Tensor:
+        """Maps -> an embedding per stride-4 pixel, [B, E, height/4, width/4], to compare with class texts (open vocabulary)."""
+        return self.pixel_embedding(self.pyramid(maps)[0].permute(0, 2, 3, 1)).permute(0, 3, 1, 2)
+
+    def detect(self, maps: list[Tensor], tokens: Tensor) -> Detections:
+        """Object queries over image and prompt int64 [B, T]."""
+        queries = self.decoder.answer_queries(tokens, self.memory(maps))
+        boxes, classes, masks = self.query_heads(queries)
+        mask_logits = torch.einsum("bqe,behw->bqhw", masks, self.dense_embedding(maps))
+        return Detections(boxes, classes, mask_logits)
+
+
+@dataclass(frozen=True)
+class Detections:
+    """What the object queries say: boxes [B, Q, 4] (cx, cy, w, h in 0..1), class embeddings [B, Q, E], mask logits [B, Q, height/4, width/4]."""
+
+    boxes: Tensor
+    classes: Tensor
+    masks: Tensor
+
+
+def pretraining_losses(
+    model: Aurora,
+    pair_images: Tensor,
+    tokens: Tensor,
+    mlm_tokens: Tensor,
+    mlm_targets: Tensor,
+    mim_images: Tensor,
+    mim_mask: Tensor,
+    config: ObjectiveConfig,
+    normalizers: Normalizers | None,
+) -> dict[str, Tensor]:
+    """See `Aurora.forward`. Pairs and hidden uncaptioned images go through the encoder together, once."""
+    pairs = len(pair_images) if config.itc or config.caption or config.mlm else 0
+    hidden = len(mim_images) if config.mim else 0
+    if pairs + hidden == 0:
+        raise ValueError(
+            f"nothing to train on: {len(pair_images)} captioned and {len(mim_images)} uncaptioned images with {config}; "
+            "captioned images feed itc, caption and mlm, uncaptioned ones feed mim"
+        )
+    n = normalizers or Normalizers.of(tokens, mlm_targets, mim_mask)
+    losses: dict[str, Tensor] = {}
+
+    images = torch.cat((pair_images[:pairs], mim_images[:hidden]))
+    mask = torch.cat((mim_mask.new_zeros(pairs, *mim_mask.shape[1:]), mim_mask[:hidden])) if hidden else None
+    maps = model.encoder(images, mask)
+    if hidden:
+        predicted = model.pixels(maps[3][pairs:])
+        losses["mim"] = objectives.masked_image_loss(predicted, mim_images, mim_mask) / n.mim_patches
+    if not pairs:
+        return losses
+
+    maps = [level[:pairs] for level in maps]
+    captions = len(tokens) // pairs
+    text = model.decoder.read_text(tokens, causal=True) if config.itc or config.caption else None
+    if config.itc:
+        losses["itc"] = n.itc_share * objectives.contrastive_loss(
+            model.image_embedding(maps), model.text_pool(text, tokens != PAD),
+            model.logit_scale, model.logit_bias, kind=config.itc_kind,
+        )  # fmt: skip
+    memory = model.memory(maps) if config.caption or config.mlm else None
+    if memory is not None and captions > 1:
+        memory = memory.repeat_interleave(captions, dim=0)
+    weight = model.decoder.embedding.weight
+    if config.caption:
+        inputs = text[:, :-1]
+        if config.parallel_caption:
+            inputs = model.decoder.read_text(hide_captions(tokens[:, :-1], config.parallel_caption), causal=True)
+        x = model.decoder.read_image(inputs, memory, causal=True)
+        targets = tokens[:, 1:].masked_fill(tokens[:, 1:] == PAD, IGNORE)
+        losses["caption"] = objectives.token_loss(x, weight, targets, config) / n.caption_tokens
+    if config.mlm:
+        x = model.masked_language(memory, mlm_tokens)
+        losses["mlm"] = objectives.token_loss(x, weight, mlm_targets, config) / n.mlm_tokens
+    return losses
+
+
+def hide_captions(tokens: Tensor, share: float) -> Tensor:
+    """Replace all words of a random `share` of captions [B, T] by the mask token (parallel prediction, CapPa, arXiv:2306.07915)."""
+    rows = torch.rand(len(tokens), 1, device=tokens.device) < share
+    return torch.where(rows & (tokens != PAD), MASK, tokens)
+
+
+def init_weights(model: Aurora) -> None:
+    """Every initial value of the model, in one place; modules keep torch's own default for norms (gain 1, bias 0).
+
+    Linear layers and convolutions: normal with variance 1 / fan_in (LeCun), cut at two sigma. The customary 0.02 suits widths near
+    2,500 only: at Aurora-tiny's 32 channels it shrinks a SwiGLU branch below the epsilon of the norm behind it, and nothing is learned.
+    Projections into a residual stream need no smaller value, since a LayerScale or a post-norm gain scales their branch.
+    Embeddings, queries and learned tokens: variance 1 / width; the decoder multiplies its input by sqrt(width).
+    Residual post-norms of the encoder: gain `post_norm_init`. Contrastive scale ln 10 and bias -10 (SigLIP, arXiv:2303.15343).
+    Cosine attention starts at scale 10 (SwinV2).
+    """
+    for module in model.modules():
+        match module:
+            case nn.Linear() | nn.Conv2d():
+                normal_(module.weight, module.weight[0].numel())
+                if module.bias is not None:
+                    nn.init.zeros_(module.bias)
+            case nn.Embedding():
+                normal_(module.weight, module.embedding_dim)
+            case AttentionPool():
+                normal_(module.query, module.query.shape[-1])
+            case WindowAttention():
+                nn.init.zeros_(module.q_bias)
+                nn.init.zeros_(module.v_bias)
+                nn.init.constant_(module.logit_scale, math.log(10))
+    normal_(model.encoder.mask_token, len(model.encoder.mask_token))
+    for stage in model.encoder.stages:
+        for block in stage.blocks:
+            for norm in (block.attention_norm, block.feed_norm):
+                nn.init.constant_(norm.weight, model.config.post_norm_init)
+    nn.init.constant_(model.logit_scale, math.log(10))
+    nn.init.constant_(model.logit_bias, -10.0)
+
+
+def normal_(weight: Tensor, fan_in: int) -> None:
+    """Fill with a normal of variance 1 / fan_in, cut at two sigma."""
+    std = fan_in**-0.5
+    nn.init.trunc_normal_(weight, std=std, a=-2 * std, b=2 * std)

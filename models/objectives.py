@@ -1,0 +1,171 @@
+"""The pre-training objectives: tensors in, losses out.
+
+Each returns a sum (or, for the contrastive loss, a mean over its micro-batch), so that gradient accumulation can divide by the
+denominators of the whole optimizer step and equal the large batch exactly.
+
+Shapes: P images, K captions per image, E joint space, U uncaptioned images, N tokens, D width, V vocabulary.
+"""
+
+from __future__ import annotations
+
+from dataclasses import dataclass
+from typing import Literal
+
+import torch
+import torch.distributed as dist
+import torch.nn.functional as F
+from torch import Tensor
+
+from models.tokens import IGNORE, PAD
+
+
+@dataclass(frozen=True)
+class ObjectiveConfig:
+    """Weights of the losses; a weight of 0 turns one off and it is not computed."""
+
+    mim: float = 1.0
+    """Masked image modelling on uncaptioned images (SimMIM: L1 on hidden 32x32-pixel patches)."""
+    itc: float = 1.0
+    """Image-text contrastive loss."""
+    caption: float = 2.0
+    """Image-to-text generation: next-token cross-entropy."""
+    mlm: float = 1.0
+    """Masked language modelling of captions, given the image."""
+    itc_kind: Literal["sigmoid", "softmax"] = "sigmoid"
+    """Sigmoid (SigLIP) or softmax (CLIP) contrastive loss."""
+    parallel_caption: float = 0.0
+    """Share of captions whose input words are all hidden, so that every word must come from the image (CapPa)."""
+    label_smoothing: float = 0.0
+    """Label smoothing of the captioning and masked-language losses."""
+    z_loss: float = 1e-4
+    """Weight of log(Z)^2 in the token losses; keeps logits from drifting (PaLM, arXiv:2204.02311)."""
+
+    def __post_init__(self) -> None:
+        for name in ("mim", "itc", "caption", "mlm", "z_loss"):
+            if getattr(self, name) < 0:
+                raise ValueError(f"ObjectiveConfig.{name} = {getattr(self, name)}; weights are 0 (off) or positive")
+        for name in ("parallel_caption", "label_smoothing"):
+            if not 0 <= getattr(self, name) <= 1:
+                raise ValueError(f"ObjectiveConfig.{name} = {getattr(self, name)}; it is a share between 0 and 1")
+        if self.itc_kind not in ("sigmoid", "softmax"):
+            raise ValueError(f"ObjectiveConfig.itc_kind = {self.itc_kind!r}; supported: 'sigmoid', 'softmax'")
+
+    def weights(self) -> dict[str, float]:
+        """The weight of each loss by its name."""
+        return {"mim": self.mim, "itc": self.itc, "caption": self.caption, "mlm": self.mlm}
+
+
+@dataclass(frozen=True)
+class Normalizers:
+    """Denominators of one optimizer step: over all its micro-steps and ranks, never of one micro-batch alone."""
+
+    caption_tokens: float
+    mlm_tokens: float
+    mim_patches: float
+    itc_share: float = 1.0
+    """What one micro-batch's contrastive mean weighs in the step: 1 / number of micro-steps."""
+
+    @classmethod
+    def of(cls, tokens: Tensor, mlm_targets: Tensor, mim_mask: Tensor) -> Normalizers:
+        """Those of a single batch."""
+        return cls(*(max(float(n), 1.0) for n in count(tokens, mlm_targets, mim_mask)))
+
+
+def count(tokens: Tensor, mlm_targets: Tensor, mim_mask: Tensor) -> tuple[int, int, int]:
+    """How many caption tokens are predicted, words asked for, and patches hidden in a batch."""
+    return int((tokens[:, 1:] != PAD).sum()), int((mlm_targets != IGNORE).sum()), int(mim_mask.sum())
+
+
+def masked_image_loss(predicted: Tensor, images: Tensor, mask: Tensor) -> Tensor:
+    """Sum over hidden patches of the mean absolute error of their pixels (SimMIM, arXiv:2111.09886, section 3.4).
+
+    predicted [U, H, W, 3*s*s] per patch of side s, images normalised [U, 3, H*s, W*s], mask bool [U, H, W].
+    """
+    error = (predicted.float() - patchify(images.float(), predicted.shape[1])).abs().mean(dim=-1)
+    return (error * mask).sum()
+
+
+def patchify(images: Tensor, rows: int) -> Tensor:
+    """[U, 3, height, width] -> [U, H, W, 3*s*s] with H = rows and s = height / rows."""
+    batch, channels, height, width = images.shape
+    side = height // rows
+    x = images.reshape(batch, channels, rows, side, width // side, side)
+    return x.permute(0, 2, 4, 1, 3, 5).reshape(batch, rows, width // side, channels * side * side)
+
+
+def unpatchify(patches: Tensor) -> Tensor:
+    """[U, H, W, 3*s*s] -> [U, 3, H*s, W*s]."""
+    batch, rows, columns, size = patches.shape
+    side = round((size / 3) ** 0.5)
+    x = patches.reshape(batch, rows, columns, 3, side, side).permute(0, 3, 1, 4, 2, 5)
+    return x.reshape(batch, 3, rows * side, columns * side)
+
+
+def token_loss(x: Tensor, weight: Tensor, targets: Tensor, config: ObjectiveConfig) -> Tensor:
+    """Sum of the cross-entropies (and z-losses) of the tokens that have a target.
+
+    x [..., D], weight [V, D] of the tied embedding, targets int64 [...] with -100 where there is none. Logits are fp32 and exist
+    only for tokens with a target.
+    """
+    wanted = targets != IGNORE
+    targets = targets[wanted]
+    logits = F.linear(x[wanted], weight).float()
+    loss = F.cross_entropy(logits, targets, label_smoothing=config.label_smoothing, reduction="sum")
+    if config.z_loss:
+        loss = loss + config.z_loss * logits.logsumexp(dim=-1).square().sum()
+    return loss
+
+
+def contrastive_loss(
+    image: Tensor, text: Tensor, logit_scale: Tensor, logit_bias: Tensor, *, kind: Literal["sigmoid", "softmax"]
+) -> Tensor:
+    """Contrastive loss of unit vectors image [P, E], text [P*K, E]; text rows i*K .. i*K+K-1 belong to image i.
+
+    With torch.distributed initialised, P images of this rank meet the texts of all ranks (and, for softmax, the texts meet all
+    images); the mean over ranks is the loss of the global batch, gradients included. logit_scale is the log of the multiplier.
+
+    "sigmoid" (SigLIP, arXiv:2303.15343): sum of -log sigmoid(+-(scale * cos + bias)) over all pairs, divided by P*K.
+    "softmax" (CLIP, arXiv:2103.00020): mean of both directions' cross-entropies; K positives of an image share its target. Its bias
+    cancels and is not used.
+    """
+    if len(image) == 0 or len(text) % len(image):
+        raise ValueError(f"{len(text)} texts cannot belong to {len(image)} images in equal numbers")
+    pairs, captions = len(image), len(text) // len(image)
+    rank = dist.get_rank() if dist.is_available() and dist.is_initialized() else 0
+    scale = logit_scale.float().exp()
+    texts = gather(text.float())
+    owner = torch.arange(len(texts), device=image.device) // captions - rank * pairs  # this rank's images are 0 .. P-1
+    positive = owner[None] == torch.arange(pairs, device=image.device)[:, None]
+    logits = scale * image.float() @ texts.T
+    if kind == "sigmoid":
+        signs = positive.float() * 2 - 1
+        return -F.logsigmoid(signs * (logits + logit_bias.float())).sum() / (pairs * captions)
+    if kind == "softmax":
+        to_text = F.cross_entropy(logits, positive / captions)
+        images = gather(image.float())
+        own = torch.arange(pairs, device=image.device).repeat_interleave(captions) + rank * pairs
+        return (to_text + F.cross_entropy(scale * text.float() @ images.T, own)) / 2
+    raise ValueError(f"contrastive loss kind {kind!r}; supported: 'sigmoid', 'softmax'")
+
+
+def gather(x: Tensor) -> Tensor:
+    """x [N, E] of every rank, in rank order [R*N, E], with gradients back to each; x itself in a single process."""
+    if not (dist.is_available() and dist.is_initialized()) or dist.get_world_size() == 1:
+        return x
+    return _Gather.apply(x)
+
+
+class _Gather(torch.autograd.Function):
+    """All-gather whose backward sums every rank's gradient of this rank's rows; every backend has both collectives."""
+
+    @staticmethod
+    def forward(ctx: torch.autograd.function.FunctionCtx, x: Tensor) -> Tensor:
+        parts = [torch.empty_like(x) for _ in range(dist.get_world_size())]
+        dist.all_gather(parts, x.contiguous())
+        return torch.cat(parts)
+
+    @staticmethod
+    def backward(ctx: torch.autograd.function.FunctionCtx, *grads: Tensor) -> Tensor:
+        grad = grads[0].contiguous()
+        dist.all_reduce(grad)
+        return grad.chunk(dist.get_world_size())[dist.get_rank()]
