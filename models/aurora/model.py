@@ -205,7 +205,8 @@ def init_weights(model: Aurora) -> None:
     Linear layers and convolutions: normal with variance 1 / fan_in (LeCun), cut at two sigma. The customary 0.02 suits widths near
     2,500 only: at Aurora-tiny's 32 channels it shrinks a SwiGLU branch below the epsilon of the norm behind it, and nothing is learned.
     Projections into a residual stream need no smaller value, since a LayerScale or a post-norm gain scales their branch.
-    Embeddings, queries and learned tokens: variance 1 / width; the decoder multiplies its input by sqrt(width).
+    Learned tokens: variance 1 / width. Embeddings and queries: 0.02, so that tied logits start near uniform and AdamW can turn a row
+    quickly; the decoder multiplies them by sqrt(width) where they enter the stream.
     Residual post-norms of the encoder: gain `post_norm_init`. Contrastive scale ln 10 and bias -10 (SigLIP, arXiv:2303.15343).
     Cosine attention starts at scale 10 (SwinV2).
     """
@@ -216,7 +217,7 @@ def init_weights(model: Aurora) -> None:
                 if module.bias is not None:
                     nn.init.zeros_(module.bias)
             case nn.Embedding():
-                normal_(module.weight, module.embedding_dim)
+                nn.init.trunc_normal_(module.weight, std=0.02, a=-0.04, b=0.04)
             case AttentionPool():
                 normal_(module.query, module.query.shape[-1])
             case WindowAttention():

@@ -1,0 +1,69 @@
+"""One picture file on its way into a shard: kept as it is, converted, resized, or found broken."""
+
+from __future__ import annotations
+
+import hashlib
+import io
+from dataclasses import dataclass
+
+from PIL import Image
+
+# Formats whose bytes are packed as they are, with the suffix in the shard. MPO is a JPEG with further
+# pictures behind it.
+KEPT = {"JPEG": "jpg", "MPO": "jpg", "PNG": "png", "WEBP": "webp"}
+
+
+@dataclass(frozen=True)
+class Prepared:
+    """The bytes to pack, or why there are none."""
+
+    digest: bytes
+    """of the file as it was found, to tell duplicates"""
+    suffix: str = ""
+    data: bytes = b""
+    change: str = ""
+    """what was done to it, for counting; empty = nothing"""
+    broken: str = ""
+    """why it cannot be packed"""
+
+
+def prepare(data: bytes, *, resize: int | None, verify: bool) -> Prepared:
+    """Checks the header of a picture file (`verify`: decodes all of it), and converts or resizes where that
+    is asked for.
+
+    Formats other than JPEG, PNG and WebP become PNG. `resize`: pictures whose shortest side is longer than
+    that many pixels are scaled down to it (Lanczos) and stored as JPEG of quality 95; smaller ones stay as
+    they are. Both turn pictures upright and apply the other policies of dataload.images.
+    """
+    from dataload import images  # here, as it brings torch, which those who only write shards can do without
+
+    digest = hashlib.blake2b(data, digest_size=16).digest()
+    try:
+        with Image.open(io.BytesIO(data), formats=images.formats()) as image:
+            kind, (width, height) = image.format or "?", image.size
+            if width * height > images.MAX_PIXELS:
+                return Prepared(digest, broken=f"{width}x{height} is over {images.MAX_PIXELS} pixels")
+            if kind in KEPT:
+                image.verify()  # PNG: all checksums; the others: no more than the header
+        shrink = resize is not None and min(width, height) > resize
+        if kind in KEPT and not shrink and not verify:
+            return Prepared(digest, KEPT[kind], data)
+        picture = images.decode(data)
+    except Exception as error:  # Pillow's readers raise nearly anything for bytes that are no whole picture
+        return Prepared(digest, broken=f"{type(error).__name__}: {error}")
+    if shrink and resize is not None:
+        scale = resize / min(picture.size)
+        size = (max(resize, round(picture.width * scale)), max(resize, round(picture.height * scale)))
+        small = picture.resize(size, Image.Resampling.LANCZOS)
+        return Prepared(
+            digest, "jpg", _encode(small, "JPEG", quality=95), f"resized to {resize} pixels (JPEG)"
+        )
+    if kind in KEPT:
+        return Prepared(digest, KEPT[kind], data)
+    return Prepared(digest, "png", _encode(picture, "PNG"), f"converted from {kind} to PNG")
+
+
+def _encode(picture: Image.Image, kind: str, **options: int) -> bytes:
+    buffer = io.BytesIO()
+    picture.save(buffer, kind, **options)
+    return buffer.getvalue()
