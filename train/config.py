@@ -1,0 +1,274 @@
+"""What a pre-training run is: frozen dataclasses, their JSON form, and the checks that need no data.
+
+`python -m train.pretrain --help` shows the text under each field. Presets (train/presets.py) fill them in.
+"""
+
+from __future__ import annotations
+
+import dataclasses
+import types
+from dataclasses import dataclass, field
+from typing import Any, Literal, Union, get_args, get_origin, get_type_hints
+
+from models import AuroraConfig
+from models.objectives import ObjectiveConfig
+
+
+class ConfigError(ValueError):
+    """A run that cannot be started as asked; the message lists every reason."""
+
+
+@dataclass(frozen=True)
+class DataConfig:
+    """Where samples come from and how a training view is made of each."""
+
+    train: tuple[str, ...] = ()
+    """Training shards (WebDataset tars): files, directories, globs, or ranges as in
+    "train-{000000..000011}.tar". Empty: the built-in corpus of generated pictures.
+    """
+    heldout: tuple[str, ...] = ()
+    """Held-out shards with captions, scored during and after the run. Empty: the built-in corpus' own, or
+    none with your own data.
+    """
+    tokenizer: str = ""
+    """tokenizer.model made by `python -m dataload.tokenizer`. Empty: the built-in corpus' own."""
+    cache: str = ""
+    """Where the built-in corpus is put the first time (some 50 megabytes). Empty: $XDG_CACHE_HOME/auroraio or
+    ~/.cache/auroraio.
+    """
+    uncaptioned_fraction: float | None = None
+    """Share of each batch that has no caption and feeds masked image modelling only. None: the share that the
+    data has.
+    """
+    captions_per_image: int = 1
+    """Captions drawn for each picture at each visit (its encoding is shared by them)."""
+    crop_scale: tuple[float, float] = (0.5, 1.0)
+    """Random-resized crop: smallest and largest share of the picture's area."""
+    crop_ratio: tuple[float, float] = (3 / 4, 4 / 3)
+    """Random-resized crop: range of width to height."""
+    flip: float = 0.5
+    """Chance of mirroring a picture ("left" and "right" in its caption are swapped along)."""
+    color_jitter: float = 0.0
+    """Brightness, contrast and saturation are each scaled by a factor within 1 - this and 1 + this. 0: off.
+    """
+    interpolation: Literal["bilinear", "bicubic"] = "bilinear"
+    """How pictures are resized."""
+    mim_ratio: float = 0.6
+    """Masked image modelling: share of the 32-pixel units that is hidden."""
+    mlm_probability: float = 0.15
+    """Masked language modelling: share of the words that is asked for."""
+    tokenizer_sampling: float = 0.0
+    """SentencePiece sampling of token boundaries (alpha; 0.1 is usual). 0: off."""
+    workers: int = 2
+    """Decoding threads per process."""
+    prefetch: int = 4
+    """Batches made ahead."""
+    max_broken: float = 0.05
+    """Share of pictures that may fail to decode (each is reported and replaced) before the run stops."""
+
+
+@dataclass(frozen=True)
+class OptimConfig:
+    """AdamW and its learning-rate schedule: linear warm-up, then a cosine down to `final_lr` at the last
+    step.
+    """
+
+    lr: float = 1e-3
+    """Peak learning rate."""
+    final_lr: float = 1e-6
+    """Learning rate at the last step."""
+    warmup: int = 30
+    """Optimizer steps of linear warm-up."""
+    betas: tuple[float, float] = (0.9, 0.98)
+    """AdamW's decay of the first and second moment."""
+    eps: float = 1e-8
+    """AdamW's epsilon."""
+    weight_decay: float = 0.05
+    """Decoupled weight decay; what is exempt is said at models.parameter_groups."""
+    clip: float = 1.0
+    """Largest global gradient norm; longer gradients are scaled down to it. 0: no clipping."""
+    max_skipped: int = 10
+    """Steps in a row with a non-finite loss or gradient that are skipped before the run stops."""
+
+
+@dataclass(frozen=True)
+class PretrainConfig:
+    """One pre-training run of Aurora."""
+
+    name: str = "aurora-tiny"
+    """Name of the run; its output goes to runs/NAME unless --out says otherwise."""
+    model: AuroraConfig = field(default_factory=AuroraConfig)
+    """The architecture."""
+    objectives: ObjectiveConfig = field(default_factory=ObjectiveConfig)
+    """Loss weights (0 turns one off) and their settings."""
+    data: DataConfig = field(default_factory=DataConfig)
+    """Where samples come from."""
+    optim: OptimConfig = field(default_factory=OptimConfig)
+    """AdamW and the schedule."""
+    batch_size: int = 64
+    """Samples per optimizer step, pairs and uncaptioned pictures together, over all ranks and micro-steps."""
+    accumulation: int = 1
+    """Micro-steps per optimizer step. Contrastive negatives are those of one micro-step over all ranks."""
+    steps: int = 400
+    """Optimizer steps."""
+    precision: Literal["auto", "bf16", "fp32"] = "auto"
+    """Arithmetic of the matrix products. auto: bf16 on GPUs that have it and on CPUs where it measures faster
+    than fp32. Weights stay fp32.
+    """
+    compile: bool = False
+    """torch.compile the model (minutes at the start, faster steps after; on a CPU it needs a C++ compiler).
+    """
+    activation_checkpointing: bool = False
+    """Recompute activations in the backward pass: far less memory for about a third more compute."""
+    ema_decay: float = 0.0
+    """Decay per step of an exponential moving average of the weights, which is then what gets scored. 0: off.
+    """
+    seed: int = 0
+    """Seed of the weights, the sample order, crops, masks and dropout."""
+    device: str = "auto"
+    """auto (a GPU if there is one), cpu, cuda, cuda:1, ..."""
+    out: str = ""
+    """Directory of the run. Empty: runs/NAME, or runs/NAME-2, -3 ... where that holds a run already."""
+    resume: str = ""
+    """auto: go on from the newest intact checkpoint of this run, or start where there is none. A path: from
+    that run or checkpoint. Empty: a new run.
+    """
+    eval_every: int = 100
+    """Steps between evaluations on the held-out set; 0: only at the end."""
+    eval_images: int = 500
+    """Held-out pictures scored during the run; the last evaluation takes them all."""
+    log_every: int = 10
+    """Steps between progress lines where output is not a terminal."""
+    metrics_every: int = 1
+    """Steps between lines in metrics.jsonl and TensorBoard."""
+    save_every: int = 100
+    """Steps between checkpoints; 0: only at the end (and on Ctrl-C or SIGTERM)."""
+    keep_checkpoints: int = 3
+    """How many of the newest checkpoints are kept."""
+    dry_run: bool = False
+    """Resolve and print everything, check data, disk and memory, and stop."""
+
+
+def micro_batch(config: PretrainConfig, world_size: int) -> int:
+    """Samples per rank per micro-step."""
+    return config.batch_size // (config.accumulation * world_size)
+
+
+def problems(config: PretrainConfig, world_size: int = 1) -> list[str]:
+    """Every reason why this configuration cannot run on `world_size` processes; empty if it can."""
+    found = []
+    data, optim = config.data, config.optim
+    for name in (
+        "batch_size",
+        "accumulation",
+        "steps",
+        "log_every",
+        "metrics_every",
+        "keep_checkpoints",
+        "eval_images",
+    ):
+        if getattr(config, name) < 1:
+            found.append(f"{name} is {getattr(config, name)}; it must be at least 1")
+    for name in ("eval_every", "save_every"):
+        if getattr(config, name) < 0:
+            found.append(f"{name} is {getattr(config, name)}; it must be 0 (only at the end) or more")
+    parts = config.accumulation * world_size
+    if parts > 0 and config.batch_size % parts:
+        lower, upper = config.batch_size // parts * parts, -(-config.batch_size // parts) * parts
+        nearest = f"{lower} or {upper}" if lower else str(upper)
+        found.append(
+            f"batch_size {config.batch_size} cannot be split over accumulation {config.accumulation} x "
+            f"{world_size} process{'es' if world_size > 1 else ''}; try {nearest}"
+        )
+    if optim.warmup < 0 or optim.warmup >= config.steps:
+        found.append(
+            f"optim.warmup is {optim.warmup} steps, but the run has {config.steps}; it must be 0 or more, "
+            "and fewer"
+        )
+    if not 0 <= optim.final_lr <= optim.lr or optim.lr <= 0:
+        found.append(
+            f"optim.lr is {optim.lr:g} and optim.final_lr {optim.final_lr:g}; wanted: "
+            "0 <= final_lr <= lr, and lr > 0"
+        )
+    if optim.clip < 0:
+        found.append(f"optim.clip is {optim.clip:g}; it must be 0 (off) or more")
+    if optim.max_skipped < 1:
+        found.append(f"optim.max_skipped is {optim.max_skipped}; it must be at least 1")
+    if not 0 <= config.ema_decay < 1:
+        found.append(f"ema_decay is {config.ema_decay:g}; it must be in [0, 1): 0 is off, 0.999 is usual")
+    shares = {
+        "uncaptioned_fraction": data.uncaptioned_fraction,
+        "flip": data.flip,
+        "mim_ratio": data.mim_ratio,
+    }
+    shares |= {"mlm_probability": data.mlm_probability, "max_broken": data.max_broken}
+    found += [
+        f"data.{name} is {x:g}; it must be in [0, 1]"
+        for name, x in shares.items()
+        if x is not None and not 0 <= x <= 1
+    ]
+    if not any(config.objectives.weights().values()):
+        found.append(
+            "every objective has weight 0: nothing to learn; set one of --objectives.{mim,itc,caption,mlm}"
+        )
+    if data.train and not data.tokenizer:
+        found.append(
+            "data.train is given without data.tokenizer; make one from the captions: "
+            f"python -m dataload.tokenizer --input {' '.join(data.train)} "
+            f"--vocab-size {config.model.vocabulary} --output tokenizer.model"
+        )
+    if data.tokenizer and not data.train:
+        found.append("data.tokenizer is given without data.train; the built-in corpus has its own tokenizer")
+    return found
+
+
+def to_dict(config: Any) -> dict[str, Any]:
+    """A dataclass as plain JSON-able data (tuples become lists)."""
+    return {
+        f.name: to_dict(value)
+        if dataclasses.is_dataclass(value := getattr(config, f.name))
+        else _plain(value)
+        for f in dataclasses.fields(config)
+    }
+
+
+def from_dict(kind: Any, data: dict[str, Any]) -> Any:
+    """The inverse of to_dict. A field that `data` lacks takes its default; one that `kind` lacks is refused
+    by name.
+    """
+    hints = get_type_hints(kind)
+    names = {f.name for f in dataclasses.fields(kind)}
+    if unknown := sorted(set(data) - names):
+        raise ConfigError(
+            f"{kind.__name__} has no field {', '.join(unknown)}: written by another version of auroraio?"
+        )
+    return kind(**{name: _typed(hints[name], value) for name, value in data.items()})
+
+
+def differences(old: Any, new: Any, prefix: str = "") -> dict[str, tuple[Any, Any]]:
+    """Fields whose values differ between two configs of one kind: dotted name -> (old, new)."""
+    changed: dict[str, tuple[Any, Any]] = {}
+    for f in dataclasses.fields(old):
+        a, b = getattr(old, f.name), getattr(new, f.name)
+        if dataclasses.is_dataclass(a):
+            changed |= differences(a, b, f"{prefix}{f.name}.")
+        elif a != b:
+            changed[prefix + f.name] = (a, b)
+    return changed
+
+
+def _plain(value: Any) -> Any:
+    return [_plain(x) for x in value] if isinstance(value, tuple) else value
+
+
+def _typed(hint: Any, value: Any) -> Any:
+    """JSON lists back to tuples, JSON objects back to dataclasses, whole numbers back to floats."""
+    if dataclasses.is_dataclass(hint):
+        return from_dict(hint, value)
+    if get_origin(hint) in (Union, types.UnionType):
+        return (
+            None if value is None else _typed(next(a for a in get_args(hint) if a is not type(None)), value)
+        )
+    if get_origin(hint) is tuple:
+        return tuple(tuple(x) if isinstance(x, list) else x for x in value)
+    return float(value) if hint is float else value

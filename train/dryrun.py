@@ -1,0 +1,189 @@
+"""`--dry-run`: resolve and print everything, check data, disk and memory, run nothing."""
+
+from __future__ import annotations
+
+import json
+import shutil
+from pathlib import Path
+
+from dataload import shards
+from models import AuroraConfig
+from models.parameters import count_aurora
+from train.config import ConfigError, PretrainConfig, micro_batch, problems, to_dict
+from train.data import find_sources, load_tokenizer
+from train.engine import Ranks
+from train.machine import choose_device, choose_precision, device_name, free_disk, gigabytes, total_memory
+
+# Values kept for the backward pass per token and channel of a block: 3.1 GB per 448 px image of XL in bf16.
+KEPT_PER_TOKEN = 19
+
+
+def dry_run(config: PretrainConfig) -> int:
+    """Print the resolved run and every problem found. Returns 0, or 2 when there is a problem."""
+    ranks = Ranks.from_environment()
+    print(json.dumps(to_dict(config), indent=2))
+    found = problems(config, ranks.size)
+    if not found:
+        found += _check_data(config)
+        found += _check_machine(config, ranks)
+    print("time        unknown until it runs: the first progress lines of the run say images/s and ETA")
+    if found:
+        print("this run cannot start:", *found, sep="\n  ")
+        return 2
+    print("dry run: no problem found, nothing was run")
+    return 0
+
+
+def _check_data(config: PretrainConfig) -> list[str]:
+    """Index the shards and load the tokenizer."""
+    found = []
+    try:
+        sources = find_sources(config.data, config.model.image_size, print)
+    except (OSError, ValueError) as error:
+        return [str(error)]
+    try:
+        tokenizer = load_tokenizer(sources.tokenizer, config.model.vocabulary)
+        print(
+            f"tokenizer   {sources.tokenizer}: {tokenizer.vocab_size:,} pieces; "
+            f"the model has rows for {config.model.vocabulary:,}"
+        )
+    except (OSError, ValueError) as error:
+        found.append(str(error))
+    for role, paths in (("train", sources.train), ("heldout", sources.heldout)):
+        if not paths:
+            print(f"data        {role}: none; nothing will be scored")
+            continue
+        try:
+            index = shards.index(paths)
+        except (OSError, ValueError) as error:
+            found.append(f"data.{role}: {error}")
+            continue
+        captioned = int(index.captioned.sum())
+        print(
+            f"data        {role}: {len(paths)} shards, {captioned:,} captioned and "
+            f"{len(index) - captioned:,} uncaptioned pictures"
+        )
+        for problem in index.problems[:5]:
+            print("            " + " ".join(problem))
+        if len(index.problems) > 5:
+            print(f"            and {len(index.problems) - 5} more")
+        found += _check_counts(config, role, captioned, len(index) - captioned)
+    return found
+
+
+def _check_counts(config: PretrainConfig, role: str, captioned: int, uncaptioned: int) -> list[str]:
+    if role == "heldout":
+        return (
+            []
+            if captioned >= 2
+            else [f"data.heldout has {captioned} captioned pictures; scoring needs at least 2"]
+        )
+    weights = config.objectives.weights()
+    needs_captions = [name for name in ("itc", "caption", "mlm") if weights[name]]
+    share = config.data.uncaptioned_fraction
+    if needs_captions and not captioned:
+        return [
+            f"no training picture has a caption, and the objectives {', '.join(needs_captions)} need them"
+        ]
+    if share and not uncaptioned:
+        return [
+            f"data.uncaptioned_fraction is {share:g}, but every training picture has a caption; "
+            "set it to 0, or add pictures without"
+        ]
+    if weights["mim"] and not uncaptioned:
+        print("            no uncaptioned picture: objectives.mim has nothing to learn from")
+    return []
+
+
+def _check_machine(config: PretrainConfig, ranks: Ranks) -> list[str]:
+    """Device, precision, memory, disk."""
+    found = []
+    try:
+        device = choose_device(config.device, ranks.local_rank)
+    except ConfigError as error:
+        return [str(error)]
+    precision = choose_precision(config.precision, device)
+    print(f"device      {device_name(device)}; {precision.name}: {precision.why}")
+    if (
+        config.compile
+        and device.type == "cpu"
+        and not any(map(shutil.which, ("g++", "clang++", "c++", "cl")))
+    ):
+        found.append("--compile on a CPU needs a C++ compiler, and there is none in PATH")
+    parameters = count_aurora(config.model)["total"]
+    print(f"model       {parameters:,} parameters")
+
+    memory = estimate_memory(config, parameters, ranks.size, 2 if precision.autocast else 4)
+    needed = sum(memory.values())
+    has = total_memory(device)
+    parts = ", ".join(f"{name} {gigabytes(size)}" for name, size in memory.items())
+    print(
+        f"memory      about {gigabytes(needed)} per process ({parts}); "
+        f"{device.type} has {gigabytes(has) if has else 'an unknown amount'}"
+    )
+    if has and needed > has:
+        help_ = "" if config.activation_checkpointing else "--activation-checkpointing, "
+        found.append(
+            f"memory: about {gigabytes(needed)} needed, {device.type} has {gigabytes(has)}; what helps: "
+            f"{help_}more --accumulation, more processes, a smaller preset"
+        )
+
+    each = parameters * 4 * (4 if config.ema_decay else 3)
+    out = Path(config.out or f"runs/{config.name}")
+    needed, free = (
+        each * (config.keep_checkpoints + 1),
+        free_disk(out),
+    )  # a new one is whole before an old one goes
+    print(
+        f"disk        {gigabytes(needed)} for {config.keep_checkpoints} checkpoints of {gigabytes(each)} "
+        f"and one in the making; {gigabytes(free)} free at {out}"
+    )
+    if needed > free:
+        found.append(
+            f"disk: {gigabytes(needed)} needed for checkpoints, {gigabytes(free)} free at {out}; "
+            "fewer --keep-checkpoints or another --out help"
+        )
+    return found
+
+
+def estimate_memory(
+    config: PretrainConfig, parameters: int, world_size: int, bytes_per_value: int
+) -> dict[str, float]:
+    """Bytes by part on one rank. Weights and optimizer are exact, activations within a factor of two."""
+    memory = {"weights": 4.0 * parameters, "gradients": 4.0 * parameters, "AdamW": 8.0 * parameters}
+    if config.ema_decay:
+        memory["EMA"] = 4.0 * parameters
+    if world_size > 1:
+        memory["reduction buckets"] = 4.0 * parameters
+    share = config.data.uncaptioned_fraction or 0.0
+    samples = micro_batch(config, world_size)
+    pairs = samples * (1 - share) * config.data.captions_per_image
+    image, text = activation_values(config.model, config.activation_checkpointing)
+    memory["activations"] = bytes_per_value * (samples * image + pairs * text)
+    logits = config.model.vocabulary * config.model.text_length * (1 + config.data.mlm_probability)
+    memory["logits"] = 4 * 3 * pairs * logits  # fp32 logits, their softmax, their gradient
+    return memory
+
+
+def activation_values(model: AuroraConfig, checkpointing: bool) -> tuple[float, float]:
+    """Values kept for the backward pass (per image, per caption): blocks' widths times tokens times
+    KEPT_PER_TOKEN.
+
+    With checkpointing only each block's input stays, and one block at a time is whole.
+    """
+    side = model.image_size // 4
+    tokens = [(side // 2**i) ** 2 for i in range(4)]
+    image = [
+        (n * width, depth) for n, width, depth in zip(tokens, model.stage_widths, model.depths, strict=True)
+    ]
+    layers = 2 * (model.unimodal_layers + model.crossmodal_layers)  # once for captions, once for masked words
+    text = [(model.text_length * model.decoder_width, layers)]
+
+    def kept(blocks: list[tuple[int, int]]) -> float:
+        if checkpointing:
+            return sum(size * depth for size, depth in blocks) + KEPT_PER_TOKEN * max(
+                size for size, _ in blocks
+            )
+        return float(KEPT_PER_TOKEN * sum(size * depth for size, depth in blocks))
+
+    return kept(image), kept(text)

@@ -1,0 +1,260 @@
+"""How a step runs: one process, or DistributedDataParallel under torchrun (gloo on CPUs, NCCL on GPUs).
+
+The loop owns data, schedule, logging and signals; the engine owns device, autocast, reduction, clipping and
+the weights.
+"""
+
+from __future__ import annotations
+
+import os
+from collections.abc import Iterator, Mapping, Sequence
+from contextlib import contextmanager
+from dataclasses import dataclass
+from datetime import timedelta
+from typing import Any
+
+import torch
+import torch.distributed as dist
+from torch import Tensor, nn
+
+from dataload.batch import Batch
+from dataload.images import normalize
+from models import Aurora
+from models.objectives import Normalizers, ObjectiveConfig, count
+from train.config import PretrainConfig
+from train.machine import Precision, choose_device
+from train.optim import Ema, load_optimizer_tensors, make_adamw, optimizer_tensors
+
+TIMEOUT = timedelta(hours=2)  # the other ranks wait while rank 0 evaluates
+
+
+@dataclass(frozen=True)
+class Ranks:
+    """This process among those that torchrun started."""
+
+    rank: int
+    local_rank: int
+    size: int
+
+    @classmethod
+    def from_environment(cls) -> Ranks:
+        """RANK, LOCAL_RANK, WORLD_SIZE; a plain `python` run is rank 0 of 1."""
+        return cls(
+            *(
+                int(os.environ.get(name, default))
+                for name, default in (("RANK", 0), ("LOCAL_RANK", 0), ("WORLD_SIZE", 1))
+            )
+        )
+
+    @property
+    def first(self) -> bool:
+        """Rank 0 prints, writes and evaluates."""
+        return self.rank == 0
+
+
+@dataclass(frozen=True)
+class StepResult:
+    """What came of an optimizer step: losses of the whole step (unweighted, by name), their weighted sum, the
+    gradient norm.
+    """
+
+    losses: dict[str, float]
+    loss: float
+    grad_norm: float
+    skipped: bool
+
+
+@dataclass(frozen=True)
+class EngineState:
+    """Weights and optimizer, as they go into a checkpoint."""
+
+    model: dict[str, Tensor]
+    optimizer: dict[str, Tensor]
+    groups: list[dict[str, Any]]
+    ema: dict[str, Tensor] | None
+    ema_updates: int
+
+
+def join(ranks: Ranks, device_name: str) -> torch.device:
+    """Choose the device and, with more than one rank, meet the others."""
+    device = choose_device(device_name, ranks.local_rank)
+    if device.type == "cuda":
+        torch.cuda.set_device(device)
+    if ranks.size > 1:
+        dist.init_process_group("nccl" if device.type == "cuda" else "gloo", timeout=TIMEOUT)
+    return device
+
+
+def leave(ranks: Ranks) -> None:
+    """Part in good order: without the barrier, 3 of 20 exits were seen to abort."""
+    if ranks.size > 1 and dist.is_initialized():
+        dist.barrier()
+        dist.destroy_process_group()
+
+
+def share(value: Any, ranks: Ranks) -> Any:
+    """Rank 0's value on every rank (small objects: paths, names)."""
+    if ranks.size == 1:
+        return value
+    box = [value]
+    dist.broadcast_object_list(box, src=0)
+    return box[0]
+
+
+class TorchEngine:
+    """The model and its optimizer on one device per rank.
+
+    An optimizer step is: `agree` on the denominators; then for each micro-batch `micro_step(...)` around
+    `losses` and `backward`; then `step`. Every loss is such that its mean over ranks is the loss of the
+    global batch, because that is the mean DistributedDataParallel takes of gradients.
+    """
+
+    def __init__(
+        self, model: Aurora, config: PretrainConfig, device: torch.device, precision: Precision, ranks: Ranks
+    ) -> None:
+        self.config, self.device, self.precision, self.ranks = config, device, precision, ranks
+        self.model = model.to(device).train()
+        self.model.gradient_checkpointing = config.activation_checkpointing
+        self.optimizer = make_adamw(self.model, config.optim)
+        self.ema = Ema(self.model, config.ema_decay) if config.ema_decay else None
+        self.weights = {name: weight for name, weight in config.objectives.weights().items() if weight}
+        self._sums: dict[str, Tensor] = {}
+        module: nn.Module = torch.compile(self.model) if config.compile else self.model  # type: ignore[assignment]
+        if ranks.size > 1:
+            # The dense heads wait for their tasks and get no gradient from these objectives.
+            module = nn.parallel.DistributedDataParallel(module, find_unused_parameters=True)
+        self.module = module
+
+    def agree(self, batches: Sequence[Batch], stop: bool) -> tuple[Normalizers, bool]:
+        """The denominators of this optimizer step over all its micro-batches and ranks, and whether any rank
+        wants to stop.
+        """
+        counts = [
+            sum(n) for n in zip(*(count(b.tokens, b.mlm_targets, b.mim_mask) for b in batches), strict=True)
+        ]
+        totals = torch.tensor([*counts, int(stop)], dtype=torch.float64, device=self.device)
+        if self.ranks.size > 1:
+            dist.all_reduce(totals)
+        *sums, stops = totals.tolist()
+        # Over the number of ranks: these losses are sums, and gradients are averaged over ranks afterwards.
+        caption, mlm, mim = (max(n, 1.0) / self.ranks.size for n in sums)
+        return Normalizers(caption, mlm, mim, itc_share=1 / len(batches)), stops > 0
+
+    @contextmanager
+    def micro_step(self, *, last: bool) -> Iterator[None]:
+        """Around forward and backward of one micro-batch: ranks exchange gradients on the last one only."""
+        if self.ranks.size > 1 and not last:
+            with self.module.no_sync():  # type: ignore[operator]
+                yield
+        else:
+            yield
+
+    def losses(
+        self, batch: Batch, objectives: ObjectiveConfig, normalizers: Normalizers
+    ) -> dict[str, Tensor]:
+        """Forward of one micro-batch."""
+        if self.device.type == "cuda":
+            batch = batch.pin_memory().to(self.device)
+        with torch.autocast(
+            self.device.type, dtype=torch.bfloat16, enabled=self.precision.autocast is not None
+        ):
+            return self.module(
+                normalize(batch.pair_images), batch.tokens, batch.mlm_tokens, batch.mlm_targets,
+                normalize(batch.mim_images), batch.mim_mask, objectives=objectives, normalizers=normalizers,
+            )  # fmt: skip
+
+    def backward(self, losses: Mapping[str, Tensor]) -> None:
+        """Add this micro-batch's gradients of the weighted sum."""
+        torch.stack([self.weights[name] * loss for name, loss in losses.items()]).sum().backward()
+        for name, loss in losses.items():
+            self._sums[name] = self._sums.get(name, 0) + loss.detach()
+
+    def step(self, lr: float) -> StepResult:
+        """Clip and update at learning rate `lr`; with a non-finite loss or gradient on any rank, all ranks
+        leave the weights alone.
+        """
+        parameters = [p for p in self.model.parameters() if p.grad is not None]
+        clip = self.config.optim.clip or float("inf")
+        norm = nn.utils.clip_grad_norm_(parameters, clip, foreach=True)
+        totals = torch.stack([*self._sums.values()]).double()
+        if self.ranks.size > 1:
+            dist.all_reduce(totals)
+            totals /= self.ranks.size
+        *values, grad_norm = [*totals.tolist(), norm.item()]
+        losses = dict(zip(self._sums, values, strict=True))
+        loss = sum(self.weights[name] * value for name, value in losses.items())
+        finite = torch.isfinite(torch.tensor([loss, grad_norm])).all().item()
+        if finite:
+            for group in self.optimizer.param_groups:
+                group["lr"] = lr
+            self.optimizer.step()
+            if self.ema:
+                self.ema.update(self.model)
+        self.discard()
+        return StepResult(losses, loss, grad_norm, skipped=not finite)
+
+    def discard(self) -> None:
+        """Forget gradients and losses of an unfinished step."""
+        self.optimizer.zero_grad(set_to_none=True)
+        self._sums = {}
+
+    @contextmanager
+    def scored_weights(self) -> Iterator[Aurora]:
+        """The model as it is evaluated: with averaged weights where they are kept."""
+        if self.ema is None:
+            yield self.model
+        else:
+            with self.ema.applied(self.model):
+                yield self.model
+
+    def state(self) -> EngineState:
+        """What a checkpoint keeps of weights and optimizer."""
+        tensors, groups = optimizer_tensors(self.optimizer, self.model)
+        ema = None if self.ema is None else dict(self.ema.weights)
+        return EngineState(
+            dict(self.model.state_dict()), tensors, groups, ema, self.ema.updates if self.ema else 0
+        )
+
+    def load(self, state: EngineState) -> None:
+        """Take over a checkpoint's weights and optimizer; hyperparameters stay those of this run's
+        configuration.
+        """
+        self.model.load_state_dict(state.model)
+        load_optimizer_tensors(self.optimizer, self.model, state.optimizer, state.groups)
+        if self.ema is None:
+            return
+        if state.ema is None:  # averaging was turned on at the resume
+            self.ema = Ema(self.model, self.config.ema_decay)
+            return
+        self.ema.updates = state.ema_updates
+        for name, weight in self.ema.weights.items():
+            weight.copy_(state.ema[name])
+
+
+def rng_state(device: torch.device) -> dict[str, Tensor]:
+    """States of the generators that dropout and stochastic depth draw from, uint8."""
+    states = {"cpu": torch.get_rng_state()}
+    if device.type == "cuda":
+        states["cuda"] = torch.cuda.get_rng_state(device)
+    return states
+
+
+def gather_rng(states: dict[str, Tensor], ranks: Ranks) -> dict[str, Tensor]:
+    """Every rank's states on rank 0, as "cpu.0", "cpu.1", ..."""
+    if ranks.size == 1:
+        return {f"{name}.0": state for name, state in states.items()}
+    found: list[Any] = [None] * ranks.size
+    dist.all_gather_object(found, states)
+    return {f"{name}.{rank}": state for rank, part in enumerate(found) for name, state in part.items()}
+
+
+def load_rng(states: Mapping[str, Tensor], rank: int, device: torch.device) -> bool:
+    """Set the generators to what they were on this rank; False where the checkpoint has no such rank or
+    device.
+    """
+    if f"cpu.{rank}" not in states or (device.type == "cuda" and f"cuda.{rank}" not in states):
+        return False
+    torch.set_rng_state(states[f"cpu.{rank}"])
+    if device.type == "cuda":
+        torch.cuda.set_rng_state(states[f"cuda.{rank}"], device)
+    return True

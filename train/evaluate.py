@@ -1,0 +1,236 @@
+"""Scores of a checkpoint on held-out pictures: `python -m train.evaluate TASK --checkpoint C --data SHARDS`.
+
+    python -m train.evaluate retrieval  --checkpoint runs/NAME --data shards/ --split test
+    python -m train.evaluate perplexity --checkpoint runs/NAME --data "shards/val-*.tar"
+
+Every score is printed beside what chance, word frequencies or shuffled pictures give, and written as JSON
+together with what is needed to repeat it. The measuring itself is train/measure.py.
+"""
+
+from __future__ import annotations
+
+import argparse
+import json
+import os
+import platform
+import re
+import shlex
+import sys
+from collections.abc import Sequence
+from datetime import UTC, datetime
+from importlib import metadata
+from pathlib import Path
+from typing import Any
+
+import torch
+
+from dataload import shards
+from dataload.pipeline import EvalSet
+from train.checkpoint import LoadedModel, load_model
+from train.data import Sources, find_sources
+from train.machine import choose_device, choose_precision
+from train.measure import evaluate_model, unigram_counts
+from train.result import EvalResult, Score
+
+__all__ = ["EvalResult", "Score", "evaluate_model", "main", "unigram_counts"]
+
+TASKS = {
+    "retrieval": "recall at 1, 5, 10 and median rank, picture to caption and back",
+    "perplexity": "masked-word perplexity of the captions",
+}
+
+
+def parser() -> argparse.ArgumentParser:
+    """One subcommand per task; all share their options."""
+    shared = argparse.ArgumentParser(add_help=False)
+    shared.add_argument(
+        "--checkpoint",
+        required=True,
+        type=Path,
+        help="a run (its newest checkpoint) or one checkpoint directory",
+    )
+    shared.add_argument(
+        "--data", nargs="+", default=[], metavar="SHARDS",
+        help="tar shards: files, a folder, globs, ranges (default: the run's own held-out shards)",
+    )  # fmt: skip
+    shared.add_argument("--split", default="", help="only the shards named SPLIT-*.tar")
+    shared.add_argument(
+        "--output", type=Path, help="JSON file to write (default: TASK.json in the checkpoint directory)"
+    )
+    shared.add_argument("--max-images", type=int, help="score the first N pictures only (default: all)")
+    shared.add_argument(
+        "--captions",
+        choices=("all", "first"),
+        default="all",
+        help="captions per picture in the pool (default: all)",
+    )
+    shared.add_argument("--batch-size", type=int, default=64, help="pictures per forward pass (default: 64)")
+    shared.add_argument("--device", default="auto", help="auto, cpu, cuda, cuda:1 ... (default: auto)")
+    shared.add_argument("--precision", choices=("fp32", "bf16"), default="fp32", help="default: fp32")
+    shared.add_argument("--seed", type=int, default=0, help="of masks and shuffles (default: 0)")
+    main_parser = argparse.ArgumentParser(
+        prog="python -m train.evaluate", description=(__doc__ or "").split("\n")[0]
+    )
+    tasks = main_parser.add_subparsers(dest="task", required=True, metavar="TASK")
+    for name, text in TASKS.items():
+        task = tasks.add_parser(name, parents=[shared], help=text, description=f"{name}: {text}")
+        if name == "perplexity":
+            task.add_argument(
+                "--unigram-from", nargs="+", default=[], metavar="SHARDS",
+                help="captions for the word-frequency baseline (default: the run's training shards)",
+            )  # fmt: skip
+    return main_parser
+
+
+def main(arguments: Sequence[str] | None = None) -> int:
+    """Run one task. Returns 0, or 2 with one sentence on stderr when something is missing or does not fit."""
+    given = sys.argv[1:] if arguments is None else list(arguments)
+    args = parser().parse_args(given)
+    try:
+        loaded = load_model(args.checkpoint)
+        output = args.output or loaded.path / f"{args.task}.json"
+        _check(args, loaded, output)
+        model, paths = loaded.config.model, heldout_shards(args, loaded)
+        names = [str(path) for path in paths]
+        eval_set = EvalSet(
+            names, loaded.tokenizer, model.image_size, model.text_length, batch_size=args.batch_size
+        )
+        training = training_shards(args, loaded) if args.task == "perplexity" else []
+        result = score(args, loaded, eval_set, training)
+    except (OSError, ValueError) as error:  # CheckpointError, ConfigError and BrokenShard are ValueErrors
+        print(f"error: {error}", file=sys.stderr)
+        return 2
+    for broken in eval_set.broken:
+        print(f"left out, cannot be read: {broken}", file=sys.stderr)
+    record = describe(args, loaded, eval_set, result)
+    record["data"]["shards"], record["unigram_from"] = names, [str(path) for path in training]
+    record["command"] = shlex.join(["python", "-m", "train.evaluate", *given])
+    output.parent.mkdir(parents=True, exist_ok=True)
+    output.write_text(json.dumps(record, indent=2) + "\n", encoding="utf-8")
+    step = f"step {loaded.step}{', averaged weights' if loaded.averaged else ''}"
+    counts = f"{result.counts['images']:,} pictures, {result.counts['captions']:,} captions"
+    print(f"{args.task} of {loaded.path} ({step}) on {counts}")
+    print("\n".join(result.lines()))
+    print(f"written to {output}")
+    return 0
+
+
+def _check(args: argparse.Namespace, loaded: LoadedModel, output: Path) -> None:
+    """Whatever can be refused before time is spent. Raises ValueError or OSError."""
+    if loaded.tokenizer.vocab_size > loaded.config.model.vocabulary:
+        raise ValueError(
+            f"tokenizer mismatch: the tokenizer in {loaded.path} has {loaded.tokenizer.vocab_size} pieces, "
+            f"the model only {loaded.config.model.vocabulary}"
+        )
+    for name in ("max_images", "batch_size"):
+        if (value := getattr(args, name)) is not None and value < 1:
+            raise ValueError(f"--{name.replace('_', '-')} must be at least 1; got {value}")
+    if output.is_dir():
+        raise IsADirectoryError(f"--output {output} is a directory; a file is needed")
+    existing = next(folder for folder in (output, *output.resolve().parents) if folder.exists())
+    if not os.access(existing, os.W_OK):
+        raise PermissionError(f"{output} cannot be written; choose another place with --output")
+
+
+def heldout_shards(args: argparse.Namespace, loaded: LoadedModel) -> list[Path]:
+    """The shards to score on. Raises OSError or ValueError for none, or for several splits."""
+    data = loaded.config.data
+    if args.data or data.heldout:
+        paths = shards.expand(args.data or data.heldout)
+    elif data.train:
+        raise ValueError(f"{loaded.path} was trained without held-out shards; name some with --data")
+    else:
+        paths = list(_builtin(loaded).heldout)
+    return choose_split(paths, args.split, any(Path(d).expanduser().is_dir() for d in args.data))
+
+
+def training_shards(args: argparse.Namespace, loaded: LoadedModel) -> list[Path]:
+    """The shards that give the word frequencies; none, and a line that says so, where the run's are gone."""
+    data = loaded.config.data
+    if args.unigram_from:
+        return shards.expand(args.unigram_from)
+    if not data.train:
+        return list(_builtin(loaded).train)
+    try:
+        return shards.expand(data.train)
+    except FileNotFoundError as error:
+        print(f"no word-frequency baseline ({error}); give --unigram-from", file=sys.stderr)
+        return []
+
+
+def _builtin(loaded: LoadedModel) -> Sources:
+    config = loaded.config
+    return find_sources(config.data, config.model.image_size, lambda line: print(line, file=sys.stderr))
+
+
+def choose_split(paths: list[Path], split: str, folder: bool) -> list[Path]:
+    """The shards of `split`, by their names SPLIT-000000.tar.
+
+    A folder that holds several splits is refused without a choice: scoring training pictures flatters.
+    """
+    splits = {path: re.sub(r"-\d+$", "", path.name.removesuffix(".tar")) for path in paths}
+    names = ", ".join(sorted(set(splits.values())))
+    if split:
+        chosen = [path for path in paths if splits[path] == split]
+        if not chosen:
+            raise ValueError(f"no shards of split {split!r}; there are: {names}")
+        return chosen
+    if folder and len(set(splits.values())) > 1:
+        raise ValueError(f"the folder holds several splits ({names}); choose one with --split")
+    return paths
+
+
+def score(
+    args: argparse.Namespace, loaded: LoadedModel, eval_set: EvalSet, training: list[Path]
+) -> EvalResult:
+    """The measuring, with what the options ask for."""
+    device = choose_device(args.device)
+    return evaluate_model(
+        loaded.model.to(device),
+        eval_set,
+        loaded.tokenizer,
+        device=device,
+        autocast=choose_precision(args.precision, device).autocast,
+        max_images=args.max_images,
+        tasks=(args.task,),
+        unigram=unigram_counts(training, loaded.tokenizer) if training else None,
+        captions=args.captions,
+        seed=args.seed,
+    )
+
+
+def describe(
+    args: argparse.Namespace, loaded: LoadedModel, eval_set: EvalSet, result: EvalResult
+) -> dict[str, Any]:
+    """The JSON record: scores with their baselines, and what is needed to measure them again."""
+    return {
+        "task": args.task,
+        **result.to_json(),
+        "captions_per_image": args.captions,
+        "checkpoint": {"path": str(loaded.path), "step": loaded.step, "averaged_weights": loaded.averaged},
+        "data": {
+            "split": args.split or None,
+            "manifest": eval_set.index.manifest["hash"],
+            "image_size": loaded.config.model.image_size,
+            "text_length": loaded.config.model.text_length,
+            "uncaptioned_left_out": eval_set.uncaptioned,
+            "broken_left_out": len(eval_set.broken),
+        },
+        "tokenizer": {"sha256": loaded.tokenizer.sha, "pieces": loaded.tokenizer.vocab_size},
+        "precision": args.precision,
+        "device": args.device,
+        "seed": args.seed,
+        "versions": {"auroraio": _version(), "torch": torch.__version__, "python": platform.python_version()},
+        "date": datetime.now(UTC).isoformat(timespec="seconds"),
+    }
+
+
+def _version() -> str:
+    try:
+        return metadata.version("auroraio")
+    except metadata.PackageNotFoundError:
+        return "not installed (run from a checkout)"
+
+
+if __name__ == "__main__":
+    sys.exit(main())

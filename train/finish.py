@@ -1,0 +1,123 @@
+"""After the last step: scores on all held-out pictures, summary.json, report.html, and what to look at."""
+
+from __future__ import annotations
+
+import json
+import platform
+from datetime import UTC, datetime
+from importlib import metadata
+from typing import Any
+
+import torch
+
+from models import AURORA_SIZES
+from models.parameters import count_aurora
+from train.greeting import negatives
+from train.machine import device_name, peak_memory
+from train.measure import unigram_counts
+from train.report import write_report, write_samples
+from train.result import EvalResult
+from train.run import Run
+from train.signals import Stop
+
+GENERATED = 500  # held-out pictures captioned, at most
+RECONSTRUCTED = 64  # held-out pictures with hidden parts restored for the report
+UNIGRAM_CAPTIONS = (
+    1_000_000  # above this many captioned pictures their words are not counted: it would take hours
+)
+
+
+def finish(run: Run, stop: Stop) -> None:
+    """Score, write and say. Raises signals.Interrupted when a signal comes during the scoring."""
+    if not run.ranks.first:
+        return
+    result = final_scores(run, stop) if run.data.heldout is not None else None
+    summary = run.out / "summary.json"
+    summary.write_text(json.dumps(describe(run, result), indent=2) + "\n")
+    if result:
+        write_samples(result, run.out)
+    report = write_report(run.out)
+    run.say()
+    run.say(f"checkpoint  {run.saved}")
+    run.say(f"scores      {summary}")
+    run.say(f"curves      {run.out / 'metrics.jsonl'}, or: tensorboard --logdir {run.out / 'tensorboard'}")
+    run.say(f"report      {report} (open it in a browser)")
+
+
+def final_scores(run: Run, stop: Stop) -> EvalResult:
+    """Everything at once, on all held-out pictures."""
+    sources, counts = run.data.sources, run.data.loader.counts
+    unigram = None
+    if counts["captioned"] <= UNIGRAM_CAPTIONS:
+        unigram = unigram_counts([str(path) for path in sources.train], run.data.tokenizer)
+    else:
+        run.say(
+            f"the unigram baseline is left out: {counts['captioned']:,} captioned pictures are "
+            f"more than {UNIGRAM_CAPTIONS:,}"
+        )
+    result = run.score(
+        stop,
+        generate=GENERATED,
+        reconstruct=RECONSTRUCTED,
+        keep_images=True,
+        unigram=unigram,
+        scenes=sources.builtin_heldout,
+    )
+    run.record_scores(result)
+    run.say(f"held out, all {result.counts['images']:,} pictures, after step {run.step}:")
+    for line in result.lines():
+        run.say(f"  {line}")
+    return result
+
+
+def describe(run: Run, result: EvalResult | None) -> dict[str, Any]:
+    """summary.json: what ran on what, and the final scores beside what chance, the unigram model and shuffled
+    images give.
+    """
+    config, data = run.config, run.data
+    sizes = [name for name, size in AURORA_SIZES.items() if size == config.model]
+    return {
+        "name": config.name,
+        "model": {
+            "family": "Aurora",
+            "size": sizes[0] if sizes else "custom",
+            "parameters": count_aurora(config.model)["total"],
+            "image_size": config.model.image_size,
+        },
+        "data": {
+            "train": [str(path) for path in data.sources.train],
+            "train_pairs": data.loader.counts["captioned"],
+            "train_uncaptioned": data.loader.counts["uncaptioned"],
+            "evaluation": [str(path) for path in data.sources.heldout],
+            "evaluation_images": result.counts["images"] if result else 0,
+            "evaluation_captions": result.counts["captions"] if result else 0,
+            "broken": data.loader.broken.count,
+            "vocab_size": data.tokenizer.vocab_size,
+            "builtin": data.sources.builtin,
+        },
+        "objectives": config.objectives.weights(),
+        "itc_negatives": negatives(config, data.pairs, run.ranks.size),
+        "steps": run.step,
+        "total_steps": config.steps,
+        "skipped_steps": run.skipped,
+        "images": run.step * config.batch_size,
+        "seconds": run.seconds,
+        "device": device_name(run.engine.device),
+        "precision": run.engine.precision.name,
+        "peak_memory": peak_memory(run.engine.device),
+        "world_size": run.ranks.size,
+        "seed": config.seed,
+        "command": run.command,
+        "checkpoint": str(run.saved.relative_to(run.out)) if run.saved else None,
+        "finished": datetime.now(UTC).isoformat(timespec="seconds"),
+        "versions": {"auroraio": _version(), "torch": torch.__version__, "python": platform.python_version()},
+        "interrupted": False,
+        "evaluation": result.to_json() if result else None,
+    }
+
+
+def _version() -> str:
+    try:
+        return metadata.version("auroraio")
+    except metadata.PackageNotFoundError:
+        return "not installed (run from a checkout)"

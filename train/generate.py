@@ -1,0 +1,195 @@
+"""Captions for pictures: `python -m train.generate --checkpoint C a.jpg ...` prints "a.jpg: caption".
+
+A picture that cannot be read is named on stderr, the others are still done, and the exit code is 1.
+"""
+
+from __future__ import annotations
+
+import argparse
+import json
+import sys
+from collections.abc import Iterator, Sequence
+from pathlib import Path
+from typing import Any
+
+import torch
+from torch import Tensor
+
+from dataload.images import BrokenImage, decode, normalize, resize_center_crop
+from dataload.tokenizer import Tokenizer
+from models import Aurora
+from models.aurora.decoder import DecodingState
+from models.generation import generate
+from train.checkpoint import LoadedModel, load_model
+from train.machine import choose_device
+
+BATCH = 16
+
+
+def parser() -> argparse.ArgumentParser:
+    """The command's options."""
+    p = argparse.ArgumentParser(
+        prog="python -m train.generate", description="Print a caption for each picture."
+    )
+    p.add_argument(
+        "--checkpoint",
+        required=True,
+        type=Path,
+        help="a run (its newest checkpoint) or one checkpoint directory",
+    )
+    p.add_argument("images", nargs="+", type=Path, metavar="IMAGE", help="picture files")
+    p.add_argument("--method", choices=("greedy", "beam", "sample"), default="greedy", help="default: greedy")
+    p.add_argument("--beams", type=int, default=4, help="beam: hypotheses kept (default: 4)")
+    p.add_argument(
+        "--length-penalty", type=float, default=1.0, help="beam: above 1 favours longer captions (default: 1)"
+    )
+    p.add_argument("--temperature", type=float, default=1.0, help="sample: above 1 is wilder (default: 1)")
+    p.add_argument(
+        "--top-k", type=int, default=0, help="sample: among the K likeliest tokens (default: 0, all)"
+    )
+    p.add_argument(
+        "--top-p",
+        type=float,
+        default=1.0,
+        help="sample: among the likeliest tokens that hold this share (default: 1)",
+    )
+    p.add_argument(
+        "--seed", type=int, default=0, help="sample: the same seed gives the same captions (default: 0)"
+    )
+    p.add_argument("--num", type=int, default=1, help="sample: captions per picture (default: 1)")
+    p.add_argument(
+        "--max-length",
+        type=int,
+        help="most tokens of a caption, begin and end included (default: the model's)",
+    )
+    p.add_argument("--device", default="auto", help="auto, cpu, cuda, cuda:1 ... (default: auto)")
+    p.add_argument(
+        "--json",
+        action="store_true",
+        help='print one JSON object a line: {"image", "captions"}, or {"image", "error"}',
+    )
+    return p
+
+
+def main(arguments: Sequence[str] | None = None) -> int:
+    """Returns 0; 1 when a picture could not be read; 2 when the checkpoint or an option does not fit."""
+    args = parser().parse_args(arguments)
+    failed = False
+    try:
+        _check(args)
+        device = choose_device(args.device)
+        loaded = load_model(args.checkpoint, device)
+        _check_length(args, loaded)
+        generator = torch.Generator(device).manual_seed(args.seed)
+        for group in (args.images[i : i + BATCH] for i in range(0, len(args.images), BATCH)):
+            for path, captions, error in caption_files(loaded, group, args, generator):
+                failed |= bool(error)
+                _print(path, captions, error, args.json)
+    except (OSError, ValueError) as error:  # CheckpointError and ConfigError are ValueErrors
+        print(f"error: {error}", file=sys.stderr)
+        return 2
+    return 1 if failed else 0
+
+
+def _check(args: argparse.Namespace) -> None:
+    if args.num < 1 or args.beams < 1:
+        raise ValueError(f"--num and --beams must be at least 1; got {args.num} and {args.beams}")
+    if args.num > 1 and args.method != "sample":
+        raise ValueError(
+            f"--num {args.num} needs --method sample: {args.method} always gives the same caption"
+        )
+
+
+def _check_length(args: argparse.Namespace, loaded: LoadedModel) -> None:
+    longest = loaded.config.model.text_length
+    if args.max_length is not None and not 3 <= args.max_length <= longest:
+        raise ValueError(
+            f"--max-length must be from 3 to {longest}, what the model was made for; got {args.max_length}"
+        )
+
+
+def caption_files(
+    loaded: LoadedModel, paths: Sequence[Path], args: argparse.Namespace, generator: torch.Generator
+) -> Iterator[tuple[Path, list[str], str]]:
+    """(path, captions, error) for each path, in order; one of the latter two is empty."""
+    pixels: list[Tensor] = []
+    errors: dict[int, str] = {}
+    for i, path in enumerate(paths):
+        try:
+            image = decode(path.read_bytes())
+        except OSError as error:
+            errors[i] = error.strerror or str(error)
+        except BrokenImage as error:
+            errors[i] = f"not a picture that can be read ({error})"
+        else:
+            pixels.append(torch.tensor(resize_center_crop(image, loaded.config.model.image_size)))
+    captions = iter(caption_images(loaded, torch.stack(pixels), args, generator) if pixels else [])
+    for i, path in enumerate(paths):
+        yield (path, [], errors[i]) if i in errors else (path, next(captions), "")
+
+
+@torch.no_grad()
+def caption_images(
+    loaded: LoadedModel, images: Tensor, args: argparse.Namespace, generator: torch.Generator
+) -> list[list[str]]:
+    """`num` captions for each of images, uint8 [B, H, W, 3]."""
+    model = loaded.model
+    memory = model.memory(model.encode_image(normalize(images.to(generator.device))))  # [B, M, D]
+    ids = generate(
+        KnownPieces(model, loaded.tokenizer),
+        memory.repeat_interleave(args.num, 0),
+        method=args.method,
+        max_length=args.max_length or loaded.config.model.text_length,
+        beams=args.beams,
+        length_penalty=args.length_penalty,
+        temperature=args.temperature,
+        top_k=args.top_k,
+        top_p=args.top_p,
+        generator=generator,
+    )
+    texts = [loaded.tokenizer.decode(tokens) for tokens in ids]
+    return [texts[i : i + args.num] for i in range(0, len(texts), args.num)]
+
+
+class KnownPieces:
+    """`model` as models.generation wants it, kept from saying ids that the tokenizer lacks.
+
+    The embedding may have more rows than there are pieces; training never reaches them, but a sample can.
+    """
+
+    def __init__(self, model: Aurora, tokenizer: Tokenizer) -> None:
+        self.model, self.pieces = model, tokenizer.vocab_size
+
+    def start(self, memory: Tensor) -> DecodingState:
+        """Begin captions for memory [B, M, D]."""
+        return self.model.start(memory)
+
+    def step(self, tokens: Tensor, state: Any) -> Tensor:
+        """Logits [N, V] after tokens int64 [N]."""
+        logits = self.model.step(tokens, state)
+        logits[:, self.pieces :] = -torch.inf
+        return logits
+
+
+def one_line(caption: str) -> str:
+    """A model can write any byte: line breaks and terminal codes become spaces; a line stays a caption."""
+    return " ".join("".join(c if c.isprintable() else " " for c in caption).split())
+
+
+def _print(path: Path, captions: list[str], error: str, as_json: bool) -> None:
+    if error:
+        print(f"{path}: {error}", file=sys.stderr, flush=True)
+    if as_json:
+        print(
+            json.dumps(
+                {"image": str(path), "error": error} if error else {"image": str(path), "captions": captions}
+            ),
+            flush=True,
+        )
+        return
+    for caption in captions:
+        print(f"{path}: {one_line(caption)}", flush=True)
+
+
+if __name__ == "__main__":
+    sys.exit(main())

@@ -1,0 +1,99 @@
+"""The lines a run begins with: what is used, what it learns from, and what to expect."""
+
+from __future__ import annotations
+
+from pathlib import Path
+
+import torch
+
+import kernels
+from models import AuroraConfig
+from models.parameters import count_aurora
+from train.config import PretrainConfig, micro_batch
+from train.data import Data
+from train.engine import Ranks
+from train.machine import Precision, device_name
+
+
+def greeting(
+    config: PretrainConfig, device: torch.device, precision: Precision, ranks: Ranks, data: Data, out: Path
+) -> list[str]:
+    """Lines for rank 0 to say."""
+    processes = f", {ranks.size} processes" if ranks.size > 1 else ""
+    return [
+        f"device      {device_name(device)}{processes}; {precision.name}: {precision.why}",
+        f"kernels     {_kernels(config.model, device, precision)}",
+        f"model       {_model(config.model)}",
+        *_data(config, data),
+        f"steps       {_steps(config, data)}",
+        *_contrast(config, data, ranks.size),
+        f"output      {out}",
+    ]
+
+
+def _kernels(model: AuroraConfig, device: torch.device, precision: Precision) -> str:
+    """The backend that stage 1 of the encoder gets."""
+    side, heads = model.image_size // 4, model.width // model.head_dim
+    dtype = precision.autocast or torch.float32
+    qkv = torch.empty(1, side, side, 3, heads, model.head_dim, dtype=dtype, device=device)
+    logit_scale = torch.zeros(heads, device=device)
+    window = min(model.windows[0], side)
+    choice = kernels.explain(kernels.window_attention, qkv, window=window, logit_scale=logit_scale)
+    return f"{choice.function}: {choice.backend} ({choice.reason}); python -m kernels lists them all"
+
+
+def _model(model: AuroraConfig) -> str:
+    parts = count_aurora(model)
+    total = parts.pop("total")
+    shares = ", ".join(f"{name} {count / 1e6:.1f}M" for name, count in parts.items())
+    return f"{total / 1e6:.1f}M parameters ({shares}), {model.image_size} px"
+
+
+def _data(config: PretrainConfig, data: Data) -> list[str]:
+    counts = data.loader.counts
+    heldout = (
+        f"{len(data.heldout):,} held-out pictures"
+        if data.heldout
+        else "no held-out data: nothing will be scored"
+    )
+    lines = [
+        f"data        {counts['captioned']:,} captioned and {counts['uncaptioned']:,} uncaptioned "
+        f"pictures in {len(data.sources.train)} shards; {heldout}"
+    ]
+    pieces, rows = data.tokenizer.vocab_size, config.model.vocabulary
+    unused = f" ({rows - pieces:,} of the model's {rows:,} rows stay unused)" if pieces < rows else ""
+    return [*lines, f"tokenizer   {pieces:,} pieces{unused}"]
+
+
+def _steps(config: PretrainConfig, data: Data) -> str:
+    samples, size = (
+        config.steps * config.batch_size,
+        sum(data.loader.counts[name] for name in ("captioned", "uncaptioned")),
+    )
+    text = (
+        f"{config.steps:,} of {config.batch_size:,} samples: {samples:,}, about {samples / size:.3g} passes"
+    )
+    if config.accumulation > 1:
+        text += f", each in {config.accumulation} micro-steps"
+    return text
+
+
+def negatives(config: PretrainConfig, pairs: int, world_size: int) -> int:
+    """Texts of other pictures that each picture is contrasted with, for `pairs` pictures per rank and
+    micro-step.
+    """
+    return (pairs * world_size - 1) * config.data.captions_per_image
+
+
+def _contrast(config: PretrainConfig, data: Data, world_size: int) -> list[str]:
+    if not config.objectives.itc:
+        return []
+    others = negatives(config, data.pairs, world_size)
+    over = "over all processes" if world_size > 1 else ""
+    scope = (
+        f"of its micro-step {over}".strip() if config.accumulation > 1 or world_size > 1 else "of its batch"
+    )
+    line = f"contrast    each image is contrasted with {others:,} texts of other images, those {scope}"
+    if config.accumulation > 1:
+        line += f" (accumulation adds none: a micro-batch has {micro_batch(config, world_size):,} samples)"
+    return [line]

@@ -1,0 +1,115 @@
+"""The runs this project ships: one small function each, deriving from the one before."""
+
+from __future__ import annotations
+
+import difflib
+from dataclasses import replace
+
+from models import AURORA_SIZES
+from train.config import ConfigError, DataConfig, OptimConfig, PretrainConfig
+
+XL_SAMPLES = 2_000_000_000  # 1.5 billion pairs and 0.5 billion uncaptioned pictures, seen once
+
+
+def aurora_tiny() -> PretrainConfig:
+    """8.5M parameters, 64 px, on the built-in corpus: about two minutes on 2 CPU cores."""
+    return PretrainConfig(
+        name="aurora-tiny",
+        model=AURORA_SIZES["tiny"],
+        data=DataConfig(uncaptioned_fraction=0.25),
+        optim=OptimConfig(lr=1e-3, final_lr=1e-5, warmup=30),
+        batch_size=64,
+        steps=400,
+    )
+
+
+def aurora_small() -> PretrainConfig:
+    """95M parameters, 224 px, for your own shards: one GPU."""
+    tiny = aurora_tiny()
+    return replace(
+        tiny,
+        name="aurora-small",
+        model=AURORA_SIZES["small"],
+        data=replace(tiny.data, uncaptioned_fraction=None, workers=8),
+        optim=replace(tiny.optim, lr=5e-4, final_lr=1e-6, warmup=1_000),
+        batch_size=256,
+        steps=100_000,
+        ema_decay=0.9999,
+        eval_every=2_000,
+        save_every=1_000,
+        log_every=20,
+    )
+
+
+def aurora_base() -> PretrainConfig:
+    """318M parameters, 224 px: one large GPU, or several by torchrun."""
+    small = aurora_small()
+    return replace(
+        small,
+        name="aurora-base",
+        model=AURORA_SIZES["base"],
+        optim=replace(small.optim, lr=3e-4, warmup=2_000),
+        batch_size=512,
+        accumulation=2,
+        steps=200_000,
+        activation_checkpointing=True,
+    )
+
+
+def aurora_large() -> PretrainConfig:
+    """1.0B parameters, 448 px: several large GPUs."""
+    base = aurora_base()
+    return replace(
+        base,
+        name="aurora-large",
+        model=AURORA_SIZES["large"],
+        optim=replace(base.optim, lr=2e-4, warmup=5_000),
+        batch_size=1024,
+        accumulation=4,
+        metrics_every=10,
+    )
+
+
+def aurora_xl() -> PretrainConfig:
+    """3.7B parameters, 448 px: the specified recipe, one pass over 2.0B samples (64 GPUs for weeks)."""
+    large = aurora_large()
+    return replace(
+        large,
+        name="aurora-xl",
+        model=AURORA_SIZES["xl"],
+        data=replace(large.data, uncaptioned_fraction=0.25),
+        optim=replace(large.optim, lr=1.5e-4, final_lr=1e-6, warmup=5_000, clip=1.0),
+        batch_size=2048,
+        accumulation=8,
+        steps=-(-XL_SAMPLES // 2048),
+        precision="bf16",
+        ema_decay=0.0,
+        activation_checkpointing=True,
+        eval_every=10_000,
+    )
+
+
+PRESETS = {
+    "aurora-tiny": aurora_tiny,
+    "aurora-small": aurora_small,
+    "aurora-base": aurora_base,
+    "aurora-large": aurora_large,
+    "aurora-xl": aurora_xl,
+}
+DEFAULT = "aurora-tiny"
+
+
+def preset(name: str) -> PretrainConfig:
+    """The preset called `name`, exactly. Raises ConfigError with the list and the nearest name, which is
+    never taken unasked.
+    """
+    if name in PRESETS:
+        return PRESETS[name]()
+    near = difflib.get_close_matches(name, PRESETS, n=1, cutoff=0.5)
+    hint = f" Did you mean {near[0]}?" if near else ""
+    raise ConfigError(f"no preset is called {name!r}.{hint} There are: {', '.join(PRESETS)}")
+
+
+def listing() -> str:
+    """One line per preset."""
+    return "\n".join(f"  {name:14}{' '.join((make.__doc__ or '').split())}" for name, make in PRESETS.items())

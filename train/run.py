@@ -1,0 +1,189 @@
+"""A run in progress: what the loop calls between optimizer steps."""
+
+from __future__ import annotations
+
+import time
+from dataclasses import dataclass, field
+from pathlib import Path
+from typing import Any
+
+from torch import Tensor
+
+from train import checkpoint
+from train.checkpoint import Snapshot
+from train.config import PretrainConfig
+from train.data import Data
+from train.engine import Ranks, StepResult, TorchEngine, gather_rng, leave, rng_state, share
+from train.log import Metrics, Progress, TensorBoard
+from train.machine import peak_memory
+from train.measure import evaluate_model
+from train.result import EvalResult
+from train.signals import Interrupted, Stop
+
+SHOWN_CAPTIONS = 3  # generated captions printed at an evaluation during the run
+
+
+@dataclass(frozen=True)
+class Position:
+    """Where a step begins: the loader's state and the random generators'."""
+
+    loader: dict[str, Any]
+    rng: dict[str, Tensor]
+
+
+@dataclass
+class Run:
+    """One run in progress. `step` counts finished optimizer steps."""
+
+    config: PretrainConfig
+    out: Path
+    command: str  # as typed
+    resume_command: str
+    ranks: Ranks
+    engine: TorchEngine
+    data: Data
+    progress: Progress
+    metrics: Metrics | None  # rank 0 only, as is the next
+    board: TensorBoard | None
+    step: int = 0
+    seconds_before: float = 0.0  # spent before the resume
+    skipped: int = 0
+    saved: Path | None = None
+    started: float = field(default_factory=time.monotonic)
+    evaluation_seconds: list[float] = field(default_factory=list)
+
+    @property
+    def seconds(self) -> float:
+        """Wall-clock seconds of the run, those before a resume included."""
+        return self.seconds_before + time.monotonic() - self.started
+
+    def say(self, text: str = "") -> None:
+        """A line on rank 0's output."""
+        self.progress.say(text)
+
+    def position(self) -> Position:
+        """Where the next step begins."""
+        return Position(self.data.loader.state_dict(), rng_state(self.engine.device))
+
+    def save(self, position: Position) -> None:
+        """Write the checkpoint of the steps done so far, unless it is there already. All ranks call this."""
+        rng = gather_rng(position.rng, self.ranks)
+        name = f"step-{self.step:06d}"
+        if self.ranks.first and (self.saved is None or self.saved.name != name):
+            snapshot = Snapshot(
+                step=self.step,
+                engine=self.engine.state(),
+                rng=rng,
+                loader=position.loader,
+                precision=self.engine.precision.name,
+                world_size=self.ranks.size,
+                seconds=self.seconds,
+                skipped=self.skipped,
+            )
+            directory = self.out / "checkpoints"
+            tokenizer = self.data.sources.tokenizer
+            self.saved = checkpoint.save(
+                directory, snapshot, self.config, tokenizer, self.config.keep_checkpoints
+            )
+
+    def log_step(self, result: StepResult, lr: float, *, seconds: float, waited: float) -> None:
+        """Tell metrics.jsonl, TensorBoard and the progress line about the step just done."""
+        config, device = self.config, self.engine.device
+        values = {
+            "loss": result.loss,
+            "lr": lr,
+            "grad_norm": result.grad_norm,
+            "images": self.step * config.batch_size,
+            "images_per_second": config.batch_size / seconds,
+            "data_wait": waited / seconds,
+            "peak_memory": peak_memory(device),
+            "skipped": self.skipped,
+        }
+        if self.step % config.metrics_every == 0 and self.metrics and self.board:
+            self.metrics.write(
+                "train", self.step, {"seconds": self.seconds, **values, "losses": result.losses}
+            )
+            self.board.write("loss", self.step, {"total": result.loss, **result.losses})
+            self.board.write(
+                "train", self.step, {name: value for name, value in values.items() if name != "loss"}
+            )
+        evaluations = (config.steps - self.step) // config.eval_every if config.eval_every else 1
+        later = evaluations * sum(self.evaluation_seconds) / max(len(self.evaluation_seconds), 1)
+        self.progress.step(self.step, {**values, "losses": result.losses}, seconds, waited, later)
+
+    def evaluation_is_missing(self) -> bool:
+        """Whether the run was stopped in the evaluation that belongs to the step it goes on from."""
+        due = (
+            self.config.eval_every
+            and self.step
+            and self.step % self.config.eval_every == 0
+            and self.step < self.config.steps
+        )
+        return bool(due) and bool(
+            share(self.metrics is not None and self.step not in self.metrics.evaluated, self.ranks)
+        )
+
+    def evaluate(self, stop: Stop) -> None:
+        """Score the first eval_images held-out pictures on rank 0, and say so. A signal abandons it; the loop
+        then stops.
+        """
+        if self.ranks.first and self.data.heldout is not None:
+            try:
+                result = self.score(stop, max_images=self.config.eval_images, generate=SHOWN_CAPTIONS)
+            except Interrupted:
+                return
+            self.record_scores(result)
+            self.say(summarize(self.step, result))
+            material = result.material
+            for key, generated, captions in zip(
+                material.keys, material.generated, material.captions, strict=False
+            ):
+                self.say(f'  {key}: "{generated}"  (one of its captions: "{captions[0]}")')
+
+    def score(self, stop: Stop, **options: Any) -> EvalResult:
+        """evaluate_model with this run's device, precision, batch size and averaged weights."""
+        assert self.data.heldout is not None
+        started = time.monotonic()
+        with stop.interruptible(), self.engine.scored_weights() as model:
+            result = evaluate_model(
+                model,
+                self.data.heldout,
+                self.data.tokenizer,
+                device=self.engine.device,
+                autocast=self.engine.precision.autocast,
+                seed=self.config.seed,
+                **options,
+            )
+        self.evaluation_seconds.append(time.monotonic() - started)
+        return result
+
+    def record_scores(self, result: EvalResult) -> None:
+        """Into metrics.jsonl and TensorBoard."""
+        scores = result.scalars()
+        assert self.metrics and self.board
+        self.metrics.write("eval", self.step, {"seconds": self.seconds, "scores": scores})
+        self.board.write("heldout", self.step, scores)
+
+    def close(self, *, together: bool) -> None:
+        """Release files and threads, and part from the other ranks when all of them come here."""
+        self.data.loader.close()
+        if self.metrics and self.board:
+            self.metrics.close()
+            self.board.close()
+        if together:
+            leave(self.ranks)
+
+
+def summarize(step: int, result: EvalResult) -> str:
+    """An evaluation during the run in one line."""
+    scores = result.scalars()
+
+    def recall(way: str) -> str:
+        return "/".join(f"{100 * scores[f'{way}/R@{k}']:.1f}" for k in (1, 5, 10))
+
+    return (
+        f"held out at step {step}: R@1/5/10 text to image {recall('text_to_image')}%, "
+        f"image to text {recall('image_to_text')}% of {result.counts['images']} pictures; "
+        f"masked-word perplexity {scores['perplexity']:.1f} "
+        f"({scores['perplexity/shuffled']:.1f} with shuffled pictures)"
+    )

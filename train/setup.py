@@ -1,0 +1,193 @@
+"""Before the first step: who we are, what we go on from, and the objects that the loop uses."""
+
+from __future__ import annotations
+
+import os
+import shlex
+import time
+from collections.abc import Sequence
+from dataclasses import replace
+from pathlib import Path
+
+import torch
+
+from models import Aurora
+from train import checkpoint
+from train.checkpoint import CheckpointError, Snapshot
+from train.config import ConfigError, PretrainConfig, differences, problems
+from train.data import Data, find_sources, open_data
+from train.engine import Ranks, TorchEngine, join, load_rng, share
+from train.greeting import greeting
+from train.log import Metrics, Progress, TensorBoard
+from train.machine import Precision, choose_precision
+from train.run import Run
+
+
+def set_up(config: PretrainConfig, command: Sequence[str]) -> Run:
+    """Everything up to the first step. Raises ConfigError or CheckpointError where the run cannot start as
+    asked.
+    """
+    ranks = Ranks.from_environment()
+    if found := problems(config, ranks.size):
+        raise ConfigError("\n  ".join(["this run cannot start:", *found]))
+    device = join(ranks, config.device)
+    progress = Progress(config.steps, config.batch_size, config.log_every, on=ranks.first)
+    out, start = _resolve(config, ranks, progress)
+    snapshot, former = checkpoint.read(start) if start else (None, None)
+    if former:
+        _compare(former, config, progress)
+    config = replace(config, out=str(out))
+
+    precision = _precision(config, snapshot, device, ranks)
+    torch.manual_seed(config.seed)  # the same weights on every rank
+    model = Aurora(config.model)
+    torch.manual_seed(config.seed + 1 + ranks.rank)  # other dropout on every rank
+
+    data = _open(config, ranks, progress)
+    engine = TorchEngine(model, config, device, precision, ranks)
+    run = Run(
+        config,
+        out,
+        _command(command, ranks),
+        _resume_command(command, out, ranks),
+        ranks,
+        engine,
+        data,
+        progress,
+        None,
+        None,
+    )
+    if snapshot:
+        _go_on_from(run, snapshot, start)
+    if ranks.first:
+        out.mkdir(parents=True, exist_ok=True)
+        checkpoint.remove_unfinished(out / "checkpoints")
+        checkpoint.write_config(out / "config.json", config)
+        run.metrics = Metrics(out / "metrics.jsonl", keep_up_to=run.step, last=config.steps)
+        run.board = TensorBoard(out / "tensorboard", start=run.step)
+    for line in greeting(config, device, precision, ranks, data, out):
+        progress.say(line)
+    if snapshot and start:
+        progress.say(f"resume      {start}: going on after step {run.step} of {config.steps}")
+    run.started = time.monotonic()
+    return run
+
+
+def _open(config: PretrainConfig, ranks: Ranks, progress: Progress) -> Data:
+    """Rank 0 draws the built-in corpus and indexes the shards; then the others find both done."""
+    if not ranks.first:
+        share(None, ranks)
+    try:
+        sources = find_sources(config.data, config.model.image_size, progress.say)
+        data = open_data(config, sources, ranks.rank, ranks.size)
+    except (OSError, ValueError) as error:
+        raise ConfigError(str(error)) from error
+    if ranks.first:
+        share(None, ranks)
+    return data
+
+
+def _resolve(config: PretrainConfig, ranks: Ranks, progress: Progress) -> tuple[Path, Path | None]:
+    """Rank 0's choice of the run's directory and of the step directory to go on from, told to all ranks."""
+    choice: tuple[Path, Path | None] | Exception
+    try:
+        choice = find_run(config, progress) if ranks.first else (Path(), None)
+    except (ConfigError, CheckpointError, FileNotFoundError) as error:
+        choice = error  # the others must not wait for a rank that gave up
+    choice = share(choice, ranks)
+    if isinstance(choice, Exception):
+        raise choice
+    return choice
+
+
+def find_run(config: PretrainConfig, progress: Progress) -> tuple[Path, Path | None]:
+    """(directory of the run, step directory to go on from or None)."""
+    first = Path(config.out or f"runs/{config.name}")
+    if not config.resume:
+        if config.out and _occupied(first):
+            raise ConfigError(
+                f"{first} holds a run already: --resume auto goes on with it, another --out starts anew"
+            )
+        return (first if config.out else _numbered(first)[-1]), None
+    if config.resume == "auto":
+        taken = [out for out in ([first] if config.out else _numbered(first)) if _occupied(out)]
+        out = taken[-1] if taken else first
+        intact = checkpoint.newest_intact(out, progress.say)
+        if intact is None:
+            progress.say(f"resume      {out} has no checkpoint yet: starting at step 0")
+        return out, intact
+    source = Path(config.resume)
+    if not source.exists():
+        raise FileNotFoundError(
+            f"--resume {source}: no such directory; auto finds the newest checkpoint of runs/{config.name}"
+        )
+    intact = checkpoint.newest_intact(source, progress.say)
+    if intact is None:
+        raise CheckpointError(f"--resume {source}: there is no finished checkpoint in it")
+    owner = intact.parent.parent if intact.parent.name == "checkpoints" else None
+    return Path(config.out) if config.out else (owner or _numbered(first)[-1]), intact
+
+
+def _occupied(out: Path) -> bool:
+    return bool(checkpoint.step_directories(out / "checkpoints"))
+
+
+def _numbered(first: Path) -> list[Path]:
+    """runs/NAME, runs/NAME-2 ... up to and including the first that holds no run."""
+    paths = [first]
+    while _occupied(paths[-1]):
+        paths.append(first.with_name(f"{first.name}-{len(paths) + 1}"))
+    return paths
+
+
+def _compare(former: PretrainConfig, config: PretrainConfig, progress: Progress) -> None:
+    """Refuse another model; say every other change."""
+    changed = differences(former, config)
+    model = [f"{name} was {a}, now {b}" for name, (a, b) in changed.items() if name.startswith("model.")]
+    if model:
+        raise ConfigError("the checkpoint is of another model: " + "; ".join(model))
+    for name, (a, b) in changed.items():
+        if name not in ("out", "resume", "dry_run"):
+            progress.say(f"resume      {name} was {a!r} in the checkpoint; from now on {b!r}")
+
+
+def _precision(
+    config: PretrainConfig, snapshot: Snapshot | None, device: torch.device, ranks: Ranks
+) -> Precision:
+    if (
+        snapshot
+        and config.precision == "auto"
+        and not (device.type == "cuda" and snapshot.precision == "fp32")
+    ):
+        return Precision(snapshot.precision, "as before the resume")
+    return share(choose_precision(config.precision, device) if ranks.first else None, ranks)
+
+
+def _go_on_from(run: Run, snapshot: Snapshot, start: Path | None) -> None:
+    try:
+        run.engine.load(snapshot.engine)
+        run.data.loader.load_state_dict(snapshot.loader)
+    except (ValueError, RuntimeError) as error:
+        raise CheckpointError(f"{start} does not fit this run: {error}") from error
+    if not load_rng(snapshot.rng, run.ranks.rank, run.engine.device):
+        run.say(f"resume      written by {snapshot.world_size} ranks: dropout of the new ones is seeded anew")
+    run.step, run.seconds_before, run.skipped = snapshot.step, snapshot.seconds, snapshot.skipped
+    run.saved = start if start and start.parent == run.out / "checkpoints" else None
+
+
+def _command(typed: Sequence[str], ranks: Ranks) -> str:
+    launcher = "python -m"
+    if ranks.size > 1:
+        launcher = f"torchrun --nproc-per-node {os.environ.get('LOCAL_WORLD_SIZE', ranks.size)} -m"
+    return shlex.join([*launcher.split(), "train.pretrain", *typed])
+
+
+def _resume_command(typed: Sequence[str], out: Path, ranks: Ranks) -> str:
+    """The command as typed, with --out and --resume auto in place of what was said about them."""
+    kept = []
+    skip = False
+    for word in typed:
+        if not skip and word.split("=")[0] not in ("--out", "--resume"):
+            kept.append(word)
+        skip = word in ("--out", "--resume")
+    return _command([*kept, "--out", str(out), "--resume", "auto"], ranks)
