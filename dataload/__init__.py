@@ -1,0 +1,1 @@
+"""Data for image-text training: shards in, batches out. Imports nothing of the project's other packages."""

@@ -1,0 +1,70 @@
+"""Samples that could not be used: counted, listed, and the run stopped when they are too many."""
+
+from __future__ import annotations
+
+import json
+from collections.abc import Sequence
+from dataclasses import asdict, dataclass, field
+
+_JUDGED_FROM = 20
+"""tried samples, before the share of broken ones can stop a run"""
+
+
+class TooManyBroken(RuntimeError):
+    """The share of broken samples is over the limit."""
+
+
+@dataclass(frozen=True)
+class Broken:
+    """A sample that could not be used."""
+
+    shard: str
+    key: str
+    reason: str
+
+    def __str__(self) -> str:
+        return f"{self.shard}: {self.key}: {self.reason}"
+
+
+@dataclass
+class BrokenReport:
+    """Broken samples among those that a loader has delivered (or tried in place of others)."""
+
+    limit: float
+    """largest share of broken samples; more stop the run"""
+    quarantine: str = ""
+    """file to which each broken sample is appended once, as a line of JSON; empty = none"""
+    tried: int = 0
+    """samples, substitutes included"""
+    count: int = 0
+    """times a broken one was met; one sample counts again in every epoch"""
+    samples: list[Broken] = field(default_factory=list)
+    """each broken sample once"""
+    _seen: set[Broken] = field(default_factory=set, repr=False)
+
+    @property
+    def share(self) -> float:
+        """count / tried"""
+        return self.count / max(self.tried, 1)
+
+    def add(self, whole: int, broken: Sequence[Broken]) -> None:
+        """Counts a batch of `whole` samples. Raises TooManyBroken, naming the first few, over the limit."""
+        self.tried += whole + len(broken)
+        self.count += len(broken)
+        for one in broken:
+            if one not in self._seen:
+                self._seen.add(one)
+                self.samples.append(one)
+                self._write(one)
+        if self.tried >= _JUDGED_FROM and self.share > self.limit:
+            raise TooManyBroken(f"{self}. The limit (max_broken) is a share of {self.limit:g}.")
+
+    def _write(self, one: Broken) -> None:
+        if self.quarantine:
+            with open(self.quarantine, "a", encoding="utf-8") as file:
+                file.write(json.dumps(asdict(one)) + "\n")
+
+    def __str__(self) -> str:
+        few = "; ".join(str(one) for one in self.samples[:5])
+        more = f"; and {len(self.samples) - 5} more" if len(self.samples) > 5 else ""
+        return f"{self.count} of {self.tried} samples are broken" + (f": {few}{more}" if few else "")

@@ -1,0 +1,285 @@
+"""The training loader.
+
+    shards.expand -> shards.index      which samples there are, with and without captions
+    order.split   -> order.Source.at   which of them this rank needs next: a function of (seed, position)
+    SampleMaker.draw (threads)         fetch -> decode -> crop -> flip -> caption, tokens, MLM mask | MIM mask
+    Loader._collect                    arrays -> Batch
+
+There is no thread but the pool that draws: `__next__` keeps `prefetch` batches in the pool and waits for the
+oldest. So the state is the position after the last batch that the consumer was given, and nothing has to be
+drained or undone.
+"""
+
+from __future__ import annotations
+
+import os
+import threading
+from collections import deque
+from collections.abc import Iterator, Sequence
+from concurrent.futures import Future
+from dataclasses import asdict, dataclass
+from fractions import Fraction
+from types import TracebackType
+from typing import Any
+
+import numpy as np
+import torch
+
+from dataload import order, shards
+from dataload.batch import Batch, EvalBatch
+from dataload.broken import Broken, BrokenReport, TooManyBroken
+from dataload.evalset import EvalSet
+from dataload.order import Position
+from dataload.samples import PATCH, Drawn, LoaderConfig, SampleMaker
+from dataload.tokenizer import Tokenizer
+from dataload.workers import Workers
+
+__all__ = [
+    "Batch",
+    "Broken",
+    "BrokenReport",
+    "EvalBatch",
+    "EvalSet",
+    "Loader",
+    "LoaderConfig",
+    "TooManyBroken",
+]
+
+STATE_VERSION = 1
+
+
+@dataclass
+class _Pending:
+    """A batch in the pool."""
+
+    pairs: int
+    chunks: list[Future[list[Drawn]]]
+    after: Position
+
+
+class Loader:
+    """Endless, deterministic training batches of one rank.
+
+    The batches depend on the shards, the tokenizer, the config and (rank, world_size), never on threads or
+    timing. The global micro-batch (all ranks' batches together) does not depend on how many ranks share it.
+    Raises what `shards.expand` and `shards.index` raise, and ValueError where the data lacks what the config
+    asks for.
+    """
+
+    def __init__(
+        self, config: LoaderConfig, tokenizer: Tokenizer, *, rank: int = 0, world_size: int = 1
+    ) -> None:
+        if not 0 <= rank < world_size:
+            raise ValueError(f"rank is {rank} of world_size {world_size}; it must be 0 to {world_size - 1}")
+        self.config = config
+        self.tokenizer = tokenizer
+        self.rank = rank
+        self.world_size = world_size
+        self.index = shards.index(shards.expand(config.shards))
+        self._captioned = order.Source(self.index.source(captioned=True), config.seed, kind=0)
+        self._uncaptioned = order.Source(self.index.source(captioned=False), config.seed, kind=1)
+        self._share = _uncaptioned_share(config, len(self._captioned), len(self._uncaptioned))
+        self._maker = SampleMaker(config, self.index, tokenizer)
+        self.broken = BrokenReport(config.max_broken, config.quarantine)
+        self._position = Position()
+        self._pending: deque[_Pending] = deque()
+        self._workers: Workers | None = None
+        self._process = os.getpid()
+        self._closed = threading.Event()
+
+    @property
+    def counts(self) -> dict[str, int]:
+        """Samples with and without captions, and shards."""
+        return {
+            "captioned": len(self._captioned),
+            "uncaptioned": len(self._uncaptioned),
+            "shards": len(self.index.shards),
+        }
+
+    @property
+    def pairs(self) -> int:
+        """Captioned pictures in this rank's batches: the mean, rounded; exact where the share divides it."""
+        return round(self.config.batch_size * (1 - self._share))
+
+    @property
+    def epoch(self) -> float:
+        """Passes over the captioned samples so far (over the uncaptioned ones where there are no others)."""
+        if len(self._captioned):
+            return self._position.captioned / len(self._captioned)
+        return self._position.uncaptioned / len(self._uncaptioned)
+
+    def __iter__(self) -> Iterator[Batch]:
+        return self
+
+    def __next__(self) -> Batch:
+        """The next batch. What a worker raised is raised here, and TooManyBroken where `max_broken` is
+        exceeded; the position then stays before the batch, so that nothing is skipped by asking again."""
+        if self._closed.is_set():
+            raise RuntimeError("the loader is closed")
+        if self._process != os.getpid():
+            self._after_fork()
+        try:
+            self._fill()
+            oldest = self._pending[0]
+            drawn = [one for chunk in oldest.chunks for one in chunk.result()]
+            self.broken.add(len(drawn), [broken for one in drawn for broken in one.broken])
+        except Exception:
+            self._drop_pending()
+            raise
+        batch = self._collect(drawn, oldest.pairs)
+        self._pending.popleft()
+        self._position = oldest.after
+        return batch
+
+    def _fill(self) -> None:
+        """Puts batches into the pool until `prefetch` are there besides the one that is wanted now."""
+        ahead = self.config.prefetch if self.config.workers else 0
+        while len(self._pending) <= ahead:
+            start = self._pending[-1].after if self._pending else self._position
+            part = order.split(start, self.config.batch_size, self.rank, self.world_size, self._share)
+            jobs = [(self._captioned, *self._captioned.at(at), True) for at in part.pairs]
+            jobs += [(self._uncaptioned, *self._uncaptioned.at(at), False) for at in part.uncaptioned]
+            chunks = self._submit(jobs)
+            self._pending.append(_Pending(len(part.pairs), chunks, part.after))
+
+    def _submit(self, jobs: list[tuple[order.Source, int, int, bool]]) -> list[Future[list[Drawn]]]:
+        workers = self.config.workers
+        if workers == 0:
+            future: Future[list[Drawn]] = Future()
+            future.set_result(self._draw(jobs))
+            return [future]
+        if self._workers is None:
+            self._workers = Workers(workers, self._closed, "dataload")
+        size = -(-len(jobs) // workers)
+        return [self._workers.submit(self._draw, jobs[i : i + size]) for i in range(0, len(jobs), size)]
+
+    def _draw(self, jobs: Sequence[tuple[order.Source, int, int, bool]]) -> list[Drawn]:
+        """What a worker runs: a share of one batch."""
+        drawn = []
+        for job in jobs:
+            if self._closed.is_set():
+                raise RuntimeError("the loader is closed")
+            drawn.append(self._maker.draw(*job))
+        return drawn
+
+    def _collect(self, drawn: list[Drawn], pairs: int) -> Batch:
+        size, length = self.config.image_size, self.config.text_length
+        images = np.empty((len(drawn), size, size, 3), dtype=np.uint8)
+        texts = np.empty((3, pairs, self.config.captions_per_image, length), dtype=np.int64)
+        masks = np.empty((len(drawn) - pairs, size // PATCH, size // PATCH), dtype=bool)
+        for i, one in enumerate(drawn):
+            images[i] = one.image
+            if one.text is not None:
+                texts[:, i] = one.text
+            else:
+                masks[i - pairs] = one.mask
+        tokens, mlm_tokens, mlm_targets = (torch.from_numpy(text.reshape(-1, length)) for text in texts)
+        return Batch(
+            pair_images=torch.from_numpy(images[:pairs]),
+            tokens=tokens,
+            mlm_tokens=mlm_tokens,
+            mlm_targets=mlm_targets,
+            mim_images=torch.from_numpy(images[pairs:]),
+            mim_mask=torch.from_numpy(masks),
+            keys=tuple(self.index.key(one.sample) for one in drawn),
+        )
+
+    def state_dict(self) -> dict[str, Any]:
+        """Where the stream stands after the last batch that was handed out: a few numbers, good for JSON, the
+        same on every rank. `load_state_dict` of a fresh loader then gives exactly the batches that would have
+        come next."""
+        return {
+            "version": STATE_VERSION,
+            "manifest": dict(self.index.manifest),
+            "tokenizer": self.tokenizer.sha,
+            "seed": self.config.seed,
+            "uncaptioned_share": str(self._share),
+            **asdict(self._position),
+        }
+
+    def load_state_dict(self, state: dict[str, Any]) -> None:
+        """Goes to where `state` was taken. The number of ranks and the batch size may differ from then:
+        positions count samples of all ranks. ValueError where the shards, the tokenizer, the seed or the
+        uncaptioned share differ."""
+        now = self.state_dict()
+        if state.get("version") != STATE_VERSION:
+            raise ValueError(
+                f"the loader's state has version {state.get('version')}; supported is {STATE_VERSION}"
+            )
+        differences = [
+            f"{name} was {state[name]}, is {now[name]}"
+            for name in ("seed", "uncaptioned_share", "tokenizer")
+            if state[name] != now[name]
+        ]
+        differences += _manifest_differences(state["manifest"], now["manifest"])
+        if differences:
+            raise ValueError("the loader's state belongs to other data: " + "; ".join(differences))
+        self._drop_pending()
+        self._position = Position(state["captioned"], state["uncaptioned"], state["batches"])
+
+    def _drop_pending(self) -> None:
+        for pending in self._pending:
+            for chunk in pending.chunks:
+                chunk.cancel()
+        self._pending.clear()
+
+    def close(self) -> None:
+        """Stops the workers; what was prefetched is dropped. The state can still be read."""
+        self._closed.set()
+        self._drop_pending()
+        if self._workers is not None and self._process == os.getpid():
+            self._workers.close()
+
+    def _after_fork(self) -> None:
+        """Threads do not survive a fork: goes on from the last batch that was handed out, with new ones."""
+        if self._workers is not None:
+            self._workers.abandon()
+        self._workers, self._closed, self._process = None, threading.Event(), os.getpid()
+        self._pending.clear()
+
+    def __enter__(self) -> Loader:
+        return self
+
+    def __exit__(
+        self, kind: type[BaseException] | None, error: BaseException | None, trace: TracebackType | None
+    ) -> None:
+        self.close()
+
+    def __reduce__(self) -> tuple[Any, ...]:
+        return _rebuild, (self.config, self.tokenizer, self.rank, self.world_size, self.state_dict())
+
+
+def _rebuild(
+    config: LoaderConfig, tokenizer: Tokenizer, rank: int, world_size: int, state: dict[str, Any]
+) -> Loader:
+    loader = Loader(config, tokenizer, rank=rank, world_size=world_size)
+    loader.load_state_dict(state)
+    return loader
+
+
+def _uncaptioned_share(config: LoaderConfig, captioned: int, uncaptioned: int) -> Fraction:
+    """As an exact fraction: a share of 0.1 must not lose a sample to rounding after a million."""
+    if config.uncaptioned_fraction is None:
+        return Fraction(uncaptioned, captioned + uncaptioned)
+    share = Fraction(str(config.uncaptioned_fraction))
+    if share > 0 and not uncaptioned:
+        raise ValueError(
+            f"uncaptioned_fraction is {config.uncaptioned_fraction}, but every sample has a caption"
+        )
+    if share < 1 and not captioned:
+        raise ValueError(
+            f"uncaptioned_fraction is {config.uncaptioned_fraction}, but no sample has a caption"
+        )
+    return share
+
+
+def _manifest_differences(then: dict[str, Any], now: dict[str, Any]) -> list[str]:
+    if then["hash"] == now["hash"]:
+        return []
+    numbers = [
+        f"{name} {then[name]} -> {now[name]}" for name in now if name != "hash" and then[name] != now[name]
+    ]
+    return [
+        "the shards changed: "
+        + (", ".join(numbers) or "as many as before, with other names, order or contents")
+    ]

@@ -1,0 +1,640 @@
+from __future__ import annotations
+
+import dataclasses
+import io
+import itertools
+import json
+import pickle
+import signal
+import subprocess
+import sys
+import tarfile
+import threading
+import time
+from collections import Counter
+from collections.abc import Iterator
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+import pytest
+import torch
+from PIL import Image
+
+from dataload import order
+from dataload.batch import IGNORE
+from dataload.images import normalize
+from dataload.pipeline import Batch, EvalSet, Loader, LoaderConfig, TooManyBroken
+from dataload.tokenizer import BOS, EOS, MASK, PAD, Tokenizer, train_tokenizer
+
+ROOT = Path(__file__).resolve().parent.parent
+PAIRS, ALONE = 40, 16
+
+
+def png(number: int, size: int = 32) -> bytes:
+    """A picture whose red is its number; green rises to the right, so that a flip shows."""
+    pixels = np.zeros((size, size, 3), dtype=np.uint8)
+    pixels[..., 0] = number
+    pixels[..., 1] = np.linspace(0, 255, size).astype(np.uint8)
+    data = io.BytesIO()
+    Image.fromarray(pixels).save(data, "PNG")
+    return data.getvalue()
+
+
+def write_tar(path: Path, samples: dict[str, dict[str, bytes]]) -> None:
+    with tarfile.open(path, "w") as tar:
+        for key, files in samples.items():
+            for extension, data in files.items():
+                member = tarfile.TarInfo(f"{key}.{extension}")
+                member.size = len(data)
+                tar.addfile(member, io.BytesIO(data))
+
+
+def sample(number: int, captioned: bool = True) -> dict[str, bytes]:
+    files = {"png": png(number)}
+    if captioned:
+        captions = [f"picture {number} with a left word", f"again picture {number} on the right side"]
+        files["json"] = json.dumps({"captions": captions}).encode()
+    return files
+
+
+@pytest.fixture(scope="module")
+def data(tmp_path_factory: pytest.TempPathFactory) -> Path:
+    """Four shards with 40 pairs and 16 pictures alone; the number of a sample is its key."""
+    folder = tmp_path_factory.mktemp("data")
+    for shard in range(4):
+        numbers = range(shard, PAIRS + ALONE, 4)
+        write_tar(folder / f"train-{shard}.tar", {f"{n:03d}": sample(n, n < PAIRS) for n in numbers})
+    return folder
+
+
+@pytest.fixture(scope="module")
+def tokenizer(tmp_path_factory: pytest.TempPathFactory) -> Tokenizer:
+    texts = [f"again picture {n} on the right left side with a word" for n in range(100)]
+    return train_tokenizer(texts, tmp_path_factory.mktemp("tokenizer") / "t.model", 400, model_type="bpe")
+
+
+def config(data: Path, **changes: Any) -> LoaderConfig:
+    plain = LoaderConfig((str(data),), batch_size=8, image_size=32, text_length=16, crop_scale=(0.6, 1.0))
+    return dataclasses.replace(plain, **changes)
+
+
+def take(loader: Loader, count: int) -> list[Batch]:
+    with loader:
+        return list(itertools.islice(loader, count))
+
+
+def equal(first: Batch, second: Batch) -> bool:
+    return all(
+        torch.equal(a, b) if isinstance(a, torch.Tensor) else a == b
+        for a, b in ((getattr(first, f.name), getattr(second, f.name)) for f in dataclasses.fields(Batch))
+    )
+
+
+def numbers(batch: Batch) -> list[int]:
+    return [int(key.split("/")[1]) for key in batch.keys]
+
+
+def join(parts: list[Batch]) -> tuple[list[str], list[str], list[torch.Tensor]]:
+    """The global micro-batch of some ranks: keys of the pairs, keys of the others, and all tensors."""
+    pairs = [key for part in parts for key in part.keys[: len(part.pair_images)]]
+    alone = [key for part in parts for key in part.keys[len(part.pair_images) :]]
+    names = ("pair_images", "tokens", "mlm_tokens", "mlm_targets", "mim_images", "mim_mask")
+    return pairs, alone, [torch.cat([getattr(part, name) for part in parts]) for name in names]
+
+
+# what a batch holds
+
+
+def test_batch(data: Path, tokenizer: Tokenizer) -> None:
+    with Loader(config(data), tokenizer) as loader:
+        assert loader.counts == {"captioned": PAIRS, "uncaptioned": ALONE, "shards": 4}
+        total_alone = 0
+        for batch in itertools.islice(loader, 14):
+            pairs, alone = len(batch.pair_images), len(batch.mim_images)
+            total_alone += alone
+            assert pairs + alone == 8 == len(batch.keys)
+            assert batch.pair_images.shape == (pairs, 32, 32, 3) and batch.pair_images.dtype == torch.uint8
+            assert batch.mim_images.shape == (alone, 32, 32, 3) and batch.mim_images.dtype == torch.uint8
+            assert batch.mim_mask.shape == (alone, 1, 1) and batch.mim_mask.dtype == torch.bool
+            for tokens in (batch.tokens, batch.mlm_tokens, batch.mlm_targets):
+                assert tokens.shape == (pairs, 16) and tokens.dtype == torch.int64
+            # images, texts and keys belong together
+            red = [*batch.pair_images[:, 0, 0, 0].tolist(), *batch.mim_images[:, 0, 0, 0].tolist()]
+            assert red == numbers(batch)
+            for row, number in zip(batch.tokens.tolist(), numbers(batch), strict=False):
+                assert f"picture {number} " in tokenizer.decode(row)
+                end = row.index(EOS)
+                assert row[0] == BOS and set(row[end + 1 :]) <= {PAD} and MASK not in row
+            asked = batch.mlm_targets != IGNORE
+            assert asked.any(dim=1).all() and (batch.mlm_targets[asked] == batch.tokens[asked]).all()
+            assert (batch.mlm_tokens[~asked] == batch.tokens[~asked]).all()
+            assert normalize(batch.pair_images).shape == (pairs, 3, 32, 32)
+    assert total_alone == 14 * 8 * ALONE // (PAIRS + ALONE)
+
+
+def test_flipped_pictures_have_flipped_words(data: Path, tokenizer: Tokenizer) -> None:
+    flipped = Counter[bool]()
+    for batch in take(Loader(config(data), tokenizer), 20):
+        for image, row in zip(batch.pair_images, batch.tokens.tolist(), strict=True):
+            mirrored = bool(image[0, 0, 1] > image[0, -1, 1])
+            text = tokenizer.decode(row)
+            flipped[mirrored] += 1
+            assert ("a right word" in text or "the left side" in text) == mirrored, text
+    assert 0.35 < flipped[True] / flipped.total() < 0.65
+    for batch in take(Loader(config(data, flip=0.0), tokenizer), 5):
+        assert (batch.pair_images[:, 0, 0, 1] < batch.pair_images[:, 0, -1, 1]).all()
+
+
+def test_all_captions_of_a_picture_are_drawn(data: Path, tokenizer: Tokenizer) -> None:
+    texts = {
+        tokenizer.decode(row) for b in take(Loader(config(data, flip=0.0), tokenizer), 60) for row in b.tokens
+    }
+    of_three = {text for text in texts if "picture 3 " in text}
+    assert of_three == {"picture 3 with a left word", "again picture 3 on the right side"}
+
+
+def test_several_captions_per_image(data: Path, tokenizer: Tokenizer) -> None:
+    for per_image in (2, 3):
+        batch = take(Loader(config(data, captions_per_image=per_image), tokenizer), 1)[0]
+        pairs = len(batch.pair_images)
+        assert batch.tokens.shape == batch.mlm_targets.shape == (pairs * per_image, 16)
+        for i, number in enumerate(numbers(batch)[:pairs]):
+            rows = [
+                tokenizer.decode(row) for row in batch.tokens[i * per_image : (i + 1) * per_image].tolist()
+            ]
+            assert all(f"picture {number} " in row for row in rows)
+            assert len(set(rows)) == 2, "both captions, before one comes again"
+
+
+def test_crops_differ_between_epochs_and_pictures(data: Path, tokenizer: Tokenizer) -> None:
+    batches = take(Loader(config(data, flip=0.0), tokenizer), 21)
+    of_seven = [
+        image
+        for batch in batches
+        for image, n in zip(batch.pair_images, numbers(batch), strict=False)
+        if n == 7
+    ]
+    assert len(of_seven) == 3
+    assert not torch.equal(of_seven[0], of_seven[1])
+    widths = {int(image[0, -1, 1]) - int(image[0, 0, 1]) for batch in batches for image in batch.pair_images}
+    assert len(widths) > 10
+
+
+def test_whole_pictures_without_augmentation(data: Path, tokenizer: Tokenizer) -> None:
+    plain = config(data, flip=0.0, crop_scale=(1.0, 1.0), crop_ratio=(1.0, 1.0))
+    batch = take(Loader(plain, tokenizer), 1)[0]
+    for image, number in zip(batch.pair_images, numbers(batch), strict=False):
+        assert (image.numpy() == np.asarray(Image.open(io.BytesIO(png(number))))).all()
+    jittered = take(Loader(dataclasses.replace(plain, color_jitter=0.4), tokenizer), 1)[0]
+    assert jittered.keys == batch.keys and not torch.equal(jittered.pair_images, batch.pair_images)
+    assert torch.equal(jittered.mlm_tokens, batch.mlm_tokens), "other draws are left alone"
+
+
+# order
+
+
+def test_every_sample_once_per_epoch(data: Path, tokenizer: Tokenizer) -> None:
+    seen = [n for batch in take(Loader(config(data), tokenizer), 21) for n in numbers(batch)]
+    for epoch in range(3):
+        pairs = [n for n in seen if n < PAIRS][epoch * PAIRS : (epoch + 1) * PAIRS]
+        alone = [n for n in seen if n >= PAIRS][epoch * ALONE : (epoch + 1) * ALONE]
+        assert sorted(pairs) == list(range(PAIRS)) and sorted(alone) == list(range(PAIRS, PAIRS + ALONE))
+    assert seen[:56] != seen[56:112], "another order in another epoch"
+
+
+def test_order_of_many_shards_is_a_shuffle_of_groups() -> None:
+    sizes = [7, 0, 3, 11, 1] * 20  # 100 shards, 20 of them empty
+    ends = np.cumsum(sizes)
+    shards = [np.arange(end - size, end) for end, size in zip(ends, sizes, strict=True)]
+    source = order.Source(shards, seed=3, kind=0)
+    drawn = [source.at(position) for position in range(2 * len(source))]
+    assert [epoch for epoch, _ in drawn] == [0] * 440 + [1] * 440
+    first, second = [n for _, n in drawn[:440]], [n for _, n in drawn[440:]]
+    assert sorted(first) == sorted(second) == list(range(440)) and first != second
+    # a group's samples come together, from 16 shards that do not lie together
+    shard_of = np.searchsorted(ends, np.array(first), side="right")
+    groups: list[set[int]] = [set()]
+    for shard in shard_of.tolist():
+        if shard not in groups[-1] and len(groups[-1]) == order.GROUP:
+            groups.append(set())
+        groups[-1].add(shard)
+    assert [len(group) for group in groups] == [16] * 5
+    assert np.ptp(sorted(groups[0])) > 40
+    # any place is found directly, in any direction
+    other = order.Source(shards, seed=3, kind=0)
+    for position in (879, 0, 440, 439, 17):
+        assert other.at(position) == drawn[position]
+    for different in (order.Source(shards, seed=4, kind=0), order.Source(shards, seed=3, kind=1)):
+        assert [different.at(i)[1] for i in range(440)] != first
+
+
+def test_order_is_uniform() -> None:
+    """Chi-square of where the first sample of 8 lands over 4000 epochs; the 99.9% point for 7 degrees is
+    24.3."""
+    source = order.Source([np.arange(4), np.arange(4, 8)], seed=0, kind=0)
+    counts = Counter(source.at(8 * epoch)[1] for epoch in range(4000))
+    assert sum((counts[n] - 500) ** 2 / 500 for n in range(8)) < 24.3
+
+
+def test_generators_are_independent_and_known() -> None:
+    draws = {
+        key: tuple(order.generator(*key).random(4))
+        for key in itertools.product((0, 1, 2**63 - 1), (0, 1), (0, 1, 10**12), range(6))
+    }
+    assert len(set(draws.values())) == len(draws)
+    plain = np.random.Generator(np.random.Philox(key=[5, 6], counter=[0, 0, 7, 3])).random(9)
+    assert (order.generator(5, 6, 7, 3).random(9) == plain).all()
+
+
+def test_batches_do_not_depend_on_threads(data: Path, tokenizer: Tokenizer) -> None:
+    settings = config(data, tokenizer_sampling=0.3)
+    expected = take(Loader(dataclasses.replace(settings, workers=0), tokenizer), 12)
+    for workers, prefetch in ((1, 1), (2, 4), (5, 3)):
+        batches = take(
+            Loader(dataclasses.replace(settings, workers=workers, prefetch=prefetch), tokenizer), 12
+        )
+        assert all(map(equal, expected, batches))
+    other = take(Loader(dataclasses.replace(settings, seed=1), tokenizer), 1)[0]
+    assert other.keys != expected[0].keys
+
+
+# ranks
+
+
+@pytest.mark.parametrize("fraction", [None, 0.25, 0.5])
+def test_global_batches_do_not_depend_on_the_ranks(
+    data: Path, tokenizer: Tokenizer, fraction: float | None
+) -> None:
+    def global_batches(ranks: int) -> list[tuple[list[str], list[str], list[torch.Tensor]]]:
+        settings = config(data, batch_size=8 // ranks, uncaptioned_fraction=fraction)
+        each = [take(Loader(settings, tokenizer, rank=rank, world_size=ranks), 9) for rank in range(ranks)]
+        for batch in itertools.chain(*each):
+            assert len(batch.keys) == 8 // ranks
+        return [join(list(parts)) for parts in zip(*each, strict=True)]
+
+    one = global_batches(1)
+    for ranks in (2, 4):
+        for (pairs, alone, tensors), (pairs_1, alone_1, tensors_1) in zip(
+            global_batches(ranks), one, strict=True
+        ):
+            assert pairs == pairs_1 and alone == alone_1
+            assert all(map(torch.equal, tensors, tensors_1))
+
+
+def test_elastic_resume_loses_and_repeats_nothing(data: Path, tokenizer: Tokenizer) -> None:
+    """1 rank, then 2, then 4, with the state of any rank handed on; then every sample was seen equally
+    often."""
+    state: dict[str, Any] | None = None
+    seen: list[int] = []
+    for ranks, batches in ((1, 5), (2, 7), (4, 4)):  # 40 + 112 + 128 samples = 5 epochs of 56
+        states = []
+        for rank in range(ranks):
+            with Loader(config(data), tokenizer, rank=rank, world_size=ranks) as loader:
+                if state is not None:
+                    loader.load_state_dict(state)
+                for batch in itertools.islice(loader, batches):
+                    seen += numbers(batch)
+                states.append(loader.state_dict())
+        assert all(other == states[0] for other in states)
+        state = states[-1]
+    assert Counter(seen) == dict.fromkeys(range(PAIRS + ALONE), 5)
+
+
+def test_shares_are_exact_over_time() -> None:
+    position, share = order.Position(), order.Fraction(1, 10)
+    for _ in range(1000):
+        parts = [order.split(position, 7, rank, 3, share) for rank in range(3)]
+        assert all(len(part.pairs) + len(part.uncaptioned) == 7 for part in parts)
+        pairs = [i for part in parts for i in part.pairs]
+        alone = [i for part in parts for i in part.uncaptioned]
+        after = parts[0].after
+        assert all(part.after == after for part in parts)
+        assert pairs == list(range(position.captioned, after.captioned))
+        assert alone == list(range(position.uncaptioned, after.uncaptioned))
+        assert len(alone) in (2, 3)
+        position = after
+    assert position == order.Position(18_900, 2_100, 1000)
+
+
+# resume
+
+
+def test_resume_is_exact_and_breaks_when_the_state_is_broken(data: Path, tokenizer: Tokenizer) -> None:
+    settings = config(data, tokenizer_sampling=0.3)
+    expected = take(Loader(settings, tokenizer), 16)
+    with Loader(settings, tokenizer) as first:
+        for _ in range(9):
+            next(first)
+        state = json.loads(json.dumps(first.state_dict()))
+    assert (state["captioned"], state["uncaptioned"], state["batches"]) == (52, 20, 9)
+
+    def continued(changes: dict[str, int]) -> list[bool]:
+        with Loader(settings, tokenizer) as loader:
+            loader.load_state_dict({**state, **changes})
+            return [equal(next(loader), batch) for batch in expected[9:]]
+
+    assert continued({}) == [True] * 7
+    # The same test has to fail when the state is wrong: by one sample, or by what was prefetched but not
+    # handed out.
+    assert not any(continued({"captioned": 53}))
+    assert not any(continued({"uncaptioned": 19}))
+    assert not any(continued({"captioned": 52 + 23, "uncaptioned": 20 + 9}))
+
+
+def test_state_counts_what_was_handed_out(data: Path, tokenizer: Tokenizer) -> None:
+    with Loader(config(data, prefetch=7), tokenizer) as loader:
+        assert loader.state_dict()["batches"] == 0
+        next(loader)
+        time.sleep(0.3)  # the pool runs ahead
+        state = loader.state_dict()
+        assert state["batches"] == 1 and state["captioned"] + state["uncaptioned"] == 8
+        second = next(loader)
+        loader.load_state_dict(state)  # also in the middle of an iteration
+        assert equal(next(loader), second)
+        assert loader.epoch == loader.state_dict()["captioned"] / PAIRS
+
+
+def test_pickle_goes_on_where_the_loader_was(data: Path, tokenizer: Tokenizer) -> None:
+    with Loader(config(data), tokenizer) as loader:
+        next(loader)
+        with pickle.loads(pickle.dumps(loader)) as copy:  # noqa: S301
+            assert equal(next(copy), next(loader))
+
+
+def test_states_of_other_data_are_refused(data: Path, tokenizer: Tokenizer, tmp_path: Path) -> None:
+    with Loader(config(data), tokenizer) as loader:
+        next(loader)
+        state = loader.state_dict()
+    other_tokenizer = train_tokenizer(["some other words"] * 9, tmp_path / "o.model", 300)
+    three = config(data, shards=tuple(str(data / f"train-{i}.tar") for i in range(3)))
+    swapped = config(data, shards=tuple(str(data / f"train-{i}.tar") for i in (1, 0, 2, 3)))
+    refusals = [
+        (Loader(config(data, seed=5), tokenizer), "seed was 0, is 5"),
+        (Loader(config(data, uncaptioned_fraction=0.5), tokenizer), "uncaptioned_share was 2/7, is 1/2"),
+        (Loader(config(data), other_tokenizer), "tokenizer was .*, is "),
+        (Loader(three, tokenizer), "shards 4 -> 3, captioned 40 -> 30, uncaptioned 16 -> 12, bytes"),
+        (Loader(swapped, tokenizer), "other names, order or contents"),
+    ]
+    for loader, message in refusals:
+        with pytest.raises(ValueError, match=message):
+            loader.load_state_dict(state)
+    with pytest.raises(ValueError, match="version 7; supported is 1"):
+        loader.load_state_dict({**state, "version": 7})
+    # what may change: batch size, size of the pictures, augmentation
+    Loader(config(data, batch_size=3, image_size=64, flip=0.0), tokenizer).load_state_dict(state)
+
+
+# broken pictures
+
+
+@pytest.fixture
+def partly_broken(tmp_path: Path) -> Path:
+    """40 pairs and 16 pictures alone, of which 2 pairs and 1 picture are broken."""
+    samples = {f"{n:03d}": sample(n, n < PAIRS) for n in range(PAIRS + ALONE)}
+    samples["005"]["png"] = png(5)[:60]
+    samples["017"]["png"] = b""
+    samples["050"]["png"] = b"no picture"
+    write_tar(tmp_path / "b.tar", samples)
+    return tmp_path
+
+
+def test_broken_pictures_are_counted_and_replaced(partly_broken: Path, tokenizer: Tokenizer) -> None:
+    quarantine = partly_broken / "quarantine.jsonl"
+    settings = config(partly_broken, max_broken=0.5, quarantine=str(quarantine))
+    with Loader(settings, tokenizer) as loader:
+        batches = list(itertools.islice(loader, 14))  # two epochs
+        report = loader.broken
+    seen = [n for batch in batches for n in numbers(batch)]
+    assert len(seen) == 112 and not {5, 17, 50} & set(seen)
+    assert [n >= PAIRS for b in batches for n in numbers(b)] == [
+        i >= len(b.pair_images) for b in batches for i in range(8)
+    ], "a substitute comes from the same source"
+    assert all(b.pair_images[:, 0, 0, 0].tolist() == numbers(b)[: len(b.pair_images)] for b in batches)
+    assert report.count >= 6 and report.tried == 112 + report.count
+    assert sorted(broken.key for broken in report.samples) == ["005", "017", "050"]
+    assert all(broken.shard.endswith("b.tar") and broken.reason for broken in report.samples)
+    assert "samples are broken" in str(report) and "017" in str(report)
+    lines = [json.loads(line) for line in quarantine.read_text().splitlines()]
+    assert lines == [dataclasses.asdict(broken) for broken in report.samples]
+    for workers in (0, 3):
+        again = take(Loader(config(partly_broken, max_broken=0.5, workers=workers), tokenizer), 14)
+        assert all(map(equal, batches, again))
+
+
+def test_too_many_broken_pictures_stop_the_run(partly_broken: Path, tokenizer: Tokenizer) -> None:
+    with Loader(config(partly_broken, max_broken=0.01), tokenizer) as loader:
+        with pytest.raises(
+            TooManyBroken, match=r"b\.tar: 0\d\d: .*limit \(max_broken\) is a share of 0\.01"
+        ) as raised:
+            for _ in range(14):
+                next(loader)
+        assert "of " in str(raised.value)
+        batches = loader.state_dict()["batches"]
+        assert 2 <= batches < 8  # not before 20 samples
+        with pytest.raises(TooManyBroken):
+            next(loader)
+        assert loader.state_dict()["batches"] == batches
+
+
+def test_nothing_but_broken_pictures(tmp_path: Path, tokenizer: Tokenizer) -> None:
+    write_tar(tmp_path / "b.tar", {f"{n}": {"png": b"x", "txt": b"a"} for n in range(5)})
+    with Loader(config(tmp_path, max_broken=1.0), tokenizer) as loader:
+        with pytest.raises(TooManyBroken, match="20 substitutes"):
+            next(loader)
+
+
+def test_bombs_and_vanished_tars_count_as_broken(tmp_path: Path, tokenizer: Tokenizer) -> None:
+    write_tar(
+        tmp_path / "a.tar",
+        {f"{n:03d}": sample(n) for n in range(20)} | {"big": sample(0) | {"png": png(1, 65)}},
+    )
+    with Loader(config(tmp_path, max_broken=0.5, max_pixels=64 * 64), tokenizer) as loader:
+        for _ in range(6):
+            next(loader)
+        assert "65x65 is 4225 pixels, over the limit of 4096" in str(loader.broken)
+        (tmp_path / "a.tar").write_bytes(b"")  # the open file has shrunk
+        with pytest.raises(TooManyBroken, match="shorter than when it was indexed"):
+            for _ in range(20):
+                next(loader)
+
+
+# sources
+
+
+def test_uncaptioned_pictures_alone(tmp_path: Path, tokenizer: Tokenizer) -> None:
+    write_tar(tmp_path / "u.tar", {f"{n:03d}": sample(n, captioned=False) for n in range(10)})
+    batch = take(Loader(config(tmp_path), tokenizer), 1)[0]
+    assert batch.pair_images.shape == (0, 32, 32, 3) and batch.tokens.shape == (0, 16)
+    assert len(batch.mim_images) == 8
+    with pytest.raises(ValueError, match=r"uncaptioned_fraction is 0\.5, but no sample has a caption"):
+        Loader(config(tmp_path, uncaptioned_fraction=0.5), tokenizer)
+
+
+def test_pairs_alone(tmp_path: Path, data: Path, tokenizer: Tokenizer) -> None:
+    write_tar(tmp_path / "p.tar", {f"{n:03d}": sample(n) for n in range(10)})
+    with Loader(config(tmp_path), tokenizer) as loader:
+        assert loader.pairs == 8
+        batch = next(loader)
+    assert batch.mim_images.shape == (0, 32, 32, 3) and batch.mim_mask.shape == (0, 1, 1)
+    with pytest.raises(ValueError, match="every sample has a caption"):
+        Loader(config(tmp_path, uncaptioned_fraction=0.1), tokenizer)
+    with Loader(config(data, uncaptioned_fraction=0.0), tokenizer) as loader:
+        assert all(len(next(loader).mim_images) == 0 for _ in range(9))
+    assert Loader(config(data, uncaptioned_fraction=0.25), tokenizer).pairs == 6
+
+
+@pytest.mark.parametrize(
+    ("changes", "message"),
+    [
+        ({"image_size": 40}, "image_size is 40; supported: multiples of 32"),
+        ({"batch_size": 0}, "batch_size is 0"),
+        ({"text_length": 2}, "text_length is 2"),
+        ({"crop_scale": (0.0, 1.0)}, "crop_scale"),
+        ({"crop_ratio": (2.0, 1.0)}, "crop_ratio"),
+        ({"flip": 1.5}, "flip is 1.5; supported: 0 to 1"),
+        ({"interpolation": "lanczos"}, "'lanczos'; supported: bilinear, bicubic"),
+        ({"uncaptioned_fraction": 2.0}, "uncaptioned_fraction"),
+        ({"seed": -1}, "seed is -1"),
+        ({"workers": -1}, "workers is -1"),
+        ({"shards": ("nowhere.tar",)}, "no shard at nowhere.tar"),
+    ],
+)
+def test_impossible_settings(data: Path, tokenizer: Tokenizer, changes: dict[str, Any], message: str) -> None:
+    with pytest.raises((ValueError, FileNotFoundError), match=message):
+        Loader(config(data, **changes), tokenizer)
+
+
+def test_impossible_ranks(data: Path, tokenizer: Tokenizer) -> None:
+    with pytest.raises(ValueError, match="rank is 2 of world_size 2"):
+        Loader(config(data), tokenizer, rank=2, world_size=2)
+
+
+# threads
+
+
+def test_errors_of_workers_are_raised_and_nothing_is_skipped(
+    data: Path, tokenizer: Tokenizer, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    expected = take(Loader(config(data), tokenizer), 3)
+    with Loader(config(data), tokenizer) as loader:
+        next(loader)
+        with monkeypatch.context() as patch:
+            patch.setattr("dataload.samples.mlm_mask", lambda *_: 1 / 0)
+            with pytest.raises(ZeroDivisionError):
+                for _ in range(9):
+                    next(loader)
+            done = loader.state_dict()["batches"]
+        assert 1 <= done <= 1 + loader.config.prefetch
+        loader.load_state_dict({**loader.state_dict(), "captioned": 0, "uncaptioned": 0, "batches": 0})
+        assert all(equal(next(loader), batch) for batch in expected)
+
+
+def test_closing(data: Path, tokenizer: Tokenizer) -> None:
+    before = threading.active_count()
+    loader = Loader(config(data, workers=4), tokenizer)
+    next(loader)
+    assert threading.active_count() > before
+    loader.close()
+    loader.close()
+    assert threading.active_count() == before
+    with pytest.raises(RuntimeError, match="closed"):
+        next(loader)
+    assert loader.state_dict()["batches"] == 1
+
+
+SCRIPT = """
+import os, sys
+from dataload.pipeline import Loader, LoaderConfig
+from dataload.tokenizer import Tokenizer
+
+config = LoaderConfig((sys.argv[1],), batch_size=64, image_size=448, text_length=16, workers=2, prefetch=64)
+loader = Loader(config, Tokenizer.load(sys.argv[2]))
+next(loader)
+if sys.argv[3] == "fork":
+    child = os.fork()
+    if child == 0:
+        os.write(1, repr(next(loader).keys).encode() + b"\\n")
+        os._exit(0)
+    os.waitpid(child, 0)
+    os.write(1, repr(next(loader).keys).encode() + b"\\n")
+print("started", flush=True)
+while sys.argv[3] == "interrupt":
+    next(loader)
+"""
+
+
+@pytest.mark.skipif(sys.platform == "win32", reason="needs os.fork and signals")
+@pytest.mark.parametrize("case", ["fork", "interrupt"])
+def test_processes_fork_and_end(data: Path, tokenizer: Tokenizer, tmp_path: Path, case: str) -> None:
+    """A forked process goes on by itself. And a process ends at once, whether its script ends or Ctrl-C
+    comes, though 4,096 pictures of 448 x 448 wait in the pool."""
+    tokenizer.save(tmp_path / "t.model")
+    command = [sys.executable, "-c", SCRIPT, str(data), str(tmp_path / "t.model"), case]
+    with subprocess.Popen(
+        command, stdout=subprocess.PIPE, stderr=subprocess.PIPE, text=True, cwd=ROOT
+    ) as process:
+        assert process.stdout is not None
+        lines = list(iter(process.stdout.readline, "started\n"))
+        started = time.perf_counter()
+        if case == "interrupt":
+            process.send_signal(signal.SIGINT)
+        try:
+            _, errors = process.communicate(timeout=60)
+        finally:
+            process.kill()
+    assert time.perf_counter() - started < 10
+    if case == "fork":
+        assert process.returncode == 0, errors
+        assert len(lines) == 2 and lines[0] == lines[1]
+    else:
+        assert process.returncode == -signal.SIGINT and errors.endswith("KeyboardInterrupt\n"), errors
+
+
+# evaluation
+
+
+def eval_keys(batches: Iterator[Any]) -> list[str]:
+    return [key for batch in batches for key in batch.keys]
+
+
+def test_eval_set(data: Path, tokenizer: Tokenizer) -> None:
+    subset = EvalSet((str(data),), tokenizer, 64, 16, batch_size=7)
+    assert len(subset) == PAIRS and subset.uncaptioned == ALONE
+    batches = list(subset)
+    assert [len(batch.keys) for batch in batches] == [7] * 5 + [5]
+    assert eval_keys(iter(batches)) == [
+        f"train-{shard}/{n:03d}" for shard in range(4) for n in range(shard, PAIRS, 4)
+    ]
+    for batch in batches:
+        assert batch.images.shape == (len(batch.keys), 64, 64, 3) and batch.images.dtype == torch.uint8
+        assert batch.images[:, 0, 0, 0].tolist() == [int(key.split("/")[1]) for key in batch.keys]
+        assert batch.image_of_caption.tolist() == [i for i in range(len(batch.keys)) for _ in range(2)]
+        flat = [text for texts in batch.captions for text in texts]
+        assert torch.equal(batch.tokens, tokenizer.encode_batch(flat, 16))
+        for key, texts in zip(batch.keys, batch.captions, strict=True):
+            n = int(key.split("/")[1])
+            assert texts == [f"picture {n} with a left word", f"again picture {n} on the right side"]
+    again = list(subset)
+    assert all(torch.equal(a.images, b.images) for a, b in zip(batches, again, strict=True))
+
+
+def test_eval_set_reports_broken_pictures_and_leaves_them_out(
+    partly_broken: Path, tokenizer: Tokenizer
+) -> None:
+    subset = EvalSet((str(partly_broken),), tokenizer, 32, 16)
+    for _ in range(2):
+        assert len(eval_keys(iter(subset))) == PAIRS - 2
+    assert [broken.key for broken in subset.broken] == ["005", "017"]
+
+
+def test_eval_set_needs_captions_and_can_be_left_half_way(
+    data: Path, tokenizer: Tokenizer, tmp_path: Path
+) -> None:
+    before = threading.active_count()
+    for _ in EvalSet((str(data),), tokenizer, 32, 16, batch_size=4):
+        break
+    assert threading.active_count() == before
+    write_tar(tmp_path / "u.tar", {"0": sample(0, captioned=False)})
+    with pytest.raises(ValueError, match="no sample of .* has a caption"):
+        EvalSet((str(tmp_path),), tokenizer, 32, 16)
