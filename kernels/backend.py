@@ -1,0 +1,90 @@
+"""Names of the backends, and how one is chosen.
+
+    reference   the definition, written to be read: explicit indices, explicit masks
+    eager       plain torch operations, written to be fast
+    sdpa        torch.nn.functional.scaled_dot_product_attention does the attention
+
+`auto` (the default) takes what measured fastest for the call's device, dtype and shape: the rule and the
+figures stand in each function's op.py. A backend that is named runs, or raises BackendError; it is never
+silently replaced.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Mapping
+from dataclasses import dataclass
+from typing import NamedTuple
+
+import kernels
+from kernels.clash import check_marker
+
+check_marker(kernels)
+
+BACKENDS = ("reference", "eager", "sdpa")
+# Known by name, so that asking for one gets a true answer.
+PLANNED = ("triton", "flash_attn")
+PLANNED_REASON = "planned; not part of this version"
+
+
+class BackendError(RuntimeError):
+    """A backend that was asked for by name cannot run this call."""
+
+
+class Plan(NamedTuple):
+    """What a function knows about one call before it runs."""
+
+    preferred: str  # what `auto` takes
+    reason: str  # why
+    refusals: Mapping[str, str]  # backend -> why it cannot run this call; backends that can are absent
+
+
+@dataclass(frozen=True)
+class Choice:
+    """What `kernels.explain` returns; printed, it is one readable line."""
+
+    function: str
+    backend: str | None  # what would run; None where the backend that was named cannot
+    reason: str
+    others: Mapping[str, str]  # every other backend -> why it would not run
+
+    def __str__(self) -> str:
+        runs = f"{self.backend} runs" if self.backend else "nothing runs"
+        others = "; ".join(f"{name}: {why}" for name, why in self.others.items())
+        return f"{self.function}: {runs} ({self.reason}). Others: {others}"
+
+
+def resolve(function: str, requested: str, plan: Plan) -> str:
+    """The backend that runs: `requested` is "auto" or a name.
+
+    Raises ValueError for a name that does not exist and BackendError for one that cannot run this call.
+    """
+    if requested == "auto":
+        return plan.preferred
+    why = _refusal(function, requested, plan)
+    if why is not None:
+        able = ", ".join(name for name in BACKENDS if name not in plan.refusals)
+        raise BackendError(
+            f"{function}: backend {requested!r} cannot run this call: {why}. These can: {able}"
+        )
+    return requested
+
+
+def describe(function: str, requested: str, plan: Plan) -> Choice:
+    """The same decision in words, without raising for a named backend that cannot run the call."""
+    if requested == "auto":
+        backend, reason, passed = plan.preferred, plan.reason, f"able, but auto prefers {plan.preferred}"
+    elif (why := _refusal(function, requested, plan)) is None:
+        backend, reason, passed = requested, "asked for by name", "able, but not asked for"
+    else:
+        backend, reason, passed = None, f"{requested} was asked for: {why}", "able, but not asked for"
+    others = {name: plan.refusals.get(name, passed) for name in BACKENDS if name != backend}
+    return Choice(function, backend, reason, others | dict.fromkeys(PLANNED, PLANNED_REASON))
+
+
+def _refusal(function: str, requested: str, plan: Plan) -> str | None:
+    if requested in BACKENDS:
+        return plan.refusals.get(requested)
+    if requested in PLANNED:
+        return PLANNED_REASON
+    names = ", ".join(map(repr, ("auto", *BACKENDS)))
+    raise ValueError(f"{function}: unknown backend {requested!r}; supported: {names}")

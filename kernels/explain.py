@@ -1,0 +1,37 @@
+"""Questions about the backends: which one would run a call, and which there are."""
+
+from __future__ import annotations
+
+from collections.abc import Callable
+from typing import Any
+
+from kernels.backend import BACKENDS, PLANNED, PLANNED_REASON, Choice
+from kernels.latent_attention import op as latent
+from kernels.window_attention import op as window
+
+EXPLAINERS: dict[Callable[..., Any], Callable[..., Choice]] = {
+    window.window_attention: window.explain,
+    latent.latent_attention: latent.explain,
+}
+
+
+def explain(fn: Callable[..., Any], *args: Any, **kwargs: Any) -> Choice:
+    """Which backend `fn(*args, **kwargs)` would run, and why not the others. Nothing is computed.
+
+    Tensors may be on the meta device. The arguments are checked as the call itself checks them, with the
+    same errors; only a named backend that cannot run the call is told in the answer instead of raised.
+
+        print(kernels.explain(kernels.window_attention, qkv, window=7))
+    """
+    if fn not in EXPLAINERS:
+        names = ", ".join(known.__name__ for known in EXPLAINERS)
+        raise ValueError(
+            f"explain: {getattr(fn, '__name__', fn)!r} has no backends to choose from; supported: {names}"
+        )
+    return EXPLAINERS[fn](*args, **kwargs)
+
+
+def available_backends() -> dict[str, dict[str, str | None]]:
+    """function -> backend -> None where it can run on this machine, else why it cannot."""
+    backends = dict.fromkeys(BACKENDS) | dict.fromkeys(PLANNED, PLANNED_REASON)
+    return {fn.__name__: dict(backends) for fn in EXPLAINERS}

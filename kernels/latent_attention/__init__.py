@@ -1,0 +1,2 @@
+"""Latent attention: reference.py is the definition, eager.py and sdpa.py are fast, op.py has the public
+function."""

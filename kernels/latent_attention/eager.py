@@ -1,0 +1,134 @@
+"""Latent attention in plain torch operations, written to be fast: batched products and a softmax over [B, h,
+M, N].
+
+One autograd function, so that scale, mask and softmax work in place on tensors that nobody else sees, and
+one tensor of probabilities is kept for the backward. Half types are computed in float32.
+"""
+
+from __future__ import annotations
+
+from typing import Any
+
+import torch
+from torch import Tensor
+from torch.autograd.function import once_differentiable
+
+from kernels.latent_attention.dropout import keep_mask
+from kernels.latent_attention.reference import compute_dtype
+
+
+def latent_attention(
+    q: Tensor,
+    k: Tensor,
+    v: Tensor,
+    visible: Tensor | None,
+    scale: float,
+    dropout_p: float,
+    seed: Tensor | None,
+    return_lse: bool,
+) -> tuple[Tensor, Tensor | None]:
+    """q [B, M, h, dqk]; k, v [B, N, h_kv, d]; visible bool [B, N] -> out [B, M, h, dv], lse [B, h, M] or
+    None."""
+    batch, queries, heads, _ = q.shape
+    keys, kv_heads = k.shape[1:3]
+    mask = empty = keep = None
+    if visible is not None:
+        mask, empty = additive_mask(visible, compute_dtype(q))
+    elif keys == 0:
+        empty = torch.ones(batch, dtype=torch.bool, device=q.device)
+    if seed is not None:
+        keep = keep_mask(seed, dropout_p, batch, heads, queries, keys)
+        keep = keep.view(batch * kv_heads, heads // kv_heads * queries, keys)
+    folded, k, v = (
+        t.to(compute_dtype(q)) for t in (fold_heads(q, kv_heads), k.transpose(1, 2), v.transpose(1, 2))
+    )
+    out, lse = _Attention.apply(folded, k, v, mask, keep, scale, dropout_p, return_lse)
+    if empty is not None:
+        out = out.masked_fill(empty[:, None, None, None], 0)
+        lse = None if lse is None else lse.masked_fill(empty[:, None, None], float("-inf"))
+    out = unfold_heads(out, heads).to(q.dtype)
+    return out, None if lse is None else lse.view(batch, heads, queries)
+
+
+class _Attention(torch.autograd.Function):
+    """Plain attention of q [B, h, M, dqk], k, v [B, h, N, d] -> out [B, h, M, dv], lse [B, h, M] or None.
+
+    mask [B, N] is added to the logits; keep bool [B * h, M, N] says what dropout keeps.
+    """
+
+    @staticmethod
+    def forward(
+        ctx: Any,
+        q: Tensor,
+        k: Tensor,
+        v: Tensor,
+        mask: Tensor | None,
+        keep: Tensor | None,
+        scale: float,
+        dropout_p: float,
+        return_lse: bool,
+    ) -> tuple[Tensor, Tensor | None]:
+        sizes = q.shape[:2]
+        scaled = torch.mul(q, scale, out=q.new_empty(q.shape)).flatten(0, 1)  # a copy that is contiguous
+        k, v = k.flatten(0, 1), v.flatten(0, 1)
+        logits = torch.bmm(scaled, k.mT)  # [B * h, M, N]
+        if mask is not None:
+            logits.unflatten(0, sizes).add_(mask[:, None, None])
+        lse = logits.logsumexp(-1).unflatten(0, sizes) if return_lse else None
+        weights = softmax_(logits)
+        out = torch.bmm(_dropped(weights, keep, dropout_p), v).unflatten(0, sizes)
+        ctx.save_for_backward(scaled, k, v, weights, keep)
+        ctx.sizes, ctx.scale, ctx.dropout_p = sizes, scale, dropout_p
+        return out, lse
+
+    @staticmethod
+    @once_differentiable
+    def backward(ctx: Any, d_out: Tensor, d_lse: Tensor | None) -> tuple[Tensor | None, ...]:
+        scaled, k, v, weights, keep = ctx.saved_tensors
+        # Autograd may call this under the caller's autocast.
+        with torch.autocast(d_out.device.type, enabled=False):
+            d_out = d_out.flatten(0, 1)
+            d_v = torch.bmm(_dropped(weights, keep, ctx.dropout_p).mT, d_out)
+            d_weights = _dropped(torch.bmm(d_out, v.mT), keep, ctx.dropout_p)
+            d_logits = torch._softmax_backward_data(d_weights, weights, -1, weights.dtype)
+            if d_lse is not None:
+                d_logits = d_logits.addcmul_(weights, d_lse.flatten(0, 1)[..., None])
+            d_q = torch.bmm(d_logits, k).mul_(ctx.scale)
+            d_k = torch.bmm(d_logits.mT, scaled)
+        d_q, d_k, d_v = (t.unflatten(0, ctx.sizes) for t in (d_q, d_k, d_v))
+        return d_q, d_k, d_v, None, None, None, None, None
+
+
+def _dropped(weights: Tensor, keep: Tensor | None, dropout_p: float) -> Tensor:
+    return weights if keep is None else weights * keep / (1 - dropout_p)
+
+
+def softmax_(logits: Tensor) -> Tensor:
+    """Softmax over the last dimension that may overwrite its input: a fresh tensor of that size costs as
+    much again."""
+    if torch.compiler.is_compiling():
+        return logits.softmax(-1)
+    return torch.softmax(logits, -1, out=logits)
+
+
+def fold_heads(q: Tensor, kv_heads: int) -> Tensor:
+    """[B, M, h, d] -> [B, h_kv, g * M, d], g = h / h_kv: heads that share keys become queries of one head."""
+    if kv_heads == q.shape[2]:
+        return q.transpose(1, 2)
+    return q.unflatten(2, (kv_heads, -1)).permute(0, 2, 3, 1, 4).flatten(2, 3)
+
+
+def unfold_heads(out: Tensor, heads: int) -> Tensor:
+    """[B, h_kv, g * M, d] -> [B, M, h, d]."""
+    return out.unflatten(2, (heads // out.shape[1], -1)).flatten(1, 2).transpose(1, 2)
+
+
+def additive_mask(visible: Tensor, dtype: torch.dtype) -> tuple[Tensor, Tensor]:
+    """visible [B, N] -> (0 and -inf [B, N], empty [B]).
+
+    A sample without a visible key is not masked: its result is set to zero afterwards, and until then
+    nothing is NaN.
+    """
+    empty = ~visible.any(-1)
+    zeros = torch.zeros(visible.shape, dtype=dtype, device=visible.device)
+    return zeros.masked_fill(~(visible | empty[:, None]), float("-inf")), empty

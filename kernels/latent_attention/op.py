@@ -1,0 +1,242 @@
+"""The public function: checks, choice of the backend, dispatch."""
+
+from __future__ import annotations
+
+from typing import Literal, overload
+
+import torch
+from torch import Tensor
+
+from kernels.autocast import autocast_dtype
+from kernels.backend import Choice, Plan, describe, resolve
+from kernels.latent_attention import eager, reference, sdpa
+from kernels.latent_attention.dropout import seed_tensor
+from kernels.latent_attention.packing import unpack_keys
+
+NAME = "latent_attention"
+FEW_PAIRS = 4096  # queries * keys of one head; see README.md
+DTYPES = (torch.float64, torch.float32, torch.float16, torch.bfloat16)
+
+
+@overload
+def latent_attention(
+    q: Tensor,
+    k: Tensor,
+    v: Tensor,
+    *,
+    key_lengths: Tensor | None = None,
+    cu_seqlens_k: Tensor | None = None,
+    key_mask: Tensor | None = None,
+    scale: float | None = None,
+    dropout_p: float = 0.0,
+    seed: int | Tensor | None = None,
+    return_lse: Literal[False] = False,
+    backend: str = "auto",
+) -> Tensor: ...
+@overload
+def latent_attention(
+    q: Tensor,
+    k: Tensor,
+    v: Tensor,
+    *,
+    key_lengths: Tensor | None = None,
+    cu_seqlens_k: Tensor | None = None,
+    key_mask: Tensor | None = None,
+    scale: float | None = None,
+    dropout_p: float = 0.0,
+    seed: int | Tensor | None = None,
+    return_lse: Literal[True],
+    backend: str = "auto",
+) -> tuple[Tensor, Tensor]: ...
+def latent_attention(
+    q: Tensor,
+    k: Tensor,
+    v: Tensor,
+    *,
+    key_lengths: Tensor | None = None,
+    cu_seqlens_k: Tensor | None = None,
+    key_mask: Tensor | None = None,
+    scale: float | None = None,
+    dropout_p: float = 0.0,
+    seed: int | Tensor | None = None,
+    return_lse: bool = False,
+    backend: str = "auto",
+) -> Tensor | tuple[Tensor, Tensor]:
+    """Attention of few queries (latents) over many keys, as in Perceiver (arXiv:2103.03206); any other sizes
+    work too.
+
+    q: [B, M, h, dqk]; k: [B, N, h_kv, dqk]; v: [B, N, h_kv, dv]; h a multiple of h_kv: query head i reads
+        key head i // (h / h_kv). float64, float32, float16 or bfloat16, all three the same.
+    Visible keys, at most one of:
+        key_lengths: int [B], the first so many keys of each sample;
+        cu_seqlens_k: int32 [B + 1], k and v are packed, [total, h_kv, d], sample b has rows cu[b] to cu[b +
+        1]; key_mask: bool [B, N], True = visible.
+    scale: of the dot products; default dqk**-0.5.
+    dropout_p: share of the probabilities that is dropped, the others grow by 1 / (1 - dropout_p); for
+        training only: pass 0 in evaluation. What is dropped depends on seed and on places alone (see
+        dropout.py); seed None draws one from torch's default generator.
+    backend: "auto", "reference", "eager" or "sdpa"; `kernels.explain` tells what auto takes.
+
+    Returns out [B, M, h, dv], and with return_lse also the natural log of each row's sum of exponentials,
+    [B, h, M], float32 (float64 for float64 inputs), before dropout. A row with no visible key gives 0, lse
+    -inf, and gradients 0. Gradients: q, k, v, through out and through lse. What is hidden must still be
+    finite. Under autocast q, k and v are cast to autocast's dtype, as torch's own attention casts them.
+    Raises TypeError (dtypes), ValueError (shapes, values), BackendError (a named backend that cannot run the
+    call).
+    """
+    low = autocast_dtype(q)
+    if low is not None:
+        q, k, v = q.to(low), k.to(low), v.to(low)
+    _check(q, k, v, key_lengths, cu_seqlens_k, key_mask, dropout_p)
+    backend = resolve(NAME, backend, plan(q, k, dropout_p, return_lse))
+    scale = q.shape[-1] ** -0.5 if scale is None else scale
+    drop = seed_tensor(seed, q.device) if dropout_p > 0 else None
+    visible = key_mask
+    if key_lengths is not None:
+        visible = torch.arange(k.shape[1], device=k.device) < key_lengths[:, None]
+    if low is None:
+        out, lse = _run(backend, q, k, v, visible, cu_seqlens_k, scale, dropout_p, drop, return_lse)
+    else:
+        with torch.autocast(
+            q.device.type, enabled=False
+        ):  # from here on, dtypes are this function's business
+            out, lse = _run(backend, q, k, v, visible, cu_seqlens_k, scale, dropout_p, drop, return_lse)
+    return out if lse is None else (out, lse)
+
+
+def explain(
+    q: Tensor,
+    k: Tensor,
+    v: Tensor,
+    *,
+    key_lengths: Tensor | None = None,
+    cu_seqlens_k: Tensor | None = None,
+    key_mask: Tensor | None = None,
+    scale: float | None = None,
+    dropout_p: float = 0.0,
+    seed: int | Tensor | None = None,
+    return_lse: bool = False,
+    backend: str = "auto",
+) -> Choice:
+    """`kernels.explain(latent_attention, ...)`."""
+    _check(q, k, v, key_lengths, cu_seqlens_k, key_mask, dropout_p)
+    return describe(NAME, backend, plan(q, k, dropout_p, return_lse))
+
+
+def plan(q: Tensor, k: Tensor, dropout_p: float, return_lse: bool) -> Plan:
+    """What auto takes for this call, and what sdpa cannot do. The figures behind it are in
+    kernels/README.md."""
+    reasons = []
+    if return_lse:
+        reasons.append("torch's attention returns no log-sum-exp (return_lse=True)")
+    if dropout_p > 0:
+        reasons.append(f"torch's attention takes no seed, so dropout_p={dropout_p} could not be reproduced")
+    if k.shape[-3] == 0:
+        reasons.append("there are no keys")
+    if reasons:
+        return Plan("eager", "the fastest that can", {"sdpa": "; ".join(reasons)})
+    pairs = q.shape[1] * k.shape[-3]
+    if q.device.type != "cpu":
+        return Plan("sdpa", f"torch's fused attention; not measured on {q.device.type} yet", {})
+    if q.shape[1] > 1 and pairs <= FEW_PAIRS:
+        return Plan("eager", f"measured faster on CPUs from 2 queries to {FEW_PAIRS} query-key pairs", {})
+    return Plan(
+        "sdpa", f"measured faster on CPUs for one query and for more than {FEW_PAIRS} query-key pairs", {}
+    )
+
+
+def _run(
+    backend: str,
+    q: Tensor,
+    k: Tensor,
+    v: Tensor,
+    visible: Tensor | None,
+    offsets: Tensor | None,
+    scale: float,
+    dropout_p: float,
+    seed: Tensor | None,
+    return_lse: bool,
+) -> tuple[Tensor, Tensor | None]:
+    if backend == "reference":
+        out, lse = reference.latent_attention(q, k, v, visible, offsets, scale, dropout_p, seed)
+        return out, lse if return_lse else None
+    if offsets is not None:
+        k, v, visible = unpack_keys(k, v, offsets)
+    if backend == "sdpa":
+        return sdpa.latent_attention(q, k, v, visible, scale), None
+    return eager.latent_attention(q, k, v, visible, scale, dropout_p, seed, return_lse)
+
+
+def _check(
+    q: Tensor,
+    k: Tensor,
+    v: Tensor,
+    key_lengths: Tensor | None,
+    cu_seqlens_k: Tensor | None,
+    key_mask: Tensor | None,
+    dropout_p: float,
+) -> None:
+    """Raise an error that says what came and what is supported."""
+    key_dims, keys = (3, "[total, h_kv, d]") if cu_seqlens_k is not None else (4, "[B, N, h_kv, d]")
+    if q.dim() != 4 or k.dim() != key_dims or v.dim() != key_dims:
+        raise ValueError(
+            f"{NAME}: q must be [B, M, h, dqk] and k, v {keys} {'with' if key_dims == 3 else 'without'} cu_seqlens_k; "
+            f"got q {list(q.shape)}, k {list(k.shape)}, v {list(v.shape)}"
+        )
+    if q.dtype not in DTYPES or k.dtype != q.dtype or v.dtype != q.dtype:
+        raise TypeError(
+            f"{NAME}: q, k, v must have one dtype of float64, float32, float16, bfloat16; got {q.dtype}, {k.dtype}, {v.dtype}"
+        )
+    for name, tensor in (("k", k), ("v", v), *_named(key_lengths, cu_seqlens_k, key_mask)):
+        if tensor.device != q.device:
+            raise ValueError(f"{NAME}: {name} must be on q's device {q.device}, got {tensor.device}")
+    shapes = f"got q {list(q.shape)}, k {list(k.shape)}, v {list(v.shape)}"
+    if (
+        k.shape[:-1] != v.shape[:-1]
+        or k.shape[-1] != q.shape[-1]
+        or (key_dims == 4 and k.shape[0] != q.shape[0])
+    ):
+        raise ValueError(f"{NAME}: k and v must agree in all but dv, and q in batch and dqk with k; {shapes}")
+    if 0 in (*q.shape[2:], *k.shape[-2:], v.shape[-1]) or q.shape[2] % k.shape[-2]:
+        raise ValueError(f"{NAME}: h must be a multiple of h_kv, and heads and head_dim not empty; {shapes}")
+    if not 0 <= dropout_p < 1:
+        raise ValueError(f"{NAME}: dropout_p must be in [0, 1), got {dropout_p}")
+    visibility = _named(key_lengths, cu_seqlens_k, key_mask)
+    if len(visibility) > 1:
+        raise ValueError(
+            f"{NAME}: at most one of key_lengths, cu_seqlens_k, key_mask; got {', '.join(n for n, _ in visibility)}"
+        )
+    for name, tensor in visibility:
+        _check_visibility(name, tensor, len(q), k.shape[-3])
+
+
+def _named(
+    key_lengths: Tensor | None, cu_seqlens_k: Tensor | None, key_mask: Tensor | None
+) -> list[tuple[str, Tensor]]:
+    given = {"key_lengths": key_lengths, "cu_seqlens_k": cu_seqlens_k, "key_mask": key_mask}
+    return [(name, tensor) for name, tensor in given.items() if tensor is not None]
+
+
+def _check_visibility(name: str, tensor: Tensor, batch: int, keys: int) -> None:
+    """One of the three ways to say which keys are visible; `keys` is N, or the total of packed keys."""
+    dtypes = [torch.bool] if name == "key_mask" else [torch.int32, torch.int64]
+    match name:
+        case "key_mask":
+            shape, kind = [batch, keys], "bool [B, N]"
+        case "key_lengths":
+            shape, kind = [batch], "int32 or int64 [B]"
+        case _:
+            shape, kind = [batch + 1], "int32 or int64 [B + 1]"
+    if list(tensor.shape) != shape or tensor.dtype not in dtypes:
+        raise ValueError(f"{NAME}: {name} must be {kind} = {shape}, got {tensor.dtype} {list(tensor.shape)}")
+    # Values are read where that costs nothing: not from another device, and not while compiling.
+    if tensor.device.type != "cpu" or torch.compiler.is_compiling():
+        return
+    if name == "key_lengths" and batch and not (0 <= int(tensor.min()) and int(tensor.max()) <= keys):
+        raise ValueError(f"{NAME}: key_lengths must be from 0 to N = {keys}, got {tensor.tolist()}")
+    if name == "cu_seqlens_k":
+        offsets = tensor.tolist()
+        if offsets[0] != 0 or offsets[-1] != keys or sorted(offsets) != offsets:
+            raise ValueError(
+                f"{NAME}: cu_seqlens_k must rise from 0 to the {keys} packed keys, got {offsets}"
+            )

@@ -1,0 +1,166 @@
+"""Window attention in plain torch operations, written to be fast: one gather in, one gather out.
+
+The copies that roll, partition, head transposition and padding would make are one gather of rows; scale,
+normalisation, mask and softmax work in place on tensors that nobody else sees. What autograd would keep of
+each step is one tensor of probabilities and one of packed q, k, v. Half types are computed in float32.
+"""
+
+from __future__ import annotations
+
+from typing import Any
+
+import torch
+from torch import Tensor
+from torch.autograd.function import once_differentiable
+
+from kernels.window_attention.geometry import Grid, masks, relative_index, remember
+from kernels.window_attention.packing import pack_map, pack_qkv, pad_slots, unpack_map, unpack_qkv
+from kernels.window_attention.reference import MAX_LOGIT_SCALE, NORM_EPS, compute_dtype, logit_multiplier
+
+
+def window_attention(
+    qkv: Tensor,
+    bias: Tensor | None,
+    logit_scale: Tensor | None,
+    pad_kv: Tensor | None,
+    grid: Grid,
+    scale: float,
+) -> Tensor:
+    """qkv [B, H, W, 3, h, d] -> [B, H, W, h * d]; see reference.py for the meaning."""
+    if bias is not None:
+        bias = expand_bias(bias, grid.window).to(compute_dtype(qkv))
+    out: Tensor = _WindowAttention.apply(qkv, bias, logit_scale, pad_kv, grid, scale)
+    return out
+
+
+class _WindowAttention(torch.autograd.Function):
+    """Shapes: P = B * nW windows, N slots in each; packed q, k, v and their gradients are [3, P, h, N, d]."""
+
+    @staticmethod
+    def forward(
+        ctx: Any,
+        qkv: Tensor,  # [B, H, W, 3, h, d]
+        bias: Tensor | None,  # [h, N, N]
+        logit_scale: Tensor | None,  # [h]
+        pad_kv: Tensor | None,  # [2, h, d]
+        grid: Grid,
+        scale: float,
+    ) -> Tensor:
+        packed = pack_qkv(qkv, grid).to(compute_dtype(qkv))
+        if grid.padded:
+            _fill_pads(packed, pad_kv, grid)
+        q, k, v = packed.unbind(0)
+
+        factor = None
+        if logit_scale is None:
+            q.mul_(scale)
+        else:  # q and k to unit length; q also takes the multiplier. They are kept in this form.
+            factor = (
+                torch.linalg.vector_norm(packed[:2], dim=-1, keepdim=True).clamp_min_(NORM_EPS).reciprocal_()
+            )
+            factor[0].mul_(logit_multiplier(logit_scale, packed.dtype)[:, None, None])
+            packed[:2].mul_(factor)
+
+        logits = _product(q, k.mT)  # [P, h, N, N]
+        if bias is not None:
+            logits.add_(bias)
+        _add_masks(logits, grid, mask_pads=pad_kv is None)
+        weights = _softmax(logits)
+        out = unpack_map(_product(weights, v), grid)
+
+        ctx.save_for_backward(packed, weights, factor, logit_scale, pad_kv)
+        ctx.grid, ctx.scale, ctx.dtype = grid, scale, qkv.dtype
+        return out.to(qkv.dtype)
+
+    @staticmethod
+    @once_differentiable
+    def backward(
+        ctx: Any, grad: Tensor
+    ) -> tuple[Tensor, Tensor | None, Tensor | None, Tensor | None, None, None]:
+        # Autograd may call this under the caller's autocast.
+        with torch.autocast(grad.device.type, enabled=False):
+            return (*_backward(ctx, grad), None, None)
+
+
+def _backward(ctx: Any, grad: Tensor) -> tuple[Tensor, Tensor | None, Tensor | None, Tensor | None]:
+    packed, weights, factor, logit_scale, pad_kv = ctx.saved_tensors
+    grid: Grid = ctx.grid
+    heads, batch = packed.shape[2], grad.shape[0]
+    q, k, v = packed.unbind(0)
+    d_out = pack_map(grad, grid, heads).to(packed.dtype)  # [P, h, N, d]
+    if grid.padded:  # what a pad query computes goes nowhere
+        d_out.masked_fill_(pad_slots(grid, batch, grad), 0)
+
+    d_packed = torch.empty_like(packed)
+    d_q, d_k, d_v = d_packed.unbind(0)
+    _product(weights.mT, d_out, d_v)
+    d_weights = _product(d_out, v.mT)
+    d_logits = torch._softmax_backward_data(d_weights, weights, -1, weights.dtype)
+    _product(d_logits, k, d_q)
+    _product(d_logits.mT, q, d_k)
+
+    d_bias = d_logit_scale = d_pad_kv = None
+    if ctx.needs_input_grad[1]:
+        d_bias = d_logits.sum(0)
+    if factor is None:
+        d_q.mul_(ctx.scale)
+    else:
+        # x = factor * raw, where factor = multiplier / |raw| (the multiplier of k is 1), so
+        # d raw = factor * (d x - x * <x, d x> / multiplier^2); <x, d x> is the gradient of log(multiplier).
+        x, d_x = packed[:2], d_packed[:2]
+        along = (x * d_x).sum(-1, keepdim=True)  # [2, P, h, N, 1]
+        d_logit_scale = (along[0].sum((0, 2, 3)) * (logit_scale <= MAX_LOGIT_SCALE)).to(logit_scale.dtype)
+        along[0].mul_(logit_multiplier(logit_scale, packed.dtype).pow(-2)[:, None, None])
+        d_x.addcmul_(x, along, value=-1).mul_(factor)
+    if pad_kv is not None and ctx.needs_input_grad[3]:
+        of_pads = d_packed[1:] * pad_slots(grid, batch, grad)  # [2, P, h, N, d]
+        d_pad_kv = of_pads.sum((1, 3)).to(pad_kv.dtype)
+    return unpack_qkv(d_packed, grid).to(ctx.dtype), d_bias, d_logit_scale, d_pad_kv
+
+
+def _product(left: Tensor, right: Tensor, out: Tensor | None = None) -> Tensor:
+    """left @ right over [P, h, ., .], into `out` if given."""
+    if torch.compiler.is_compiling():
+        product = left @ right
+        return product if out is None else out.copy_(product)
+    if out is None:
+        return torch.bmm(left.flatten(0, 1), right.flatten(0, 1)).unflatten(0, left.shape[:2])
+    torch.bmm(left.flatten(0, 1), right.flatten(0, 1), out=out.flatten(0, 1))
+    return out
+
+
+def _fill_pads(packed: Tensor, pad_kv: Tensor | None, grid: Grid) -> None:
+    """Put pad_kv [2, h, d] (or zeros) into the pad slots of packed [3, P, h, N, d], in place."""
+    is_pad = pad_slots(grid, packed.shape[1] // grid.windows, packed)
+    packed.masked_fill_(is_pad, 0)
+    if pad_kv is not None:
+        packed[1:].add_(pad_kv.to(packed.dtype)[:, None, :, None, :] * is_pad)
+
+
+def _softmax(logits: Tensor) -> Tensor:
+    """Softmax over the last dimension that may overwrite its input: a fresh tensor of that size costs as
+    much again."""
+    if torch.compiler.is_compiling():
+        return logits.softmax(-1)
+    return torch.softmax(logits, -1, out=logits)
+
+
+def _add_masks(logits: Tensor, grid: Grid, mask_pads: bool) -> None:
+    """Add the shift's and the pads' masks to logits [P, h, N, N], in place; only the last windows have
+    any."""
+    hide = remember(logits, masks, grid, mask_pads, logits.dtype)
+    by_window = logits.unflatten(0, (len(logits) // grid.windows, grid.rows, grid.columns))
+    if hide.last_row is not None:
+        by_window[:, -1].add_(hide.last_row)
+    if hide.last_column is not None:
+        by_window[:, :, -1].add_(hide.last_column)
+
+
+def expand_bias(bias: Tensor, window: tuple[int, int]) -> Tensor:
+    """As in reference.py, with the indexing that is fastest in both directions."""
+    if bias.dim() == 3:
+        return bias
+    index = remember(bias, relative_index, window)
+    if bias.is_cuda:  # the gradient of index_select is atomic there, so not deterministic
+        return bias[index].permute(2, 0, 1)
+    return bias.t().index_select(1, index.flatten()).unflatten(1, index.shape)
