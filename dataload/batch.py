@@ -1,5 +1,7 @@
-"""The batch that every pipeline makes. Letters: P pairs, K captions per image, T text tokens, U uncaptioned
-images, H W image height and width, B images of an evaluation batch, N captions of an evaluation batch.
+"""The batch that every pipeline makes.
+
+Letters: P pairs, K captions per image, L captions with masked words, T text tokens, U uncaptioned images, H W image
+height and width, B images of an evaluation batch, N captions of an evaluation batch.
 """
 
 from __future__ import annotations
@@ -23,9 +25,9 @@ class Batch:
     tokens: torch.Tensor
     """int64 [P*K, T]: BOS, ids, EOS, PAD... Rows i*K to i*K+K-1 belong to image i."""
     mlm_tokens: torch.Tensor
-    """int64 [P*K, T]: `tokens` with some places masked, replaced, or kept"""
+    """int64 [L, T], L <= P*K: the first L of `tokens` with some places masked, replaced, or kept"""
     mlm_targets: torch.Tensor
-    """int64 [P*K, T]: the token where the model is asked, IGNORE elsewhere"""
+    """int64 [L, T]: the token where the model is asked, IGNORE elsewhere"""
     mim_images: torch.Tensor
     """uint8 [U, H, W, 3]"""
     mim_mask: torch.Tensor

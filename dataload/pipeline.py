@@ -174,11 +174,12 @@ class Loader:
             else:
                 masks[i - pairs] = one.mask
         tokens, mlm_tokens, mlm_targets = (torch.from_numpy(text.reshape(-1, length)) for text in texts)
+        masked = min(len(tokens), max(1, round(self.config.mlm_share * len(tokens))))
         return Batch(
             pair_images=torch.from_numpy(images[:pairs]),
             tokens=tokens,
-            mlm_tokens=mlm_tokens,
-            mlm_targets=mlm_targets,
+            mlm_tokens=mlm_tokens[:masked],
+            mlm_targets=mlm_targets[:masked],
             mim_images=torch.from_numpy(images[pairs:]),
             mim_mask=torch.from_numpy(masks),
             keys=tuple(self.index.key(one.sample) for one in drawn),

@@ -19,7 +19,15 @@ PATCH = 32
 """Side of a cell of the MIM mask, in pixels."""
 INTERPOLATIONS = tuple(images.INTERPOLATIONS)
 _SUBSTITUTES = 20
-_SHARES = ("flip", "color_jitter", "mim_ratio", "mlm_probability", "max_broken", "tokenizer_sampling")
+_SHARES = (
+    "flip",
+    "color_jitter",
+    "mim_ratio",
+    "mlm_probability",
+    "mlm_share",
+    "max_broken",
+    "tokenizer_sampling",
+)
 
 
 @dataclass(frozen=True)
@@ -51,6 +59,8 @@ class LoaderConfig:
     """share of an uncaptioned image's 32 x 32 cells that is masked"""
     mlm_probability: float = 0.15
     """share of a caption's tokens that the model is asked for"""
+    mlm_share: float = 1.0
+    """share of each rank's captions that masked language modelling reads, the first ones; others cost it nothing"""
     tokenizer_sampling: float = 0.0
     """alpha of SentencePiece's random segmentation (0.1 to 0.5 is usual); 0 = off"""
     captions_per_image: int = 1

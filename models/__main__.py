@@ -12,8 +12,12 @@ from models.parameters import count_aurora
 
 def main() -> None:
     """Print each size's shape and parameters."""
-    parser = argparse.ArgumentParser(prog="python -m models", description="Sizes of the models and their parameters.")
-    parser.add_argument("--json", action="store_true", help="print JSON with every field of every configuration")
+    parser = argparse.ArgumentParser(
+        prog="python -m models", description="Sizes of the models and their parameters."
+    )
+    parser.add_argument(
+        "--json", action="store_true", help="print JSON with every field of every configuration"
+    )
     arguments = parser.parse_args()
     counts = {name: count_aurora(config) for name, config in AURORA_SIZES.items()}
     if arguments.json:

@@ -1,4 +1,5 @@
-"""Text generation with a key-value cache: greedy, beam search, sampling; for any model with `start` and `step`.
+"""Text generation with a key-value cache: greedy, beam search, sampling; for any model with `start` and
+`step`.
 
 Shapes: B images, W beams, V vocabulary, t tokens so far.
 """
@@ -22,7 +23,8 @@ class DecodingState(Protocol):
 
 
 class Generator(Protocol):
-    """A model that can generate: `start` takes memory [B, M, D], `step` tokens int64 [N] and gives logits [N, V]."""
+    """A model that can generate: `start` takes memory [B, M, D], `step` tokens int64 [N] and gives logits
+    [N, V]."""
 
     def start(self, memory: Tensor) -> DecodingState: ...
 
@@ -47,9 +49,12 @@ def generate(
 
     Args:
         max_length: tokens at most, the begin token included.
-        beams, length_penalty: for "beam": hypotheses kept; finished ones are ranked by log-probability / length**length_penalty.
-        temperature, top_k, top_p, generator: for "sample": logits are divided by temperature, then cut to the k likeliest tokens
-            (0 = all) and to the smallest set that holds top_p of the probability (nucleus sampling, arXiv:1904.09751).
+        beams, length_penalty: for "beam": hypotheses kept; finished ones are ranked by log-probability /
+        length**length_penalty.
+        temperature, top_k, top_p, generator: for "sample": logits are divided by temperature, then cut to
+        the k likeliest tokens
+            (0 = all) and to the smallest set that holds top_p of the probability (nucleus sampling,
+            arXiv:1904.09751).
     """
     if method == "beam":
         if beams < 1:
@@ -58,7 +63,9 @@ def generate(
     if method not in ("greedy", "sample"):
         raise ValueError(f"method {method!r}; supported: 'greedy', 'beam', 'sample'")
     if method == "sample" and (temperature <= 0 or not 0 < top_p <= 1 or top_k < 0):
-        raise ValueError(f"temperature {temperature} must be > 0, top_p {top_p} in (0, 1], top_k {top_k} >= 0")
+        raise ValueError(
+            f"temperature {temperature} must be > 0, top_p {top_p} in (0, 1], top_k {top_k} >= 0"
+        )
     state = model.start(memory)
     tokens = torch.full((len(memory),), BOS, device=memory.device)
     finished = torch.zeros(len(memory), dtype=torch.bool, device=memory.device)
@@ -75,7 +82,11 @@ def generate(
         finished |= tokens == EOS
         if finished.all():
             break
-    return [clean(row) for row in torch.stack(steps, dim=1).tolist()] if steps else [[] for _ in range(len(memory))]
+    return (
+        [clean(row) for row in torch.stack(steps, dim=1).tolist()]
+        if steps
+        else [[] for _ in range(len(memory))]
+    )
 
 
 def beam_search(
@@ -105,7 +116,9 @@ def beam_search(
         keep = best.masked_fill(ends, -torch.inf).topk(beams, dim=1)
         scores = keep.values
         beam, token = beam.gather(1, keep.indices), token.gather(1, keep.indices)
-        history = torch.cat((history.gather(1, beam[..., None].expand(-1, -1, length)), token[..., None]), dim=2)
+        history = torch.cat(
+            (history.gather(1, beam[..., None].expand(-1, -1, length)), token[..., None]), dim=2
+        )
         state.select((first_row + beam).flatten())
         if all(len(hypotheses) >= beams for hypotheses in finished):
             break

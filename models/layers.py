@@ -1,4 +1,5 @@
-"""Building blocks that more than one model really shares: attention with QK-norm, SwiGLU, the pre-norm block, pooling.
+"""Building blocks that more than one model really shares: attention with QK-norm, SwiGLU, the pre-norm
+block, pooling.
 
 Shapes: B batch, N tokens of the stream, M tokens of the memory, D width, h heads, d head width (D = h * d).
 """
@@ -18,12 +19,14 @@ Rotary = tuple[Tensor, Tensor]
 
 
 def swiglu_width(dim: int, multiple: int = 128) -> int:
-    """Hidden width of a SwiGLU with the parameters of a 4x GELU MLP: 8 * dim / 3, rounded up to `multiple`."""
+    """Hidden width of a SwiGLU with the parameters of a 4x GELU MLP: 8 * dim / 3, rounded up to
+    `multiple`."""
     return math.ceil(8 * dim / 3 / multiple) * multiple
 
 
 def rotary_angles(length: int, head_dim: int, device: torch.device, start: int = 0) -> Rotary:
-    """Cosines and sines [length, d/2] of 1-D rotary positions start..start+length-1 (RoFormer, arXiv:2104.09864)."""
+    """Cosines and sines [length, d/2] of 1-D rotary positions start..start+length-1 (RoFormer,
+    arXiv:2104.09864)."""
     frequency = 10000.0 ** (-torch.arange(0, head_dim, 2, device=device, dtype=torch.float32) / head_dim)
     position = torch.arange(start, start + length, device=device, dtype=torch.float32)
     angle = position[:, None] * frequency
@@ -38,9 +41,11 @@ def rotate(x: Tensor, rotary: Rotary) -> Tensor:
 
 
 def sincos_grid(height: int, width: int, dim: int, device: torch.device) -> Tensor:
-    """Fixed 2-D sine-cosine positions [height * width, dim], in units of the map's own size, so that any image size works.
+    """Fixed 2-D sine-cosine positions [height * width, dim], in units of the map's own size, so that any
+    image size works.
 
-    Half of the channels carry y, half x (MoCo v3, arXiv:2104.02057); positions run over (0, 1) and are scaled to 2 pi * 8.
+    Half of the channels carry y, half x (MoCo v3, arXiv:2104.02057); positions run over (0, 1) and are
+    scaled to 2 pi * 8.
     """
     if dim % 4:
         raise ValueError(f"2-D sine-cosine positions need a width divisible by 4, got {dim}")
@@ -54,7 +59,8 @@ def sincos_grid(height: int, width: int, dim: int, device: torch.device) -> Tens
 
 
 class SwiGLU(nn.Module):
-    """Gated feed-forward layer, no biases (arXiv:2002.05202, eq. 6): out(silu(gate(x)) * up(x)), [..., dim] -> [..., out_dim]."""
+    """Gated feed-forward layer, no biases (arXiv:2002.05202, eq. 6): out(silu(gate(x)) * up(x)), [..., dim]
+    -> [..., out_dim]."""
 
     def __init__(self, dim: int, hidden: int | None = None, out_dim: int | None = None) -> None:
         super().__init__()
@@ -68,7 +74,8 @@ class SwiGLU(nn.Module):
 
 
 class SelfAttention(nn.Module):
-    """Multi-head self-attention with an RMSNorm on each head's queries and keys (ViT-22B, arXiv:2302.05442)."""
+    """Multi-head self-attention with an RMSNorm on each head's queries and keys (ViT-22B,
+    arXiv:2302.05442)."""
 
     def __init__(self, dim: int, head_dim: int) -> None:
         super().__init__()
@@ -87,7 +94,8 @@ class SelfAttention(nn.Module):
         key_mask: Tensor | None = None,
         cache: KeyValueCache | None = None,
     ) -> Tensor:
-        """x [B, N, D] -> [B, N, D]. key_mask bool [B, N], True = visible (not with causal); cache: x is the next token, N = 1."""
+        """x [B, N, D] -> [B, N, D]. key_mask bool [B, N], True = visible (not with causal); cache: x is the
+        next token, N = 1."""
         batch, length, dim = x.shape
         q, k, v = self.qkv(x).view(batch, length, 3, -1, self.head_dim).unbind(2)
         q, k = self.q_norm(q), self.k_norm(k)
@@ -96,14 +104,16 @@ class SelfAttention(nn.Module):
         if cache is not None:
             k, v = cache.append(k, v)
         if causal and cache is None:
-            y = F.scaled_dot_product_attention(*(t.transpose(1, 2) for t in (q, k, v)), is_causal=True).transpose(1, 2)
+            q, k, v = (t.transpose(1, 2) for t in (q, k, v))
+            y = F.scaled_dot_product_attention(q, k, v, is_causal=True).transpose(1, 2)
         else:
             y = latent_attention(q, k, v, key_mask=key_mask)
         return self.out(y.reshape(batch, length, dim))
 
 
 class CrossAttention(nn.Module):
-    """Multi-head attention of a stream over a memory, with QK-norm; keys and values can be computed once and kept."""
+    """Multi-head attention of a stream over a memory, with QK-norm; keys and values can be computed once
+    and kept."""
 
     def __init__(self, dim: int, head_dim: int, memory_dim: int) -> None:
         super().__init__()
@@ -120,7 +130,9 @@ class CrossAttention(nn.Module):
         k, v = self.kv(memory).view(batch, length, 2, -1, self.head_dim).unbind(2)
         return self.k_norm(k), v
 
-    def forward(self, x: Tensor, keys_values: tuple[Tensor, Tensor], key_mask: Tensor | None = None) -> Tensor:
+    def forward(
+        self, x: Tensor, keys_values: tuple[Tensor, Tensor], key_mask: Tensor | None = None
+    ) -> Tensor:
         """x [B, N, D], keys_values from `keys_values` -> [B, N, D]."""
         batch, length, dim = x.shape
         q = self.q_norm(self.q(x).view(batch, length, -1, self.head_dim))
@@ -129,9 +141,11 @@ class CrossAttention(nn.Module):
 
 
 class Block(nn.Module):
-    """Pre-RMSNorm block: [self-attention] [cross-attention] SwiGLU, each behind a LayerScale (CaiT, arXiv:2103.17239).
+    """Pre-RMSNorm block: [self-attention] [cross-attention] SwiGLU, each behind a LayerScale (CaiT,
+    arXiv:2103.17239).
 
-    `query_residual=False` drops the residual around the cross-attention (a pooling query has nothing worth keeping).
+    `query_residual=False` drops the residual around the cross-attention (a pooling query has nothing worth
+    keeping).
     """
 
     def __init__(
@@ -179,7 +193,9 @@ class Block(nn.Module):
     ) -> Tensor:
         """x [B, N, D] -> [B, N, D]; memory [B, M, memory_dim] or keys and values made from it."""
         if self.self_attention is not None:
-            y = self.self_attention(self.self_norm(x), rotary=rotary, causal=causal, key_mask=key_mask, cache=cache)
+            y = self.self_attention(
+                self.self_norm(x), rotary=rotary, causal=causal, key_mask=key_mask, cache=cache
+            )
             x = x + self.dropout(self.self_scale * y)
         if self.cross_attention is not None:
             assert memory is not None, "this block reads a memory and was given none"
@@ -190,12 +206,15 @@ class Block(nn.Module):
 
 
 class AttentionPool(nn.Module):
-    """One learned query reads all tokens; its SwiGLU output, projected to `out_dim`, has unit length (SigLIP's MAP head)."""
+    """One learned query reads all tokens; its SwiGLU output, projected to `out_dim`, has unit length
+    (SigLIP's MAP head)."""
 
     def __init__(self, dim: int, head_dim: int, out_dim: int) -> None:
         super().__init__()
         self.query = nn.Parameter(torch.empty(1, 1, dim))
-        self.block = Block(dim, head_dim, memory_dim=dim, self_attention=False, layer_scale=1.0, query_residual=False)
+        self.block = Block(
+            dim, head_dim, memory_dim=dim, self_attention=False, layer_scale=1.0, query_residual=False
+        )
         self.norm = nn.RMSNorm(dim, eps=1e-6)
         self.project = nn.Linear(dim, out_dim, bias=False)
 

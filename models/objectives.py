@@ -1,6 +1,7 @@
 """The pre-training objectives: tensors in, losses out.
 
-Each returns a sum (or, for the contrastive loss, a mean over its micro-batch), so that gradient accumulation can divide by the
+Each returns a sum (or, for the contrastive loss, a mean over its micro-batch), so that gradient
+accumulation can divide by the
 denominators of the whole optimizer step and equal the large batch exactly.
 
 Shapes: P images, K captions per image, E joint space, U uncaptioned images, N tokens, D width, V vocabulary.
@@ -34,7 +35,8 @@ class ObjectiveConfig:
     itc_kind: Literal["sigmoid", "softmax"] = "sigmoid"
     """Sigmoid (SigLIP) or softmax (CLIP) contrastive loss."""
     parallel_caption: float = 0.0
-    """Share of captions whose input words are all hidden, so that every word must come from the image (CapPa)."""
+    """Share of captions whose input words are all hidden, so that every word must come from the image
+    (CapPa)."""
     label_smoothing: float = 0.0
     """Label smoothing of the captioning and masked-language losses."""
     z_loss: float = 1e-4
@@ -43,10 +45,14 @@ class ObjectiveConfig:
     def __post_init__(self) -> None:
         for name in ("mim", "itc", "caption", "mlm", "z_loss"):
             if getattr(self, name) < 0:
-                raise ValueError(f"ObjectiveConfig.{name} = {getattr(self, name)}; weights are 0 (off) or positive")
+                raise ValueError(
+                    f"ObjectiveConfig.{name} = {getattr(self, name)}; weights are 0 (off) or positive"
+                )
         for name in ("parallel_caption", "label_smoothing"):
             if not 0 <= getattr(self, name) <= 1:
-                raise ValueError(f"ObjectiveConfig.{name} = {getattr(self, name)}; it is a share between 0 and 1")
+                raise ValueError(
+                    f"ObjectiveConfig.{name} = {getattr(self, name)}; it is a share between 0 and 1"
+                )
         if self.itc_kind not in ("sigmoid", "softmax"):
             raise ValueError(f"ObjectiveConfig.itc_kind = {self.itc_kind!r}; supported: 'sigmoid', 'softmax'")
 
@@ -57,7 +63,8 @@ class ObjectiveConfig:
 
 @dataclass(frozen=True)
 class Normalizers:
-    """Denominators of one optimizer step: over all its micro-steps and ranks, never of one micro-batch alone."""
+    """Denominators of one optimizer step: over all its micro-steps and ranks, never of one micro-batch
+    alone."""
 
     caption_tokens: float
     mlm_tokens: float
@@ -77,7 +84,8 @@ def count(tokens: Tensor, mlm_targets: Tensor, mim_mask: Tensor) -> tuple[int, i
 
 
 def masked_image_loss(predicted: Tensor, images: Tensor, mask: Tensor) -> Tensor:
-    """Sum over hidden patches of the mean absolute error of their pixels (SimMIM, arXiv:2111.09886, section 3.4).
+    """Sum over hidden patches of the mean absolute error of their pixels (SimMIM, arXiv:2111.09886, section
+    3.4).
 
     predicted [U, H, W, 3*s*s] per patch of side s, images normalised [U, 3, H*s, W*s], mask bool [U, H, W].
     """
@@ -104,7 +112,8 @@ def unpatchify(patches: Tensor) -> Tensor:
 def token_loss(x: Tensor, weight: Tensor, targets: Tensor, config: ObjectiveConfig) -> Tensor:
     """Sum of the cross-entropies (and z-losses) of the tokens that have a target.
 
-    x [..., D], weight [V, D] of the tied embedding, targets int64 [...] with -100 where there is none. Logits are fp32 and exist
+    x [..., D], weight [V, D] of the tied embedding, targets int64 [...] with -100 where there is none.
+    Logits are fp32 and exist
     only for tokens with a target.
     """
     wanted = targets != IGNORE
@@ -117,15 +126,25 @@ def token_loss(x: Tensor, weight: Tensor, targets: Tensor, config: ObjectiveConf
 
 
 def contrastive_loss(
-    image: Tensor, text: Tensor, logit_scale: Tensor, logit_bias: Tensor, *, kind: Literal["sigmoid", "softmax"]
+    image: Tensor,
+    text: Tensor,
+    logit_scale: Tensor,
+    logit_bias: Tensor,
+    *,
+    kind: Literal["sigmoid", "softmax"],
 ) -> Tensor:
-    """Contrastive loss of unit vectors image [P, E], text [P*K, E]; text rows i*K .. i*K+K-1 belong to image i.
+    """Contrastive loss of unit vectors image [P, E], text [P*K, E]; text rows i*K .. i*K+K-1 belong to
+    image i.
 
-    With torch.distributed initialised, P images of this rank meet the texts of all ranks (and, for softmax, the texts meet all
-    images); the mean over ranks is the loss of the global batch, gradients included. logit_scale is the log of the multiplier.
+    With torch.distributed initialised, P images of this rank meet the texts of all ranks (and, for softmax,
+    the texts meet all
+    images); the mean over ranks is the loss of the global batch, gradients included. logit_scale is the log
+    of the multiplier.
 
-    "sigmoid" (SigLIP, arXiv:2303.15343): sum of -log sigmoid(+-(scale * cos + bias)) over all pairs, divided by P*K.
-    "softmax" (CLIP, arXiv:2103.00020): mean of both directions' cross-entropies; K positives of an image share its target. Its bias
+    "sigmoid" (SigLIP, arXiv:2303.15343): sum of -log sigmoid(+-(scale * cos + bias)) over all pairs,
+    divided by P*K.
+    "softmax" (CLIP, arXiv:2103.00020): mean of both directions' cross-entropies; K positives of an image
+    share its target. Its bias
     cancels and is not used.
     """
     if len(image) == 0 or len(text) % len(image):
@@ -134,7 +153,9 @@ def contrastive_loss(
     rank = dist.get_rank() if dist.is_available() and dist.is_initialized() else 0
     scale = logit_scale.float().exp()
     texts = gather(text.float())
-    owner = torch.arange(len(texts), device=image.device) // captions - rank * pairs  # this rank's images are 0 .. P-1
+    owner = (
+        torch.arange(len(texts), device=image.device) // captions - rank * pairs
+    )  # this rank's images are 0 .. P-1
     positive = owner[None] == torch.arange(pairs, device=image.device)[:, None]
     logits = scale * image.float() @ texts.T
     if kind == "sigmoid":
@@ -149,14 +170,16 @@ def contrastive_loss(
 
 
 def gather(x: Tensor) -> Tensor:
-    """x [N, E] of every rank, in rank order [R*N, E], with gradients back to each; x itself in a single process."""
+    """x [N, E] of every rank, in rank order [R*N, E], with gradients back to each; x itself in a single
+    process."""
     if not (dist.is_available() and dist.is_initialized()) or dist.get_world_size() == 1:
         return x
     return _Gather.apply(x)
 
 
 class _Gather(torch.autograd.Function):
-    """All-gather whose backward sums every rank's gradient of this rank's rows; every backend has both collectives."""
+    """All-gather whose backward sums every rank's gradient of this rank's rows; every backend has both
+    collectives."""
 
     @staticmethod
     def forward(ctx: torch.autograd.function.FunctionCtx, x: Tensor) -> Tensor:

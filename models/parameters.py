@@ -11,7 +11,8 @@ from models.aurora import Aurora, AuroraConfig
 
 
 def count_aurora(config: AuroraConfig) -> dict[str, int]:
-    """Parameters by part, counted on the meta device: "encoder", "decoder", "heads" (all the rest) and "total"."""
+    """Parameters by part, counted on the meta device: "encoder", "decoder", "heads" (all the rest) and
+    "total"."""
     with torch.device("meta"):
         model = Aurora(config)
     total, encoder, decoder = (
@@ -23,13 +24,17 @@ def count_aurora(config: AuroraConfig) -> dict[str, int]:
 def parameter_groups(model: nn.Module, weight_decay: float) -> list[dict[str, Any]]:
     """Two groups for AdamW: matrices decay; gains, biases, scales, embeddings and learned tokens do not.
 
-    An embedding row, query or mask token is looked up rather than multiplied into a stream at every step, and decay would
+    An embedding row, query or mask token is looked up rather than multiplied into a stream at every step,
+    and decay would
     shrink rows in proportion to how rarely they are used.
     """
     embeddings = {id(m.weight) for m in model.modules() if isinstance(m, nn.Embedding)}
-    decayed, kept = [], []
+    decayed: list[nn.Parameter] = []
+    kept: list[nn.Parameter] = []
     for name, parameter in model.named_parameters():
         if parameter.requires_grad:
-            still = parameter.ndim < 2 or id(parameter) in embeddings or name.endswith((".query", ".mask_token"))
+            still = (
+                parameter.ndim < 2 or id(parameter) in embeddings or name.endswith((".query", ".mask_token"))
+            )
             (kept if still else decayed).append(parameter)
     return [{"params": decayed, "weight_decay": weight_decay}, {"params": kept, "weight_decay": 0.0}]

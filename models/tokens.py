@@ -1,4 +1,5 @@
-"""Special token ids. They are the same in every tokenizer that `python -m dataload.tokenizer` trains; a test holds both equal."""
+"""Special token ids. They are the same in every tokenizer that `python -m dataload.tokenizer` trains; a
+test holds both equal."""
 
 PAD, UNK, BOS, EOS, MASK = 0, 1, 2, 3, 4
 IGNORE = -100

@@ -24,7 +24,7 @@ from PIL import Image
 from dataload import order
 from dataload.batch import IGNORE
 from dataload.images import normalize
-from dataload.pipeline import Batch, EvalSet, Loader, LoaderConfig, TooManyBroken
+from dataload.pipeline import Batch, Broken, BrokenReport, EvalSet, Loader, LoaderConfig, TooManyBroken
 from dataload.tokenizer import BOS, EOS, MASK, PAD, Tokenizer, train_tokenizer
 
 ROOT = Path(__file__).resolve().parent.parent
@@ -167,6 +167,16 @@ def test_several_captions_per_image(data: Path, tokenizer: Tokenizer) -> None:
             assert len(set(rows)) == 2, "both captions, before one comes again"
 
 
+def test_masked_words_for_a_share_of_the_captions(data: Path, tokenizer: Tokenizer) -> None:
+    whole = take(Loader(config(data, captions_per_image=2), tokenizer), 2)
+    part = take(Loader(config(data, captions_per_image=2, mlm_share=0.25), tokenizer), 2)
+    for all_rows, some in zip(whole, part, strict=True):
+        count = round(0.25 * len(all_rows.tokens))
+        assert torch.equal(some.tokens, all_rows.tokens) and 0 < count == len(some.mlm_tokens)
+        assert torch.equal(some.mlm_tokens, all_rows.mlm_tokens[:count])
+        assert torch.equal(some.mlm_targets, all_rows.mlm_targets[:count])
+
+
 def test_crops_differ_between_epochs_and_pictures(data: Path, tokenizer: Tokenizer) -> None:
     batches = take(Loader(config(data, flip=0.0), tokenizer), 21)
     of_seven = [
@@ -227,6 +237,8 @@ def test_order_of_many_shards_is_a_shuffle_of_groups() -> None:
         assert other.at(position) == drawn[position]
     for different in (order.Source(shards, seed=4, kind=0), order.Source(shards, seed=3, kind=1)):
         assert [different.at(i)[1] for i in range(440)] != first
+    one_shard = [order.Source([np.arange(99)], seed=3, kind=kind) for kind in (0, 1)]
+    assert len({tuple(source.at(i) for i in range(99)) for source in one_shard}) == 2
 
 
 def test_order_is_uniform() -> None:
@@ -435,6 +447,19 @@ def test_too_many_broken_pictures_stop_the_run(partly_broken: Path, tokenizer: T
         with pytest.raises(TooManyBroken):
             next(loader)
         assert loader.state_dict()["batches"] == batches
+
+
+def test_share_of_broken_pictures_is_judged_from_twenty_on() -> None:
+    broken = [Broken("a.tar", str(i), "why") for i in range(9)]
+    report = BrokenReport(limit=0.1)
+    report.add(10, broken)  # 9 of 19
+    with pytest.raises(
+        TooManyBroken, match=r"^9 of 20 samples are broken: a\.tar: 0: why; .*; and 4 more\. "
+    ):
+        report.add(1, [])
+    exact = BrokenReport(limit=0.1)
+    exact.add(18, broken[:2])
+    assert exact.share == 0.1
 
 
 def test_nothing_but_broken_pictures(tmp_path: Path, tokenizer: Tokenizer) -> None:

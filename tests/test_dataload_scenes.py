@@ -22,7 +22,17 @@ import pytest
 from PIL import Image
 
 from dataload import scenes, scenes_draw, scenes_text
-from dataload.scenes_text import BACKGROUNDS, COLORS, PLACES, SHAPES, SIZES, TEXTURES, THIRDS, Scene, SceneObject
+from dataload.scenes_text import (
+    BACKGROUNDS,
+    COLORS,
+    PLACES,
+    SHAPES,
+    SIZES,
+    TEXTURES,
+    THIRDS,
+    Scene,
+    SceneObject,
+)
 from dataload.tokenizer import Tokenizer
 
 SMALL = {"train": 300, "uncaptioned": 100, "heldout": 120}

@@ -14,7 +14,9 @@ from models.tokens import BOS, EOS, IGNORE, MASK, PAD
 TINY = AURORA_SIZES["tiny"]
 
 
-def batch(config: AuroraConfig = TINY, pairs: int = 3, hidden: int = 2, captions: int = 1, seed: int = 0) -> tuple:
+def batch(
+    config: AuroraConfig = TINY, pairs: int = 3, hidden: int = 2, captions: int = 1, seed: int = 0
+) -> tuple:
     """Random pre-training tensors in the order of Aurora.forward."""
     g = torch.Generator().manual_seed(seed)
     size, grid, length = config.image_size, config.image_size // 32, config.text_length
@@ -44,7 +46,11 @@ def test_every_parameter_gets_a_gradient() -> None:
     assert set(losses) == {"mim", "itc", "caption", "mlm"}
     maps = model.encode_image(data[0])
     found = model.detect(maps, data[1])
-    assert found.boxes.shape == (3, 16, 4) and found.classes.shape == (3, 16, 256) and found.masks.shape == (3, 16, 16, 16)
+    assert (
+        found.boxes.shape == (3, 16, 4)
+        and found.classes.shape == (3, 16, 256)
+        and found.masks.shape == (3, 16, 16, 16)
+    )
     levels = model.pyramid(maps)
     assert [tuple(level.shape) for level in levels] == [(3, 64, n, n) for n in (16, 8, 4, 2)]
     dense = sum(level.square().mean() for level in levels)
@@ -73,7 +79,12 @@ def test_a_weight_of_zero_turns_a_loss_off() -> None:
     for name in ("mim", "itc", "caption", "mlm"):
         only = ObjectiveConfig(**{other: 0.0 for other in ("mim", "itc", "caption", "mlm") if other != name})
         assert set(model(*data, objectives=only)) == {name}
-        assert set(model(*data, objectives=ObjectiveConfig(**{name: 0.0}))) == {"mim", "itc", "caption", "mlm"} - {name}
+        assert set(model(*data, objectives=ObjectiveConfig(**{name: 0.0}))) == {
+            "mim",
+            "itc",
+            "caption",
+            "mlm",
+        } - {name}
     assert calls[0] == 2  # masked image modelling alone encodes the uncaptioned images alone
 
 
@@ -137,7 +148,9 @@ def test_captioning_never_sees_later_words_and_masked_language_does() -> None:
         return model.decoder.read_image(model.decoder.read_text(tokens, causal=True), memory, causal=True)
 
     assert torch.equal(caption(first)[:, :3], caption(other)[:, :3])
-    assert not torch.allclose(model.masked_language(memory, first)[:, :3], model.masked_language(memory, other)[:, :3])
+    assert not torch.allclose(
+        model.masked_language(memory, first)[:, :3], model.masked_language(memory, other)[:, :3]
+    )
 
 
 def test_the_cache_gives_the_logits_of_the_whole_sequence() -> None:
@@ -185,7 +198,9 @@ def test_losses_add_up_over_micro_batches() -> None:
     model, whole = tiny(), batch(pairs=4, hidden=4)
     full = model(*whole)
     totals = count(whole[1], whole[3], whole[5])
-    parts = [model(*(x[i : i + 2] for x in whole), normalizers=Normalizers(*totals, itc_share=0.5)) for i in (0, 2)]
+    parts = [
+        model(*(x[i : i + 2] for x in whole), normalizers=Normalizers(*totals, itc_share=0.5)) for i in (0, 2)
+    ]
     for name in ("mim", "caption", "mlm"):
         torch.testing.assert_close(parts[0][name] + parts[1][name], full[name], rtol=1e-5, atol=1e-5)
 

@@ -42,7 +42,9 @@ def best_by_hand(table: torch.Tensor, max_length: int, length_penalty: float) ->
     for length in range(max_length - 1):
         for words in itertools.product(range(5, VOCABULARY), repeat=length):
             path = [BOS, *words, EOS]
-            score = sum(table[a, b].item() for a, b in itertools.pairwise(path)) / (length + 1) ** length_penalty
+            score = (
+                sum(table[a, b].item() for a, b in itertools.pairwise(path)) / (length + 1) ** length_penalty
+            )
             if score > best:
                 best, found = score, list(words)
     return found
@@ -65,8 +67,12 @@ def test_one_beam_without_penalty_is_greedy_where_greedy_ends() -> None:
 
 def test_sampling_follows_the_distribution_and_the_seed() -> None:
     memory = tables(rows=1).expand(4000, -1, -1)
-    first = generate(Bigram(), memory, method="sample", max_length=2, generator=torch.Generator().manual_seed(1))
-    again = generate(Bigram(), memory, method="sample", max_length=2, generator=torch.Generator().manual_seed(1))
+    first = generate(
+        Bigram(), memory, method="sample", max_length=2, generator=torch.Generator().manual_seed(1)
+    )
+    again = generate(
+        Bigram(), memory, method="sample", max_length=2, generator=torch.Generator().manual_seed(1)
+    )
     assert first == again
     wanted = memory[0, BOS].exp()
     for token in range(5, VOCABULARY):
@@ -81,7 +87,9 @@ def test_top_k_and_top_p_cut_the_tail() -> None:
     torch.testing.assert_close(nucleus(logits, 0, 0.4), torch.tensor([[1.0, 0.0, 0.0, 0.0]]))
 
 
-@pytest.mark.parametrize("options", [{"method": "magic"}, {"method": "sample", "temperature": 0.0}, {"method": "beam", "beams": 0}])
+@pytest.mark.parametrize(
+    "options", [{"method": "magic"}, {"method": "sample", "temperature": 0.0}, {"method": "beam", "beams": 0}]
+)
 def test_wrong_options_are_refused(options: dict) -> None:
     with pytest.raises(ValueError):
         generate(Bigram(), tables(), **options)

@@ -54,7 +54,9 @@ def test_softmax_loss_is_clips(captions: int) -> None:
 
 def test_contrastive_loss_refuses_what_does_not_pair_up() -> None:
     with pytest.raises(ValueError, match="7 texts cannot belong to 3 images"):
-        objectives.contrastive_loss(torch.randn(3, 4), torch.randn(7, 4), torch.zeros(()), torch.zeros(()), kind="sigmoid")
+        objectives.contrastive_loss(
+            torch.randn(3, 4), torch.randn(7, 4), torch.zeros(()), torch.zeros(()), kind="sigmoid"
+        )
 
 
 def test_masked_image_loss_counts_hidden_patches_only() -> None:
@@ -66,7 +68,9 @@ def test_masked_image_loss_counts_hidden_patches_only() -> None:
     for b, y, x in mask.nonzero().tolist():
         patch = images[b, :, 32 * y : 32 * y + 32, 32 * x : 32 * x + 32]
         expected += (predicted[b, y, x].view(3, 32, 32) - patch).abs().mean()
-    torch.testing.assert_close(objectives.masked_image_loss(predicted, images, mask), torch.as_tensor(expected))
+    torch.testing.assert_close(
+        objectives.masked_image_loss(predicted, images, mask), torch.as_tensor(expected)
+    )
 
 
 def test_patches_round_trip() -> None:
@@ -90,7 +94,11 @@ def test_token_loss_ignores_and_sums(smoothing: float) -> None:
 
 @pytest.mark.parametrize(
     ("changes", "said"),
-    [({"itc": -1.0}, "0 \\(off\\) or positive"), ({"itc_kind": "hinge"}, "supported: 'sigmoid'"), ({"label_smoothing": 2.0}, "share")],
+    [
+        ({"itc": -1.0}, "0 \\(off\\) or positive"),
+        ({"itc_kind": "hinge"}, "supported: 'sigmoid'"),
+        ({"label_smoothing": 2.0}, "share"),
+    ],
 )
 def test_wrong_objectives_are_refused(changes: dict, said: str) -> None:
     with pytest.raises(ValueError, match=said):

@@ -22,9 +22,14 @@ MILLIONS = {  # encoder, heads, decoder, total
 
 def encoder_closed_form(config: AuroraConfig) -> int:
     """Parameters of the encoder by arithmetic alone, part by part, without building a module."""
-    total = 3 * 16 * config.width + config.width + 2 * config.width + config.width  # stem, its norm, mask token
+    total = (
+        3 * 16 * config.width + config.width + 2 * config.width + config.width
+    )  # stem, its norm, mask token
     for i, (dim, depth) in enumerate(zip(config.stage_widths, config.depths, strict=True)):
-        heads, hidden = dim // config.head_dim, -(-8 * dim // 384) * 128  # 8 dim / 3, rounded up to a multiple of 128
+        heads, hidden = (
+            dim // config.head_dim,
+            -(-8 * dim // 384) * 128,
+        )  # 8 dim / 3, rounded up to a multiple of 128
         block = 4 * dim**2 + 3 * dim + heads + (2 * 512 + 512 + 512 * heads) + 4 * dim + 3 * dim * hidden
         total += depth * block
         if i < 3:
@@ -53,14 +58,20 @@ def test_command_prints_the_table_and_json() -> None:
     text = subprocess.run([sys.executable, "-m", "models"], capture_output=True, text=True, check=True).stdout
     row = next(line for line in text.splitlines() if line.startswith("xl")).split()
     assert row[-4:] == ["2708.6", "398.6", "596.0", "3703.1"]
-    data = json.loads(subprocess.run([sys.executable, "-m", "models", "--json"], capture_output=True, check=True).stdout)
+    data = json.loads(
+        subprocess.run([sys.executable, "-m", "models", "--json"], capture_output=True, check=True).stdout
+    )
     assert data["aurora"]["xl"]["parameters"] == count_aurora(AURORA_SIZES["xl"])
     assert data["aurora"]["tiny"]["config"]["image_size"] == 64
 
 
 @pytest.mark.parametrize(
     ("field", "value", "said"),
-    [("image_size", 50, "multiple of 32"), ("head_dim", 24, "multiple of head_dim"), ("text_length", 2, "at least 3")],
+    [
+        ("image_size", 50, "multiple of 32"),
+        ("head_dim", 24, "multiple of head_dim"),
+        ("text_length", 2, "at least 3"),
+    ],
 )
 def test_impossible_configurations_are_refused(field: str, value: int, said: str) -> None:
     with pytest.raises(ValueError, match=said):

@@ -14,7 +14,9 @@ timm = pytest.importorskip("timm", reason="needs timm: install the test extra")
 def pair(**options: object) -> tuple[torch.nn.Module, SwinEncoder]:
     torch.manual_seed(0)
     theirs = timm.create_model("swinv2_tiny_window8_256", pretrained=False, num_classes=0, **options).eval()
-    for parameter in theirs.parameters():  # timm starts biases at 0 and the post-norms at 1: make all of them matter
+    for (
+        parameter
+    ) in theirs.parameters():  # timm starts biases at 0 and the post-norms at 1: make all of them matter
         parameter.data += 0.02 * torch.randn_like(parameter)
     ours = SwinEncoder(config_from_timm(theirs)).eval()
     load_timm(ours, theirs.state_dict())
@@ -26,7 +28,11 @@ def pair(**options: object) -> tuple[torch.nn.Module, SwinEncoder]:
     [
         {"img_size": 128, "window_size": 8},  # shifted windows, then windows cut to the map
         {"img_size": 224, "window_size": 7},
-        {"img_size": 192, "window_size": 8, "depths": (2, 1, 2, 1)},  # 6 x 6 and 12 x 12 maps that 8 does not divide: padding
+        {
+            "img_size": 192,
+            "window_size": 8,
+            "depths": (2, 1, 2, 1),
+        },  # 6 x 6 and 12 x 12 maps that 8 does not divide: padding
         {"img_size": 128, "window_size": 8, "pretrained_window_sizes": (6, 6, 6, 3)},
     ],
     ids=["cut", "divides", "pads", "other-pretraining-window"],
@@ -42,7 +48,9 @@ def test_features_and_gradients_equal_timms(options: dict) -> None:
     expected[3] = theirs.norm(expected[3])
     maps = ours(images)
     for level, (mine, reference) in enumerate(zip(maps, expected, strict=True)):
-        torch.testing.assert_close(mine, reference, rtol=2e-4, atol=2e-4, msg=lambda m, level=level: f"stage {level + 1}: {m}")
+        torch.testing.assert_close(
+            mine, reference, rtol=2e-4, atol=2e-4, msg=lambda m, level=level: f"stage {level + 1}: {m}"
+        )
     probe = torch.randn_like(expected[3])
     (expected[3] * probe).sum().backward()
     (maps[3] * probe).sum().backward()
@@ -54,7 +62,9 @@ def test_features_and_gradients_equal_timms(options: dict) -> None:
         (theirs_stage.attn.cpb_mlp[0].weight, ours_stage.attention.position_bias[0].weight),
         (theirs_stage.attn.q_bias, ours_stage.attention.q_bias),
     ):
-        gradient = reference.grad if reference.grad is not None else theirs_stage.attn.logit_scale.grad.flatten()
+        gradient = (
+            reference.grad if reference.grad is not None else theirs_stage.attn.logit_scale.grad.flatten()
+        )
         assert gradient.abs().max() > 0
         torch.testing.assert_close(mine.grad, gradient, rtol=2e-3, atol=2e-3 * gradient.abs().max().item())
 

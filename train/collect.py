@@ -130,7 +130,9 @@ class Collector:
     def _restore(self, images: Tensor, start: int) -> None:
         """Hide 32-pixel units, restore them, and measure the mean absolute error where they were hidden."""
         grid = (images.shape[2] // MIM_UNIT, images.shape[3] // MIM_UNIT)
-        seeds = [np.random.Philox(key=self.wanted.seed, counter=[0, 1, start + i, 0]) for i in range(len(images))]
+        seeds = [
+            np.random.Philox(key=self.wanted.seed, counter=[0, 1, start + i, 0]) for i in range(len(images))
+        ]
         drawn = [mim_mask(grid, np.random.Generator(seed), MIM_RATIO) for seed in seeds]
         masks = torch.from_numpy(np.stack(drawn)).to(self.device)
         hidden = masks.repeat_interleave(MIM_UNIT, 1).repeat_interleave(MIM_UNIT, 2)[:, None]  # [B, 1, H, W]

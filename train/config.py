@@ -57,6 +57,8 @@ class DataConfig:
     """Masked image modelling: share of the 32-pixel units that is hidden."""
     mlm_probability: float = 0.15
     """Masked language modelling: share of the words that is asked for."""
+    mlm_share: float = 1.0
+    """Masked language modelling: share of each micro-batch's captions that takes part; the others cost it nothing."""
     tokenizer_sampling: float = 0.0
     """SentencePiece sampling of token boundaries (alpha; 0.1 is usual). 0: off."""
     workers: int = 2

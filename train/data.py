@@ -112,6 +112,7 @@ def loader_config(config: PretrainConfig, sources: Sources, world_size: int) -> 
         uncaptioned_fraction=uncaptioned_fraction(config, pairs, len(captioned) - pairs, world_size),
         mim_ratio=data.mim_ratio,
         mlm_probability=data.mlm_probability,
+        mlm_share=data.mlm_share,
         tokenizer_sampling=data.tokenizer_sampling,
         captions_per_image=data.captions_per_image,
         seed=config.seed,

@@ -11,7 +11,8 @@ class AuroraConfig:
     """Everything that shapes an Aurora model. Widths are channels, sizes are pixels; four encoder stages."""
 
     image_size: int = 64
-    """Side of the training images in pixels; the encoder accepts any size, this one sets each stage's largest window."""
+    """Side of the training images in pixels; the encoder accepts any size, this one sets each stage's
+    largest window."""
     width: int = 32
     """Channels of stage 1; stage i has width * 2**(i-1)."""
     depths: tuple[int, int, int, int] = (2, 2, 4, 2)
@@ -19,7 +20,8 @@ class AuroraConfig:
     windows: tuple[int, int, int, int] = (8, 8, 4, 2)
     """Window side per stage, in tokens; cut to the feature map where that is smaller."""
     bias_windows: tuple[int, int, int, int] | None = None
-    """Window side per stage that the position bias was trained with, where that is another one (weights from timm)."""
+    """Window side per stage that the position bias was trained with, where that is another one (weights
+    from timm)."""
     head_dim: int = 32
     """Channels per attention head of the encoder."""
     extra_norm_every: int = 0
@@ -27,9 +29,14 @@ class AuroraConfig:
     mlp: Literal["swiglu", "gelu"] = "swiglu"
     """Feed-forward of the encoder blocks; "gelu" (4x, with biases) is SwinV2's own, for weights from timm."""
     window_padding: Literal["mask", "zero"] = "mask"
-    """Where windows do not divide a map: hide the padding, or attend to it as timm does (for weights from timm)."""
+    """Where windows do not divide a map: hide the padding, or attend to it as timm does (for weights from
+    timm)."""
     post_norm_init: float = 0.1
     """Initial gain of the residual post-norms; SwinV2 starts its largest models at 0."""
+    layer_scale_init: float = 0.1
+    """Initial LayerScale of the text stack's residual branches."""
+    contrastive_bias: float = -10.0
+    """Initial bias of the sigmoid contrastive loss: about minus the log of the texts that an image meets."""
     drop_path: float = 0.0
     """Stochastic depth of the last encoder block; rises linearly from 0 at the first."""
 
@@ -64,7 +71,10 @@ class AuroraConfig:
 
     def __post_init__(self) -> None:
         checks = {
-            "image_size": (self.image_size % 32 == 0 and self.image_size > 0, "a positive multiple of 32 pixels"),
+            "image_size": (
+                self.image_size % 32 == 0 and self.image_size > 0,
+                "a positive multiple of 32 pixels",
+            ),
             "width": (self.width % self.head_dim == 0, f"a multiple of head_dim ({self.head_dim})"),
             "decoder_width": (
                 self.decoder_width % self.decoder_head_dim == 0,
@@ -81,21 +91,24 @@ class AuroraConfig:
 
 
 AURORA_SIZES: dict[str, AuroraConfig] = {
-    "tiny": AuroraConfig(),
+    "tiny": AuroraConfig(contrastive_bias=-4.0, layer_scale_init=0.3),
     "small": AuroraConfig(
         image_size=224, width=128, depths=(2, 2, 4, 2), windows=(7, 7, 7, 7), head_dim=64, drop_path=0.1,
-        vocabulary=32_000, text_length=64, decoder_width=384, unimodal_layers=3, crossmodal_layers=3, queries=300,
+        vocabulary=32_000, text_length=64, decoder_width=384, unimodal_layers=3, crossmodal_layers=3,
+        queries=300,
         embedding_width=512, pyramid_width=128, projector_hidden=(1024, 2048),
     ),
     "base": AuroraConfig(
         image_size=224, width=192, depths=(2, 2, 18, 2), windows=(14, 14, 14, 7), head_dim=64, drop_path=0.2,
-        vocabulary=32_000, text_length=64, decoder_width=640, unimodal_layers=4, crossmodal_layers=4, queries=300,
+        vocabulary=32_000, text_length=64, decoder_width=640, unimodal_layers=4, crossmodal_layers=4,
+        queries=300,
         embedding_width=768, pyramid_width=256, projector_hidden=(1024, 2048),
     ),
     "large": AuroraConfig(
         image_size=448, width=384, depths=(2, 2, 16, 2), windows=(14, 14, 14, 14), head_dim=64, drop_path=0.2,
         extra_norm_every=6, post_norm_init=0.0,
-        vocabulary=32_000, text_length=64, decoder_width=768, unimodal_layers=6, crossmodal_layers=6, queries=300,
+        vocabulary=32_000, text_length=64, decoder_width=768, unimodal_layers=6, crossmodal_layers=6,
+        queries=300,
         embedding_width=1024, pyramid_width=256, projector_hidden=(2048, 4096),
     ),
     "xl": AuroraConfig(
@@ -106,4 +119,5 @@ AURORA_SIZES: dict[str, AuroraConfig] = {
         embedding_width=1024, pyramid_width=512, projector_hidden=(4096, 12288),
     ),
 }  # fmt: skip
-"""The ladder: every size is the same code. Parameters are counted on the meta device by `python -m models`."""
+"""The ladder: every size is the same code. Parameters are counted on the meta device by `python -m
+models`."""

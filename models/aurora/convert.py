@@ -1,14 +1,16 @@
 """Weights from timm's SwinV2 into Aurora's encoder: same features, so that training can start from them.
 
-timm and this encoder order patch merging alike, downsample at the start of a stage, and give keys no bias; names are what differs.
+timm and this encoder order patch merging alike, downsample at the start of a stage, and give keys no bias;
+names are what differs.
 """
 
 from __future__ import annotations
 
 import re
-from collections.abc import Mapping
+from collections.abc import Iterable, Mapping
+from typing import Any
 
-from torch import Tensor, nn
+from torch import Tensor
 
 from models.aurora.config import AuroraConfig
 from models.aurora.encoder import SwinEncoder
@@ -29,13 +31,15 @@ RENAMES = (
 UNUSED = re.compile(r"^head\.|\.(relative_coords_table|relative_position_index|k_bias|attn_mask)$")
 
 
-def config_from_timm(model: nn.Module) -> AuroraConfig:
+def config_from_timm(model: Any) -> AuroraConfig:
     """The encoder configuration of a timm `SwinTransformerV2` (the text side keeps its defaults).
 
     Raises ValueError for another class of model, non-square images or windows, or a patch size other than 4.
     """
     if type(model).__name__ != "SwinTransformerV2":
-        raise ValueError(f"cannot read a {type(model).__name__}; supported: timm's SwinTransformerV2 (names swinv2_*)")
+        raise ValueError(
+            f"cannot read a {type(model).__name__}; supported: timm's SwinTransformerV2 (names swinv2_*)"
+        )
     blocks = [list(stage.blocks) for stage in model.layers]
     first = [stage[0] for stage in blocks]
     size = model.patch_embed.img_size
@@ -45,23 +49,32 @@ def config_from_timm(model: nn.Module) -> AuroraConfig:
             f"image {tuple(size)}, windows {windows}, patch {tuple(model.patch_embed.patch_size)}; "
             "supported: square images and windows, patch 4"
         )
-    trained = tuple(max(block.attn.pretrained_window_size) or w[0] for block, w in zip(first, windows, strict=True))
     return AuroraConfig(
         image_size=size[0],
         width=model.embed_dim,
-        depths=tuple(len(stage) for stage in blocks),  # type: ignore[arg-type]
-        windows=tuple(window[0] for window in windows),  # type: ignore[arg-type]
-        bias_windows=trained,  # type: ignore[arg-type]
+        depths=_four(len(stage) for stage in blocks),
+        windows=_four(window[0] for window in windows),
+        bias_windows=_four(
+            max(block.attn.pretrained_window_size) or window[0]
+            for block, window in zip(first, windows, strict=True)
+        ),
         head_dim=model.embed_dim // first[0].attn.num_heads,
         mlp="gelu",
         window_padding="zero",
     )
 
 
-def load_timm(encoder: SwinEncoder, weights: Mapping[str, Tensor]) -> list[str]:
-    """Copy a timm SwinV2 state dict into the encoder; returns what timm had and the encoder has no use for (the classifier).
+def _four(values: Iterable[int]) -> tuple[int, int, int, int]:
+    a, b, c, d = values
+    return a, b, c, d
 
-    Raises ValueError naming every parameter that is missing, left over or of another shape. The mask token keeps its value.
+
+def load_timm(encoder: SwinEncoder, weights: Mapping[str, Tensor]) -> list[str]:
+    """Copy a timm SwinV2 state dict into the encoder; returns what timm had and the encoder has no use for
+    (the classifier).
+
+    Raises ValueError naming every parameter that is missing, left over or of another shape. The mask token
+    keeps its value.
     """
     own = encoder.state_dict()
     unused, unknown, wrong = [], [], []

@@ -1,7 +1,8 @@
 """The text stack: one set of weights in four modes.
 
     text embedding    unimodal layers only
-    captioning        unimodal, then crossmodal layers; every token sees those before it (CoCa, arXiv:2205.01917)
+    captioning        unimodal, then crossmodal layers; every token sees those before it (CoCa,
+    arXiv:2205.01917)
     masked language   the same layers, every token sees all
     object queries    [text; queries] through the crossmodal layers, every token sees all
 
@@ -11,6 +12,7 @@ Shapes: B batch, T tokens of text, D width, M tokens of the image memory, V voca
 from __future__ import annotations
 
 from dataclasses import dataclass, field
+from typing import cast
 
 import torch
 import torch.nn.functional as F
@@ -28,19 +30,28 @@ class TextDecoder(nn.Module):
     def __init__(self, config: AuroraConfig) -> None:
         super().__init__()
         self.gradient_checkpointing = False
-        dim, head_dim, dropout = config.decoder_width, config.decoder_head_dim, config.decoder_dropout
+        dim, head_dim = config.decoder_width, config.decoder_head_dim
         self.head_dim = head_dim
         self.embedding = nn.Embedding(config.vocabulary, dim)
         self.queries = nn.Embedding(config.queries, dim)
-        self.unimodal = nn.ModuleList(Block(dim, head_dim, dropout=dropout) for _ in range(config.unimodal_layers))
+
+        def layer(memory_dim: int | None) -> Block:
+            return Block(
+                dim,
+                head_dim,
+                memory_dim=memory_dim,
+                layer_scale=config.layer_scale_init,
+                dropout=config.decoder_dropout,
+            )
+
+        self.unimodal = nn.ModuleList(layer(None) for _ in range(config.unimodal_layers))
         self.unimodal_norm = nn.RMSNorm(dim, eps=1e-6)
-        self.crossmodal = nn.ModuleList(
-            Block(dim, head_dim, memory_dim=dim, dropout=dropout) for _ in range(config.crossmodal_layers)
-        )
+        self.crossmodal = nn.ModuleList(layer(dim) for _ in range(config.crossmodal_layers))
         self.norm = nn.RMSNorm(dim, eps=1e-6)
 
     def embed(self, tokens: Tensor) -> Tensor:
-        """int64 [...] -> [..., D] of about unit variance (arXiv:1706.03762, section 3.4: tied embeddings times sqrt(D))."""
+        """int64 [...] -> [..., D] of about unit variance (arXiv:1706.03762, section 3.4: tied embeddings
+        times sqrt(D))."""
         return self.embedding(tokens) * self.embedding.embedding_dim**0.5
 
     def read_text(self, tokens: Tensor, *, causal: bool) -> Tensor:
@@ -52,19 +63,30 @@ class TextDecoder(nn.Module):
             x = self.run(block, x, None, rotary, causal, mask)
         return self.unimodal_norm(x)
 
-    def read_image(self, x: Tensor, memory: Tensor, *, causal: bool, key_mask: Tensor | None = None) -> Tensor:
-        """Crossmodal layers: x [B, T, D] over memory [B, M, D] -> [B, T, D]; key_mask bool [B, T], True = visible."""
+    def read_image(
+        self, x: Tensor, memory: Tensor, *, causal: bool, key_mask: Tensor | None = None
+    ) -> Tensor:
+        """Crossmodal layers: x [B, T, D] over memory [B, M, D] -> [B, T, D]; key_mask bool [B, T], True =
+        visible."""
         rotary = rotary_angles(x.shape[1], self.head_dim, x.device)
         for block in self.crossmodal:
             x = self.run(block, x, memory, rotary, causal, key_mask)
         return self.norm(x)
 
     def run(
-        self, block: nn.Module, x: Tensor, memory: Tensor | None, rotary: Rotary, causal: bool, mask: Tensor | None
+        self,
+        block: nn.Module,
+        x: Tensor,
+        memory: Tensor | None,
+        rotary: Rotary,
+        causal: bool,
+        mask: Tensor | None,
     ) -> Tensor:
         """One layer, with activation checkpointing where that is on."""
         if self.gradient_checkpointing and self.training:
-            return checkpoint(block, x, memory, rotary=rotary, causal=causal, key_mask=mask, use_reentrant=False)
+            return checkpoint(
+                block, x, memory, rotary=rotary, causal=causal, key_mask=mask, use_reentrant=False
+            )
         return block(x, memory, rotary=rotary, causal=causal, key_mask=mask)
 
     def answer_queries(self, tokens: Tensor, memory: Tensor) -> Tensor:
@@ -83,7 +105,7 @@ class TextDecoder(nn.Module):
     def start(self, memory: Tensor) -> DecodingState:
         """State for generating from memory [B, M, D]: the crossmodal keys and values are computed once."""
         layers = len(self.unimodal) + len(self.crossmodal)
-        keys_values = [block.keys_values(memory) for block in self.crossmodal]
+        keys_values = [cast(Block, block).keys_values(memory) for block in self.crossmodal]
         return DecodingState([KeyValueCache() for _ in range(layers)], keys_values)
 
     def step(self, tokens: Tensor, state: DecodingState) -> Tensor:
@@ -103,7 +125,8 @@ class TextDecoder(nn.Module):
 
 @dataclass
 class DecodingState:
-    """What generation keeps between tokens: a cache per layer, and keys and values of the image per crossmodal layer."""
+    """What generation keeps between tokens: a cache per layer, and keys and values of the image per
+    crossmodal layer."""
 
     caches: list[KeyValueCache]
     memory: list[tuple[Tensor, Tensor]] = field(default_factory=list)

@@ -1,6 +1,7 @@
 """The hierarchical image encoder: SwinV2's windowed cosine attention at any image size.
 
-Source: Swin Transformer V2 (arXiv:2111.09883): residual post-norm, scaled cosine attention, log-spaced continuous position bias.
+Source: Swin Transformer V2 (arXiv:2111.09883): residual post-norm, scaled cosine attention, log-spaced
+continuous position bias.
 Shapes: B batch, H and W a stage's map, C channels, h heads, d head width.
 """
 
@@ -43,7 +44,8 @@ class SwinEncoder(nn.Module):
         self.norm = nn.LayerNorm(widths[3])
 
     def forward(self, images: Tensor, mask: Tensor | None = None) -> list[Tensor]:
-        """mask bool [B, height/32, width/32]: where True the patch tokens become the mask token (SimMIM, arXiv:2111.09886)."""
+        """mask bool [B, height/32, width/32]: where True the patch tokens become the mask token (SimMIM,
+        arXiv:2111.09886)."""
         x = self.patchify(images)
         if mask is not None:
             x = self.hide(x, mask)
@@ -62,7 +64,8 @@ class SwinEncoder(nn.Module):
         return self.stem_norm(self.stem(images).permute(0, 2, 3, 1))
 
     def hide(self, x: Tensor, mask: Tensor) -> Tensor:
-        """Put the mask token where mask [B, height/32, width/32] is True; x [B, H, W, C] with H = 8 * height/32."""
+        """Put the mask token where mask [B, height/32, width/32] is True; x [B, H, W, C] with H = 8 *
+        height/32."""
         unit = STRIDE // PATCH
         expected = (x.shape[0], x.shape[1] // unit, x.shape[2] // unit)
         if tuple(mask.shape) != expected or x.shape[1] % unit or x.shape[2] % unit:
@@ -75,7 +78,8 @@ class SwinEncoder(nn.Module):
 
 
 class SwinStage(nn.Module):
-    """Patch merging (but for the first stage), then blocks whose windows alternate between unshifted and shifted."""
+    """Patch merging (but for the first stage), then blocks whose windows alternate between unshifted and
+    shifted."""
 
     def __init__(self, config: AuroraConfig, index: int, drop_paths: list[float]) -> None:
         super().__init__()
@@ -92,7 +96,8 @@ class SwinStage(nn.Module):
         self.extra_norms = nn.ModuleList(nn.LayerNorm(dim) for _ in range(extra))
 
     def forward(self, x: Tensor, recompute: bool) -> Tensor:
-        """[B, H, W, C] -> [B, H', W', C']; recompute: keep no activations inside blocks (activation checkpointing)."""
+        """[B, H, W, C] -> [B, H', W', C']; recompute: keep no activations inside blocks (activation
+        checkpointing)."""
         if self.merge is not None:
             x = self.merge(x)
         for j, block in enumerate(self.blocks, start=1):
@@ -103,7 +108,8 @@ class SwinStage(nn.Module):
 
 
 class PatchMerging(nn.Module):
-    """Concatenate each 2x2 neighbourhood in the order (0,0), (1,0), (0,1), (1,1) of (row, column), project 4C -> 2C, normalise."""
+    """Concatenate each 2x2 neighbourhood in the order (0,0), (1,0), (0,1), (1,1) of (row, column), project
+    4C -> 2C, normalise."""
 
     def __init__(self, dim: int) -> None:
         super().__init__()
@@ -139,7 +145,8 @@ class SwinBlock(nn.Module):
         return x + self.dropped(self.feed_norm(self.feed(x)))
 
     def dropped(self, branch: Tensor) -> Tensor:
-        """Stochastic depth (arXiv:1603.09382): drop the branch for some samples, scale it up for the others."""
+        """Stochastic depth (arXiv:1603.09382): drop the branch for some samples, scale it up for the
+        others."""
         if self.drop_path == 0.0 or not self.training:
             return branch
         keep = torch.rand(branch.shape[0], 1, 1, 1, device=branch.device) >= self.drop_path
@@ -147,11 +154,17 @@ class SwinBlock(nn.Module):
 
 
 class WindowAttention(nn.Module):
-    """Scaled cosine attention in (shifted) windows with a continuous log-spaced position bias; keys have no bias term."""
+    """Scaled cosine attention in (shifted) windows with a continuous log-spaced position bias; keys have no
+    bias term."""
 
     def __init__(self, config: AuroraConfig, dim: int, window: int, trained_window: int, shift: int) -> None:
         super().__init__()
-        self.window, self.trained_window, self.shift, self.head_dim = window, trained_window, shift, config.head_dim
+        self.window, self.trained_window, self.shift, self.head_dim = (
+            window,
+            trained_window,
+            shift,
+            config.head_dim,
+        )
         self.padding = config.window_padding
         heads = dim // config.head_dim
         self.qkv = nn.Linear(dim, 3 * dim, bias=False)
@@ -162,7 +175,8 @@ class WindowAttention(nn.Module):
         self.position_bias = nn.Sequential(nn.Linear(2, 512), nn.ReLU(), nn.Linear(512, heads, bias=False))
 
     def forward(self, x: Tensor) -> Tensor:
-        """[B, H, W, C] -> the same shape. The window is cut to the map, and a map of one window is not shifted."""
+        """[B, H, W, C] -> the same shape. The window is cut to the map, and a map of one window is not
+        shifted."""
         batch, height, width, dim = x.shape
         window = (min(self.window, height), min(self.window, width))
         shift = (self.shift if height > window[0] else 0, self.shift if width > window[1] else 0)
@@ -170,14 +184,24 @@ class WindowAttention(nn.Module):
         qkv = F.linear(x, self.qkv.weight, bias).view(batch, height, width, 3, -1, self.head_dim)
         pad_kv = None
         if self.padding == "zero":
-            pad_kv = torch.stack((torch.zeros_like(self.v_bias), self.v_bias)).view(2, -1, self.head_dim).to(qkv.dtype)
+            pad_kv = (
+                torch.stack((torch.zeros_like(self.v_bias), self.v_bias))
+                .view(2, -1, self.head_dim)
+                .to(qkv.dtype)
+            )
         y = window_attention(
-            qkv, self.relative_bias(window), window=window, shift=shift, logit_scale=self.logit_scale, pad_kv=pad_kv
+            qkv,
+            self.relative_bias(window),
+            window=window,
+            shift=shift,
+            logit_scale=self.logit_scale,
+            pad_kv=pad_kv,
         )
         return self.out(y)
 
     def relative_bias(self, window: tuple[int, int]) -> Tensor:
-        """The bias table [(2wy-1)*(2wx-1), h]: 16 * sigmoid(MLP(log-spaced offset)), section 3.3 of the paper."""
+        """The bias table [(2wy-1)*(2wx-1), h]: 16 * sigmoid(MLP(log-spaced offset)), section 3.3 of the
+        paper."""
         offsets = log_offsets(window, self.trained_window, self.q_bias.device)
         return 16 * torch.sigmoid(self.position_bias(offsets).float())
 
@@ -196,9 +220,11 @@ class GeluMLP(nn.Module):
 
 @lru_cache(maxsize=64)
 def log_offsets(window: tuple[int, int], trained_window: int, device: torch.device) -> Tensor:
-    """Relative offsets [(2wy-1)*(2wx-1), 2] of a window, row-major, log-spaced: sign(t) log2(1 + |t|) / 3 with t = 8 * offset / (w - 1).
+    """Relative offsets [(2wy-1)*(2wx-1), 2] of a window, row-major, log-spaced: sign(t) log2(1 + |t|) / 3
+    with t = 8 * offset / (w - 1).
 
-    w is the window that the bias is trained with, so that an offset keeps its meaning where a smaller map cuts the window.
+    w is the window that the bias is trained with, so that an offset keeps its meaning where a smaller map
+    cuts the window.
     """
     with torch.inference_mode(False):  # a tensor made in inference mode could not serve training later
         y = torch.arange(-(window[0] - 1), window[0], dtype=torch.float32, device=device)

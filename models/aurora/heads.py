@@ -1,6 +1,7 @@
 """What turns Aurora's features into memory, embeddings, pixels, boxes and masks.
 
-Shapes: B batch, H_i and W_i stage i's map, C_i its channels, D decoder width, E joint space, F pyramid width, Q queries.
+Shapes: B batch, H_i and W_i stage i's map, C_i its channels, D decoder width, E joint space, F pyramid
+width, Q queries.
 """
 
 from __future__ import annotations
@@ -14,9 +15,11 @@ from models.layers import SwiGLU, sincos_grid
 
 
 class MemoryProjector(nn.Module):
-    """Stage 3 and stage 4 tokens, projected to the decoder's width, with their place in the image -> memory [B, M, D].
+    """Stage 3 and stage 4 tokens, projected to the decoder's width, with their place in the image -> memory
+    [B, M, D].
 
-    Windowed attention with relative biases says little about where in the image a token stands; words such as "left" need it.
+    Windowed attention with relative biases says little about where in the image a token stands; words such
+    as "left" need it.
     """
 
     def __init__(self, config: AuroraConfig) -> None:
@@ -59,16 +62,20 @@ class FeaturePyramid(nn.Module):
 
 
 class QueryHeads(nn.Module):
-    """A query's box, class embedding and mask embedding (DETR, arXiv:2005.12872; MaskFormer, arXiv:2107.06278)."""
+    """A query's box, class embedding and mask embedding (DETR, arXiv:2005.12872; MaskFormer,
+    arXiv:2107.06278)."""
 
     def __init__(self, config: AuroraConfig) -> None:
         super().__init__()
         dim = config.decoder_width
-        self.box = nn.Sequential(nn.Linear(dim, dim), nn.ReLU(), nn.Linear(dim, dim), nn.ReLU(), nn.Linear(dim, 4))
+        self.box = nn.Sequential(
+            nn.Linear(dim, dim), nn.ReLU(), nn.Linear(dim, dim), nn.ReLU(), nn.Linear(dim, 4)
+        )
         self.embeddings = nn.Linear(dim, 2 * config.embedding_width)
 
     def forward(self, queries: Tensor) -> tuple[Tensor, Tensor, Tensor]:
-        """[B, Q, D] -> boxes [B, Q, 4] as (cx, cy, w, h) in 0..1, class [B, Q, E] and mask embeddings [B, Q, E]."""
+        """[B, Q, D] -> boxes [B, Q, 4] as (cx, cy, w, h) in 0..1, class [B, Q, E] and mask embeddings [B,
+        Q, E]."""
         classes, masks = self.embeddings(queries).chunk(2, dim=-1)
         return self.box(queries).sigmoid(), classes, masks
 

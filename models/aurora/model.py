@@ -1,11 +1,15 @@
-"""Aurora-Vision: a hierarchical window-attention encoder and a cross-attention text stack, trained by four objectives.
+"""Aurora-Vision: a hierarchical window-attention encoder and a cross-attention text stack, trained by four
+objectives.
 
-    images -> SwinEncoder -> four maps -+-> AttentionPool ------------------------> image embedding   (contrastive)
+    images -> SwinEncoder -> four maps -+-> AttentionPool ------------------------> image embedding
+    (contrastive)
                                         +-> MemoryProjector -> TextDecoder -------> captions, masked words
-                                        +-> reconstruction head ------------------> pixels            (masked images)
+                                        +-> reconstruction head ------------------> pixels
+                                        (masked images)
                                         +-> FeaturePyramid, QueryHeads -----------> dense maps, boxes, masks
 
-Shapes: B batch, P pairs, U uncaptioned images, K captions per image, T tokens, D decoder width, E joint space, V vocabulary.
+Shapes: B batch, P pairs, U uncaptioned images, K captions per image, T tokens, D decoder width, E joint
+space, V vocabulary.
 """
 
 from __future__ import annotations
@@ -19,7 +23,7 @@ from torch import Tensor, nn
 from models import objectives
 from models.aurora.config import AuroraConfig
 from models.aurora.decoder import DecodingState, TextDecoder
-from models.aurora.encoder import STRIDE, SwinEncoder, WindowAttention
+from models.aurora.encoder import STRIDE, SwinBlock, SwinEncoder, WindowAttention
 from models.aurora.heads import FeaturePyramid, MemoryProjector, QueryHeads, with_places
 from models.layers import AttentionPool
 from models.objectives import Normalizers, ObjectiveConfig
@@ -68,11 +72,14 @@ class Aurora(nn.Module):
         """The losses that are on, unweighted fp32 scalars under "mim", "itc", "caption", "mlm".
 
         Args:
-            pair_images: normalised float [P, 3, height, width]; mim_images [U, 3, height, width], the same size.
+            pair_images: normalised float [P, 3, height, width]; mim_images [U, 3, height, width], the same
+            size.
             tokens: int64 [P*K, T], begin ... end, padded; rows i*K to i*K+K-1 belong to image i.
-            mlm_tokens, mlm_targets: int64 [P*K, T], the captions with hidden words, and those words (-100 elsewhere).
+            mlm_tokens, mlm_targets: int64 [L, T], L <= P*K: the first L captions with hidden words, and
+            those words (-100 elsewhere).
             mim_mask: bool [U, height/32, width/32], True = hidden.
-            normalizers: denominators of the whole optimizer step; without them each loss is this batch's mean.
+            normalizers: denominators of the whole optimizer step; without them each loss is this batch's
+            mean.
         """
         return pretraining_losses(
             self, pair_images, tokens, mlm_tokens, mlm_targets, mim_images, mim_mask,
@@ -105,7 +112,8 @@ class Aurora(nn.Module):
         return self.decoder.read_image(x, memory, causal=False, key_mask=mlm_tokens != PAD)
 
     def reconstruct(self, images: Tensor, mask: Tensor) -> Tensor:
-        """The picture as predicted where mask bool [B, height/32, width/32] hides it: [B, 3, height, width], normalised space."""
+        """The picture as predicted where mask bool [B, height/32, width/32] hides it: [B, 3, height,
+        width], normalised space."""
         return objectives.unpatchify(self.pixels(self.encoder(images, mask)[3]))
 
     def start(self, memory: Tensor) -> DecodingState:
@@ -117,7 +125,8 @@ class Aurora(nn.Module):
         return self.decoder.step(tokens, state)
 
     def dense_embedding(self, maps: list[Tensor]) -> Tensor:
-        """Maps -> an embedding per stride-4 pixel, [B, E, height/4, width/4], to compare with class texts (open vocabulary)."""
+        """Maps -> an embedding per stride-4 pixel, [B, E, height/4, width/4], to compare with class texts
+        (open vocabulary)."""
         return self.pixel_embedding(self.pyramid(maps)[0].permute(0, 2, 3, 1)).permute(0, 3, 1, 2)
 
     def detect(self, maps: list[Tensor], tokens: Tensor) -> Detections:
@@ -130,7 +139,8 @@ class Aurora(nn.Module):
 
 @dataclass(frozen=True)
 class Detections:
-    """What the object queries say: boxes [B, Q, 4] (cx, cy, w, h in 0..1), class embeddings [B, Q, E], mask logits [B, Q, height/4, width/4]."""
+    """What the object queries say: boxes [B, Q, 4] (cx, cy, w, h in 0..1), class embeddings [B, Q, E], mask
+    logits [B, Q, height/4, width/4]."""
 
     boxes: Tensor
     classes: Tensor
@@ -169,45 +179,56 @@ def pretraining_losses(
         return losses
 
     maps = [level[:pairs] for level in maps]
-    captions = len(tokens) // pairs
-    text = model.decoder.read_text(tokens, causal=True) if config.itc or config.caption else None
+    if config.itc or config.caption:
+        text = model.decoder.read_text(tokens, causal=True)
     if config.itc:
         losses["itc"] = n.itc_share * objectives.contrastive_loss(
             model.image_embedding(maps), model.text_pool(text, tokens != PAD),
             model.logit_scale, model.logit_bias, kind=config.itc_kind,
         )  # fmt: skip
-    memory = model.memory(maps) if config.caption or config.mlm else None
-    if memory is not None and captions > 1:
-        memory = memory.repeat_interleave(captions, dim=0)
+    if config.caption or config.mlm:
+        memory = model.memory(maps)
+        captions = len(tokens) // pairs
+        if captions > 1:
+            memory = memory.repeat_interleave(captions, dim=0)
     weight = model.decoder.embedding.weight
     if config.caption:
         inputs = text[:, :-1]
         if config.parallel_caption:
-            inputs = model.decoder.read_text(hide_captions(tokens[:, :-1], config.parallel_caption), causal=True)
+            inputs = model.decoder.read_text(
+                hide_captions(tokens[:, :-1], config.parallel_caption), causal=True
+            )
         x = model.decoder.read_image(inputs, memory, causal=True)
         targets = tokens[:, 1:].masked_fill(tokens[:, 1:] == PAD, IGNORE)
         losses["caption"] = objectives.token_loss(x, weight, targets, config) / n.caption_tokens
     if config.mlm:
-        x = model.masked_language(memory, mlm_tokens)
+        x = model.masked_language(memory[: len(mlm_tokens)], mlm_tokens)
         losses["mlm"] = objectives.token_loss(x, weight, mlm_targets, config) / n.mlm_tokens
     return losses
 
 
 def hide_captions(tokens: Tensor, share: float) -> Tensor:
-    """Replace all words of a random `share` of captions [B, T] by the mask token (parallel prediction, CapPa, arXiv:2306.07915)."""
+    """Replace all words of a random `share` of captions [B, T] by the mask token (parallel prediction,
+    CapPa, arXiv:2306.07915)."""
     rows = torch.rand(len(tokens), 1, device=tokens.device) < share
     return torch.where(rows & (tokens != PAD), MASK, tokens)
 
 
 def init_weights(model: Aurora) -> None:
-    """Every initial value of the model, in one place; modules keep torch's own default for norms (gain 1, bias 0).
+    """Every initial value of the model, in one place; modules keep torch's own default for norms (gain 1,
+    bias 0).
 
-    Linear layers and convolutions: normal with variance 1 / fan_in (LeCun), cut at two sigma. The customary 0.02 suits widths near
-    2,500 only: at Aurora-tiny's 32 channels it shrinks a SwiGLU branch below the epsilon of the norm behind it, and nothing is learned.
-    Projections into a residual stream need no smaller value, since a LayerScale or a post-norm gain scales their branch.
-    Learned tokens: variance 1 / width. Embeddings and queries: 0.02, so that tied logits start near uniform and AdamW can turn a row
-    quickly; the decoder multiplies them by sqrt(width) where they enter the stream.
-    Residual post-norms of the encoder: gain `post_norm_init`. Contrastive scale ln 10 and bias -10 (SigLIP, arXiv:2303.15343).
+    Linear layers and convolutions: normal with variance 1 / fan_in (LeCun), cut at two sigma. The customary
+    0.02 suits widths near
+    2,500 only: at Aurora-tiny's 32 channels it shrinks a SwiGLU branch below the epsilon of the norm behind
+    it, and nothing is learned.
+    Projections into a residual stream need no smaller value, since a LayerScale or a post-norm gain scales
+    their branch.
+    Embeddings, queries and learned tokens: variance 1 / width; the decoder multiplies the first two by
+    sqrt(width).
+    Residual post-norms of the encoder: gain `post_norm_init`. Contrastive scale ln 10 and bias
+    `contrastive_bias` (SigLIP, arXiv:2303.15343, takes -10, for
+    batches of thousands: with 48 texts per image it leaves the loss on its plateau for hundreds of steps).
     Cosine attention starts at scale 10 (SwinV2).
     """
     for module in model.modules():
@@ -217,20 +238,19 @@ def init_weights(model: Aurora) -> None:
                 if module.bias is not None:
                     nn.init.zeros_(module.bias)
             case nn.Embedding():
-                nn.init.trunc_normal_(module.weight, std=0.02, a=-0.04, b=0.04)
+                normal_(module.weight, module.embedding_dim)
             case AttentionPool():
                 normal_(module.query, module.query.shape[-1])
+            case SwinBlock():
+                nn.init.constant_(module.attention_norm.weight, model.config.post_norm_init)
+                nn.init.constant_(module.feed_norm.weight, model.config.post_norm_init)
             case WindowAttention():
                 nn.init.zeros_(module.q_bias)
                 nn.init.zeros_(module.v_bias)
                 nn.init.constant_(module.logit_scale, math.log(10))
     normal_(model.encoder.mask_token, len(model.encoder.mask_token))
-    for stage in model.encoder.stages:
-        for block in stage.blocks:
-            for norm in (block.attention_norm, block.feed_norm):
-                nn.init.constant_(norm.weight, model.config.post_norm_init)
     nn.init.constant_(model.logit_scale, math.log(10))
-    nn.init.constant_(model.logit_bias, -10.0)
+    nn.init.constant_(model.logit_bias, model.config.contrastive_bias)
 
 
 def normal_(weight: Tensor, fan_in: int) -> None:

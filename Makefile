@@ -1,0 +1,128 @@
+# Everything runs in .venv, which the first call makes. Needed before: Python 3.11 or newer, and make.
+# (GNU make 3.81, which macOS ships, is enough: no .ONESHELL, no grouped targets.)
+
+VENV   := .venv
+PY     := $(VENV)/bin/python
+PIP    := $(PY) -m pip
+PYTHON ?=
+TORCH  ?=
+ARGS   ?=
+JOBS   ?= auto --maxprocesses 4
+
+.DEFAULT_GOAL := help
+.PHONY: help pretrain test bench lint format clean FORCE
+
+help: ## show this list
+	@echo "usage: make TARGET [ARGS='...'] [PYTHON=python3.12] [TORCH=torch==2.12.1 | TORCH=own]"
+	@sed -n 's/^\([a-z]*\):.*## \(.*\)/  \1	\2/p' $(firstword $(MAKEFILE_LIST))
+	@echo "ARGS are passed on to the command. TORCH says which torch .venv gets: torch==2.13.0 if nothing is said;"
+	@echo "own = the one that PYTHON has already (2.11 or newer). JOBS = processes for tests, 0 = this one."
+
+pretrain: $(VENV)/.installed-base ## pre-train Aurora: the tiny preset on generated pictures, or ARGS='PRESET --field value ...'
+	$(PY) -m train.pretrain $(ARGS)
+
+test: $(VENV)/.installed-test ## run the tests; AURORAIO_TEST_DATA=FOLDER adds those on real data
+	$(PY) -m pytest -n $(JOBS) --dist loadfile --benchmark-disable $(ARGS)
+
+bench: $(VENV)/.installed-test ## check and time the kernels on this machine
+	$(PY) -m pytest bench/ --benchmark-sort=name --benchmark-columns=min,median,max,rounds $(ARGS)
+
+lint: $(VENV)/.installed-dev ## ruff, mypy, and who imports whom
+	$(PY) -m ruff check .
+	$(PY) -m ruff format --check .
+	$(PY) -m mypy
+	$(VENV)/bin/lint-imports
+
+format: $(VENV)/.installed-dev ## let ruff write the layout and the fixes that are safe
+	$(PY) -m ruff check --fix .
+	$(PY) -m ruff format .
+
+clean: ## remove .venv and what the tools left; runs/ stays
+	rm -rf $(VENV) build dist *.egg-info .pytest_cache .mypy_cache .ruff_cache .import_linter_cache .benchmarks .hypothesis
+	find . -name __pycache__ -type d -prune -exec rm -rf {} +
+
+# --- the environment -------------------------------------------------------------------------------------------
+
+# torch comes first and alone; after that every install carries it as a constraint, because other packages (timm by
+# way of torchvision) would replace it by their own choice. .venv/torch-choice remembers which TORCH was asked for.
+$(VENV)/torch-choice: $(if $(filter-out $(shell cat $(VENV)/torch-choice 2>/dev/null),$(TORCH)),FORCE)
+	@TORCH="$(TORCH)" PYTHON="$(PYTHON)" sh -e -c "$$MAKE_VENV"
+
+# An extra contains the ones before it, so installing it leaves their stamps too.
+$(VENV)/.installed-test: extra := [test]
+$(VENV)/.installed-test: contains := base
+$(VENV)/.installed-dev: extra := [dev]
+$(VENV)/.installed-dev: contains := base test
+$(VENV)/.installed-%: pyproject.toml $(VENV)/torch-choice
+	@$(PY) -c "$$CONSTRAINTS" > $(VENV)/constraints.txt
+	@echo "Installing auroraio$(extra) into $(VENV) ..."
+	$(PIP) install --quiet -c $(VENV)/constraints.txt -e '.$(extra)'
+	@touch $@ $(contains:%=$(VENV)/.installed-%)
+
+# The first interpreter that runs, is new enough and can make environments. Each is tried: pyenv's shims exist and fail.
+define FIND_PYTHON
+tried=
+for python in $${PYTHON:-python3 python3.12 python3.11 python3.13}; do
+    if ! version=$$("$$python" -c 'import sys; print("%d.%d" % sys.version_info[:2])' 2>/dev/null); then
+        why="is not there, or does not run"
+    elif ! "$$python" -c 'import sys; sys.exit(sys.version_info < (3, 11))'; then
+        why="is Python $$version"
+    elif ! "$$python" -c 'import ensurepip, venv' 2>/dev/null; then
+        why="cannot make environments (Debian, Ubuntu: apt-get install python$$version-venv)"
+    elif [ "$$TORCH" = own ] && ! "$$python" -c 'import importlib.util as u, sys; sys.exit(u.find_spec("torch") is None)'; then
+        why="has no torch, and TORCH=own asks for one"
+    else
+        echo "$$python"
+        exit
+    fi
+    tried="$$tried
+    $$python $$why"
+done
+echo "AuroraIO needs Python 3.11 or newer. Tried:$$tried
+Name one: make PYTHON=/path/to/python3.12 ..." >&2
+exit 1
+endef
+
+# An environment that this file made is made anew for another TORCH; one that it finds (no torch-choice in it) is kept,
+# and so is the torch inside unless TORCH names another.
+define MAKE_VENV
+if [ ! -x $(PY) ] || [ -f $(VENV)/torch-choice ]; then
+    python=$$(sh -c "$$FIND_PYTHON")
+    echo "Making $(VENV) with $$python"
+    if [ "$$TORCH" = own ]; then
+        "$$python" -m venv --clear --system-site-packages $(VENV)
+        # where $$python is itself in an environment, its packages are not the system's
+        where=$$("$$python" -c 'import importlib.util as u, os; print(os.path.dirname(os.path.dirname(u.find_spec("torch").origin)))')
+        $(PY) -c 'import importlib.util as u, sys; sys.exit(u.find_spec("torch") is None)' ||
+            echo "$$where" > "$$($(PY) -c 'import sysconfig; print(sysconfig.get_path("purelib"))')/own-torch.pth"
+    else
+        "$$python" -m venv --clear $(VENV)
+    fi
+fi
+$(PIP) --version >/dev/null 2>&1 || $(PY) -m ensurepip
+if [ "$$TORCH" != own ]; then
+    if [ -n "$$TORCH" ] || ! $(PY) -c 'import importlib.util as u, sys; sys.exit(u.find_spec("torch") is None)'; then
+        $(PIP) install $${TORCH:-torch==2.13.0}
+    fi
+fi
+$(PY) -c "$$CONSTRAINTS" > $(VENV)/constraints.txt
+echo "$$TORCH" > $(VENV)/torch-choice
+endef
+
+# Holds the torch that is installed, and the torchvision that fits it (0.28 goes with torch 2.13, one up each time).
+define CONSTRAINTS
+import importlib.metadata, re, sys
+if sys.version_info < (3, 11):
+    sys.exit(f"$(VENV) has Python {sys.version.split()[0]}, AuroraIO needs 3.11 or newer: make clean, then again")
+try:
+    torch = importlib.metadata.version("torch")
+except importlib.metadata.PackageNotFoundError:
+    sys.exit("$(VENV) has no torch: make clean, then again")
+major, minor = map(int, re.match(r"(\d+)\.(\d+)", torch).groups())
+if (major, minor) < (2, 11):
+    sys.exit(f"torch {torch} is installed, AuroraIO needs 2.11 or newer: make TORCH=torch==2.13.0 ...")
+print(f"torch=={torch}")
+if major == 2:
+    print(f"torchvision==0.{minor + 15}.*")
+endef
+export FIND_PYTHON MAKE_VENV CONSTRAINTS
