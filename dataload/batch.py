@@ -1,7 +1,7 @@
 """The batch that every pipeline makes.
 
-Letters: P pairs, K captions per image, L captions with masked words, T text tokens, U uncaptioned images, H W image
-height and width, B images of an evaluation batch, N captions of an evaluation batch.
+Letters: P pairs, K captions per image, L captions with masked words, T text tokens, U uncaptioned images, H W
+image height and width, B images of an evaluation batch, N captions of an evaluation batch.
 """
 
 from __future__ import annotations

@@ -16,16 +16,15 @@ from dataload.scenes_text import THIRDS, Scene, SceneObject
 
 Array = NDArray[np.float32]
 
-# name -> (the color itself, the second shade of its textures); RGB, 0..255. The second shades are darker than
-# every background (black's and white's cannot be), so that a texture never eats into the outline of its
-# shape.
+# name -> (the color itself, the second shade of its textures); RGB, 0..255. The second shade is a darker one
+# of the same hue (black's is lighter), so that a texture hides neither the color nor the outline of its shape.
 PAINT: dict[str, tuple[tuple[int, int, int], tuple[int, int, int]]] = {
-    "red": ((228, 30, 38), (105, 0, 10)),
-    "green": ((30, 155, 55), (0, 66, 22)),
-    "blue": ((45, 90, 235), (8, 15, 98)),
-    "yellow": ((255, 226, 30), (138, 102, 0)),
-    "purple": ((155, 50, 200), (62, 5, 92)),
-    "orange": ((250, 128, 10), (150, 62, 0)),
+    "red": ((228, 30, 38), (166, 15, 24)),
+    "green": ((30, 155, 55), (15, 110, 38)),
+    "blue": ((45, 90, 235), (26, 52, 166)),
+    "yellow": ((255, 226, 30), (196, 164, 15)),
+    "purple": ((155, 50, 200), (108, 28, 146)),
+    "orange": ((250, 128, 10), (200, 95, 5)),
     "black": ((14, 14, 18), (104, 104, 110)),
     "white": ((253, 253, 253), (188, 188, 198)),
 }
@@ -40,9 +39,9 @@ GROUND: dict[str, tuple[int, int, int]] = {
 # that keeps 85% of the area (even all of it cut off one edge) the middle of every object is still inside the
 # picture and in the third that its place names.
 CENTERS = (0.25, 0.5, 0.75)
-RADIUS = {"small": 0.14, "large": 0.22}
+RADIUS = {"small": 0.155, "large": 0.22}
 SHIFT = 0.015
-CELL = 0.068  # width of one square of the checkered texture
+CELL = 0.068  # scale of the textures: a stripe and its gap are two of them wide
 SUPERSAMPLE = 3
 
 
@@ -138,24 +137,19 @@ def _inside(shape: str, x: Array, y: Array) -> NDArray[np.bool_]:
             return np.maximum(np.abs(x), np.abs(y)) <= 0.76
         case "triangle":  # tip up
             return (y <= 0.72) & (np.abs(x) <= 0.56 * (y + 0.98))
-        case "diamond":
-            return np.abs(x) * 1.35 + np.abs(y) <= 1.0
         case "cross":
             return (np.minimum(np.abs(x), np.abs(y)) <= 0.32) & (np.maximum(np.abs(x), np.abs(y)) <= 0.92)
         case "ring":
             squared = x * x + y * y
             return (squared <= 0.92) & (squared >= 0.23)
-        case "heart":  # (u^2 + v^2 - 1)^3 <= u^2 v^3
-            u, v = 1.2 * x, 0.18 - 1.2 * y
-            bulge = u * u + v * v - 1.0
-            return bulge * bulge * bulge <= u * u * v * v * v
         case "star":
             # Three mirrors fold the plane onto half a point of the star (tip up); its edge runs from the tip
             # (0, 1) to the notch.
-            u, v = np.abs(x), -y
+            u: Array = np.abs(x)
+            v: Array = -y
             sin, cos = np.float32(math.sin(math.pi / 5)), np.float32(math.cos(math.pi / 5))
             for side in (cos, -cos):
-                behind = 2.0 * np.maximum(side * u - sin * v, 0.0)
+                behind: Array = np.float32(2.0) * np.maximum(side * u - sin * v, np.float32(0.0))
                 u, v = u - side * behind, v + sin * behind
             notch = 0.47
             return np.abs(u) * (1.0 - notch * cos) + v * notch * sin <= notch * sin
@@ -163,7 +157,7 @@ def _inside(shape: str, x: Array, y: Array) -> NDArray[np.bool_]:
 
 
 def _marks(texture: str, x: Array, y: Array, phase: NDArray[np.float64]) -> NDArray[np.bool_]:
-    """Where the second shade goes; x, y in units of one checkered square."""
+    """Where the second shade goes; x, y in units of CELL."""
     x, y = x + np.float32(phase[0]), y + np.float32(phase[1])
     match texture:
         case "solid":
@@ -175,6 +169,4 @@ def _marks(texture: str, x: Array, y: Array, phase: NDArray[np.float64]) -> NDAr
             u, v = x * np.float32(1 / 1.5), y * np.float32(1 / 1.5)
             u, v = u - np.rint(u), v - np.rint(v)
             return u * u + v * v < 0.095
-        case "checkered":
-            return ((np.floor(x).astype(np.int32) ^ np.floor(y).astype(np.int32)) & 1).astype(np.bool_)
     raise ValueError(f"texture {texture!r} cannot be drawn")

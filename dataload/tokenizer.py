@@ -30,8 +30,8 @@ MODEL_TYPES = ("unigram", "bpe")
 # SentencePiece leaves out longer lines without a word; we count them. In bytes of UTF-8.
 MAX_TEXT_BYTES = 4192
 
-# SentencePiece keeps one random generator per process, so seeding it and drawing from it is one critical
-# section.
+# SentencePiece's seed is documented as the process's (0.2.3 in fact keeps one per thread), so that seeding and
+# drawing are one critical section.
 _SAMPLING_LOCK = threading.Lock()
 
 

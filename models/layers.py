@@ -144,7 +144,8 @@ class Block(nn.Module):
     """Pre-RMSNorm block: [self-attention] [cross-attention] SwiGLU, each behind a LayerScale (CaiT,
     arXiv:2103.17239).
 
-    `query_residual=False` drops the residual around the cross-attention (a pooling query has nothing worth
+    The cross-attention's scale starts at 1: what it reads enters at full strength, or a text stack learns the language long before
+    it looks at the image. `query_residual=False` drops the residual around the cross-attention (a pooling query has nothing worth
     keeping).
     """
 
@@ -156,6 +157,7 @@ class Block(nn.Module):
         memory_dim: int | None = None,
         self_attention: bool = True,
         layer_scale: float = 0.1,
+        cross_scale: float = 1.0,
         query_residual: bool = True,
         dropout: float = 0.0,
     ) -> None:
@@ -169,7 +171,7 @@ class Block(nn.Module):
         if memory_dim:
             self.cross_norm = nn.RMSNorm(dim, eps=1e-6)
             self.memory_norm = nn.RMSNorm(memory_dim, eps=1e-6)
-            self.cross_scale = nn.Parameter(torch.full((dim,), layer_scale))
+            self.cross_scale = nn.Parameter(torch.full((dim,), cross_scale))
         self.feed_norm = nn.RMSNorm(dim, eps=1e-6)
         self.feed = SwiGLU(dim)
         self.feed_scale = nn.Parameter(torch.full((dim,), layer_scale))

@@ -200,7 +200,7 @@ def test_corpus_of_broken_images(real_data: Path) -> None:
         input=json.dumps(names),
         capture_output=True,
         text=True,
-        timeout=120,
+        timeout=280,
         cwd=Path(__file__).parent.parent,
     )
     assert done.returncode == 0, done.stderr[-2000:]

@@ -94,7 +94,7 @@ def test_color_and_place_of_the_caption_are_those_of_the_pixels(color: str) -> N
     """Compares the picture with the same picture without the object: backgrounds play no part."""
     for number, (place, shape) in enumerate(itertools.product(PLACES, SHAPES)):
         background, size = BACKGROUNDS[number % 5], tuple(SIZES)[number % 2]
-        texture = tuple(TEXTURES)[(number + number // 8) % 4]
+        texture = tuple(TEXTURES)[(number + number // len(SHAPES)) % len(TEXTURES)]
         picture = _draw(Scene(background, (SceneObject(shape, color, texture, size, place),)), stream=number)
         empty = _draw(Scene(background, ()), stream=number)
         # Same stream, so light and ground agree; the noise differs, by a few levels. 25 is more than noise
@@ -154,12 +154,12 @@ def test_objects_never_touch() -> None:
             assert max(apart) - slack > 0.99 * sum(reach[item.size] for item in scene.objects) or (
                 np.hypot(*apart) - slack * 2**0.5 > sum(reach[item.size] for item in scene.objects)
             )
-    assert 0.35 < two / 3000 < 0.45
+    assert 0.25 < two / 3000 < 0.35
 
 
 def test_heldout_triples_never_occur_in_training(corpus: scenes.ScenePaths) -> None:
     held = scenes.heldout_triples()
-    assert len(held) == 51
+    assert len(held) == 28
     trained = [sidecar for _, sidecar in _samples(corpus.train) if sidecar]
     tested = [sidecar for _, sidecar in _samples(corpus.heldout)]
     assert len(trained) == SMALL["train"] and len(tested) == SMALL["heldout"]
@@ -213,7 +213,7 @@ def _parse(caption: str) -> tuple[str | None, list[tuple[str | None, ...]]]:
     """(background, per object (shape, color, texture, size, place)) of a caption, None = not named."""
     words = {word: name for name, all_words in {**SHAPES, **COLORS, **SIZES}.items() for word in all_words}
     words |= {word: name for name, all_words in TEXTURES.items() for word in all_words}
-    words |= {"stripes": "striped", "dots": "dotted", "checks": "checkered"}
+    words |= {"stripes": "striped", "dots": "dotted"}
     background = next((ground for ground in BACKGROUNDS if ground in caption.split()), None)
     background = background or next(
         (ground for ground in BACKGROUNDS if f"{ground} background" in caption), None

@@ -17,15 +17,18 @@ def aurora_tiny() -> PretrainConfig:
     return PretrainConfig(
         name="aurora-tiny",
         model=AURORA_SIZES["tiny"],
-        # A softmax over 48 texts leaves its plateau in some 20 steps, the sigmoid loss in ten times as many.
+        # A softmax over 32 texts leaves its plateau in some 20 steps, the sigmoid loss in ten times as many.
         objectives=ObjectiveConfig(itc_kind="softmax"),
-        # Crops this wide keep "top left" true; a quarter of the captions is enough for masked language modelling.
+        # Crops this wide keep "top left" true; half of the captions is enough for masked language modelling.
         data=DataConfig(
-            uncaptioned_fraction=0.25, crop_scale=(0.85, 1.0), crop_ratio=(0.95, 1.05), mlm_share=0.25
+            uncaptioned_fraction=0.2, crop_scale=(0.85, 1.0), crop_ratio=(0.95, 1.05), mlm_share=0.5
         ),
         optim=OptimConfig(lr=1.5e-3, final_lr=1e-5, warmup=20),
-        batch_size=64,
-        steps=200,
+        batch_size=40,
+        steps=260,
+        eval_every=65,
+        eval_images=250,
+        save_every=130,
     )
 
 
@@ -42,6 +45,7 @@ def aurora_small() -> PretrainConfig:
         batch_size=256,
         steps=100_000,
         ema_decay=0.9999,
+        eval_images=500,
         eval_every=2_000,
         save_every=1_000,
         log_every=20,

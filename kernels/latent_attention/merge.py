@@ -19,7 +19,7 @@ def merge_attention(outs: Sequence[Tensor], lses: Sequence[Tensor]) -> tuple[Ten
     outs, lses = list(outs), list(lses)
     if not outs or len(outs) != len(lses):
         raise ValueError(
-            f"merge_attention: needs as many lses as outs, at least one; got {len(outs)} and {len(lses)}"
+            f"merge_attention: as many lses as outs, at least one; got {len(outs)} and {len(lses)}"
         )
     for out, lse in zip(outs, lses, strict=True):
         if (

@@ -178,19 +178,20 @@ def _check(
 ) -> None:
     """Raise an error that says what came and what is supported."""
     key_dims, keys = (3, "[total, h_kv, d]") if cu_seqlens_k is not None else (4, "[B, N, h_kv, d]")
+    shapes = f"got q {list(q.shape)}, k {list(k.shape)}, v {list(v.shape)}"
     if q.dim() != 4 or k.dim() != key_dims or v.dim() != key_dims:
         raise ValueError(
-            f"{NAME}: q must be [B, M, h, dqk] and k, v {keys} {'with' if key_dims == 3 else 'without'} cu_seqlens_k; "
-            f"got q {list(q.shape)}, k {list(k.shape)}, v {list(v.shape)}"
+            f"{NAME}: q must be [B, M, h, dqk] and k, v {keys} "
+            f"{'with' if key_dims == 3 else 'without'} cu_seqlens_k; {shapes}"
         )
     if q.dtype not in DTYPES or k.dtype != q.dtype or v.dtype != q.dtype:
         raise TypeError(
-            f"{NAME}: q, k, v must have one dtype of float64, float32, float16, bfloat16; got {q.dtype}, {k.dtype}, {v.dtype}"
+            f"{NAME}: q, k, v must have one dtype of float64, float32, float16, bfloat16; "
+            f"got {q.dtype}, {k.dtype}, {v.dtype}"
         )
     for name, tensor in (("k", k), ("v", v), *_named(key_lengths, cu_seqlens_k, key_mask)):
         if tensor.device != q.device:
             raise ValueError(f"{NAME}: {name} must be on q's device {q.device}, got {tensor.device}")
-    shapes = f"got q {list(q.shape)}, k {list(k.shape)}, v {list(v.shape)}"
     if (
         k.shape[:-1] != v.shape[:-1]
         or k.shape[-1] != q.shape[-1]
@@ -204,7 +205,8 @@ def _check(
     visibility = _named(key_lengths, cu_seqlens_k, key_mask)
     if len(visibility) > 1:
         raise ValueError(
-            f"{NAME}: at most one of key_lengths, cu_seqlens_k, key_mask; got {', '.join(n for n, _ in visibility)}"
+            f"{NAME}: at most one of key_lengths, cu_seqlens_k, key_mask; "
+            f"got {', '.join(name for name, _ in visibility)}"
         )
     for name, tensor in visibility:
         _check_visibility(name, tensor, len(q), k.shape[-3])

@@ -59,28 +59,36 @@ class Grid:
         return self.windows * self.slots != self.tokens
 
 
+# Rows and columns are independent, so each tensor below is a sum over two short lists, one per axis. They are plain
+# lists because torch 2.13's compiler fails on the same arithmetic with torch.arange.
+
+
 def token_of_slot(grid: Grid, device: torch.device) -> Tensor:
     """int64 [nW, N]: the token (y * W + x) in each slot; H * W where the slot is padding."""
-    y, x = _coordinates(grid, device)
-    token = (y + grid.shift[0]) % grid.height * grid.width + (x + grid.shift[1]) % grid.width
-    return _cut(grid, token.masked_fill((y >= grid.height) | (x >= grid.width), grid.tokens))
+    y, x = (_source(*axis) for axis in _axes(grid))
+    token = _plane([grid.width * i for i in y], x, device)
+    # A negative number in a list marks padding.
+    is_pad = _plane([i < 0 for i in y], [i < 0 for i in x], device) > 0
+    return _cut(grid, token.masked_fill(is_pad, grid.tokens))
 
 
 def slot_of_token(grid: Grid, device: torch.device) -> Tensor:
     """int64 [H * W]: the place of each token in the nW * N slots; the inverse of `token_of_slot`."""
     (wy, wx), (sy, sx) = grid.window, grid.shift
-    y = ((torch.arange(grid.height, device=device) - sy) % grid.height)[:, None]
-    x = ((torch.arange(grid.width, device=device) - sx) % grid.width)[None, :]
-    window = y // wy * grid.columns + x // wx
-    return (window * grid.slots + y % wy * wx + x % wx).flatten()
+    rolled_y = [(y - sy) % grid.height for y in range(grid.height)]
+    rolled_x = [(x - sx) % grid.width for x in range(grid.width)]
+    by_row = [y // wy * grid.columns * grid.slots + y % wy * wx for y in rolled_y]
+    by_column = [x // wx * grid.slots + x % wx for x in rolled_x]
+    return _plane(by_row, by_column, device).flatten()
 
 
 def region_of_slot(grid: Grid, device: torch.device) -> Tensor:
     """int64 [nW, N]: slots of a window see each other where these are equal."""
-    y, x = _coordinates(grid, device)
-    below = y >= grid.rows * grid.window[0] - grid.shift[0]
-    right = x >= grid.columns * grid.window[1] - grid.shift[1]
-    return _cut(grid, 2 * below + 1 * right)
+    (wy, wx), (sy, sx) = grid.window, grid.shift
+    height, width = grid.rows * wy, grid.columns * wx
+    below = [2 * (y >= height - sy) for y in range(height)]
+    right = [1 * (x >= width - sx) for x in range(width)]
+    return _cut(grid, _plane(below, right, device))
 
 
 def relative_index(window: tuple[int, int], device: torch.device) -> Tensor:
@@ -94,10 +102,22 @@ def relative_index(window: tuple[int, int], device: torch.device) -> Tensor:
     return dy * (2 * wx - 1) + dx
 
 
-def _coordinates(grid: Grid, device: torch.device) -> tuple[Tensor, Tensor]:
-    y = torch.arange(grid.rows * grid.window[0], device=device)
-    x = torch.arange(grid.columns * grid.window[1], device=device)
-    return y[:, None], x[None, :]
+def _axes(grid: Grid) -> tuple[tuple[int, int, int], tuple[int, int, int]]:
+    """(size, padded size, shift) in y and in x."""
+    (wy, wx), (sy, sx) = grid.window, grid.shift
+    return (grid.height, grid.rows * wy, sy), (grid.width, grid.columns * wx, sx)
+
+
+def _source(size: int, padded: int, shift: int) -> list[int]:
+    """Where each place of a rolled and padded axis comes from; -1 is padding."""
+    return [(place + shift) % size if place < size else -1 for place in range(padded)]
+
+
+def _plane(by_row: list[int], by_column: list[int], device: torch.device) -> Tensor:
+    """int64 [rows, columns] of by_row[i] + by_column[j]."""
+    rows = torch.tensor(by_row, dtype=torch.int64, device=device)
+    columns = torch.tensor(by_column, dtype=torch.int64, device=device)
+    return rows[:, None] + columns[None, :]
 
 
 def _cut(grid: Grid, plane: Tensor) -> Tensor:
@@ -161,7 +181,9 @@ def _hidden(window: int, shift: int, pads: int, device: torch.device) -> Tensor 
     """
     if shift == 0 and pads == 0:
         return None
-    place = torch.arange(window, device=device)
-    after = place >= window - shift
-    hidden = (after[:, None] != after[None, :]) | (place >= window - pads)[None, :]
-    return hidden & (place < window - pads)[:, None]
+    real = range(window - pads)
+    after = [place >= window - shift for place in range(window)]
+    hidden = [
+        [q in real and (k not in real or after[q] != after[k]) for k in range(window)] for q in range(window)
+    ]
+    return torch.tensor(hidden, dtype=torch.bool, device=device)

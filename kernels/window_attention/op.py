@@ -138,7 +138,8 @@ def _check(
     if pad_kv is not None:
         if list(pad_kv.shape) != [2, heads, head_dim]:
             raise ValueError(
-                f"{NAME}: pad_kv must be [2, heads, head_dim] = [2, {heads}, {head_dim}], got {list(pad_kv.shape)}"
+                f"{NAME}: pad_kv must be [2, heads, head_dim] = [2, {heads}, {head_dim}], "
+                f"got {list(pad_kv.shape)}"
             )
         _check_like("pad_kv", pad_kv, qkv)
     return grid
