@@ -25,15 +25,15 @@ PAINT: dict[str, tuple[tuple[int, int, int], tuple[int, int, int]]] = {
     "yellow": ((255, 226, 30), (196, 164, 15)),
     "purple": ((155, 50, 200), (108, 28, 146)),
     "orange": ((250, 128, 10), (200, 95, 5)),
-    "black": ((14, 14, 18), (104, 104, 110)),
-    "white": ((253, 253, 253), (188, 188, 198)),
+    "black": ((14, 14, 18), (80, 80, 86)),
+    "brown": ((122, 72, 32), (82, 46, 18)),
 }
 GROUND: dict[str, tuple[int, int, int]] = {
-    "gray": (140, 140, 143),
-    "pink": (240, 170, 192),
-    "tan": (205, 176, 136),
-    "mint": (165, 220, 190),
-    "sky": (150, 198, 240),
+    "gray": (202, 202, 205),
+    "pink": (250, 208, 220),
+    "tan": (236, 216, 182),
+    "mint": (196, 240, 214),
+    "sky": (190, 222, 252),
 }
 # Fractions of the side. With these, objects that scenes_text._places allows cannot touch, and after any crop
 # that keeps 85% of the area (even all of it cut off one edge) the middle of every object is still inside the

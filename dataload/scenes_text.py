@@ -25,7 +25,7 @@ COLORS: dict[str, tuple[str, ...]] = {
     "purple": ("purple", "violet"),
     "orange": ("orange",),
     "black": ("black",),
-    "white": ("white",),
+    "brown": ("brown",),
 }
 SHAPES: dict[str, tuple[str, ...]] = {
     "circle": ("circle", "disc"),

@@ -77,10 +77,10 @@ def _named_color(rgb: np.ndarray) -> str:
     if value < 0.25:
         return "black"
     if saturation < 0.15:
-        return "white" if value > 0.8 else "gray"
+        return "gray"
     bounds = (
         (0.03, "red"),
-        (0.115, "orange"),
+        (0.115, "orange" if value > 0.6 else "brown"),
         (0.19, "yellow"),
         (0.45, "green"),
         (0.7, "blue"),
