@@ -144,9 +144,9 @@ class Block(nn.Module):
     """Pre-RMSNorm block: [self-attention] [cross-attention] SwiGLU, each behind a LayerScale (CaiT,
     arXiv:2103.17239).
 
-    The cross-attention's scale starts at 1: what it reads enters at full strength, or a text stack learns the language long before
-    it looks at the image. `query_residual=False` drops the residual around the cross-attention (a pooling query has nothing worth
-    keeping).
+    The cross-attention's scale starts at 1: what it reads enters at full strength, or a text stack learns the
+    language long before it looks at the image. `query_residual=False` drops the residual around the
+    cross-attention (a pooling query has nothing worth keeping).
     """
 
     def __init__(

@@ -247,21 +247,23 @@ def check_by_the_rule(shape: tuple, cosine: bool, pads: str, backend: str, dtype
     plain = run(plain_window_attention, dtype)
     got = run(window_attention, dtype, backend=backend)
     assert [t.dtype for t in got] == [dtype] * len(got)
-    for index, (ours, theirs, truth) in enumerate(zip(got, plain, exact, strict=True)):
-        assert within_the_rule(ours, theirs, truth, factor=2 if index == 0 else 3), ["out", *inputs][index]
+    # Gradients of a few numbers, each a sum over the whole map, cannot do better than such a sum in float32.
+    of_sums = 1.2e-7 * exact[1].square().sum().sqrt().item()
+    for name, ours, theirs, truth in zip(["out", *inputs], got, plain, exact, strict=True):
+        floor = of_sums if name in ("logit_scale", "pad_kv") else 0.0
+        assert within_the_rule(ours, theirs, truth, 2 if name == "out" else 3, floor), name
 
 
-def within_the_rule(ours: Tensor, plain: Tensor, truth: Tensor, factor: float) -> bool:
+def within_the_rule(ours: Tensor, plain: Tensor, truth: Tensor, factor: float, floor: float) -> bool:
     if truth.numel() == 0:
         return ours.shape == truth.shape
     rounded = truth.to(ours.dtype)
     atol = 2 * ((rounded + 0.3 - 0.3) - rounded).abs().max().item()
     error, allowed = ((t.double() - truth).abs().max().item() for t in (ours, plain))
-    close = error <= factor * allowed + atol
+    close = error <= factor * allowed + atol + floor
     if ours.dtype == torch.bfloat16:
-        close &= bool(
-            (ours.double() - truth).square().mean().sqrt() < 0.005 * truth.square().mean().sqrt() + 1e-12
-        )
+        rms_error, rms = (t.square().mean().sqrt() for t in (ours.double() - truth, truth))
+        close &= bool(rms_error < 0.005 * rms)
     return close
 
 

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import math
 from dataclasses import replace
 
 import pytest
@@ -61,9 +62,10 @@ def test_every_parameter_gets_a_gradient() -> None:
 
 def test_losses_start_where_chance_is() -> None:
     losses = tiny()(*batch(pairs=8))
-    assert losses["caption"].item() == pytest.approx(torch.log(torch.tensor(2048.0)).item(), rel=0.15)
-    # scale 10, bias -10: a pair costs about 10 for its own text and nearly 0 for the others (SigLIP)
-    assert 5 < losses["itc"].item() < 20
+    # tied embeddings make the token just read likely at first, so captioning starts above log(V); masked words need not
+    assert math.log(2048) < losses["caption"].item() < 13
+    # scale 10, bias -4: a pair costs about 4 for its own text and little for the others (SigLIP)
+    assert 1 < losses["itc"].item() < 12
 
 
 def test_images_are_encoded_once_a_step() -> None:

@@ -38,8 +38,10 @@ def window_attention(
     pad = (
         qkv.new_zeros(3, heads, head_dim) if pad_kv is None else _pad_token(pad_kv).to(qkv.dtype)
     )  # [3, h, d]
-    tokens = torch.cat([qkv.flatten(1, 2), pad.expand(batch, 1, -1, -1, -1)], dim=1)  # [B, HW + 1, 3, h, d]
-    q, k, v = tokens[:, token].to(compute).unbind(3)  # each [B, nW, N, h, d]
+    tokens = torch.cat(
+        [qkv.to(compute).flatten(1, 2), pad.expand(batch, 1, -1, -1, -1)], dim=1
+    )  # [B, HW + 1, 3, h, d]
+    q, k, v = tokens[:, token].unbind(3)  # each [B, nW, N, h, d]
 
     multiplier: Tensor | float = scale
     if logit_scale is not None:  # cosine attention
