@@ -53,6 +53,8 @@ class _Pending:
     """A batch in the pool."""
 
     pairs: int
+    asked: int
+    """pairs whose captions masked language modelling reads; they come first"""
     chunks: list[Future[list[Drawn]]]
     after: Position
 
@@ -126,7 +128,7 @@ class Loader:
         except Exception:
             self._drop_pending()
             raise
-        batch = self._collect(drawn, oldest.pairs)
+        batch = self._collect(drawn, oldest.pairs, oldest.asked)
         self._pending.popleft()
         self._position = oldest.after
         return batch
@@ -137,10 +139,17 @@ class Loader:
         while len(self._pending) <= ahead:
             start = self._pending[-1].after if self._pending else self._position
             part = order.split(start, self.config.batch_size, self.rank, self.world_size, self._share)
-            jobs = [(self._captioned, *self._captioned.at(at), True) for at in part.pairs]
+            pairs = sorted(part.pairs, key=lambda at: not self._asked(at))
+            jobs = [(self._captioned, *self._captioned.at(at), True) for at in pairs]
             jobs += [(self._uncaptioned, *self._uncaptioned.at(at), False) for at in part.uncaptioned]
             chunks = self._submit(jobs)
-            self._pending.append(_Pending(len(part.pairs), chunks, part.after))
+            self._pending.append(_Pending(len(pairs), sum(map(self._asked, pairs)), chunks, part.after))
+
+    def _asked(self, at: int) -> bool:
+        """Whether masked language modelling reads the captioned sample at this place of the stream: `mlm_share` of
+        all places, evenly spread, the same on any number of ranks."""
+        share = Fraction(self.config.mlm_share).limit_denominator(1000)
+        return int((at + 1) * share) > int(at * share)
 
     def _submit(self, jobs: list[tuple[order.Source, int, int, bool]]) -> list[Future[list[Drawn]]]:
         workers = self.config.workers
@@ -162,7 +171,7 @@ class Loader:
             drawn.append(self._maker.draw(*job))
         return drawn
 
-    def _collect(self, drawn: list[Drawn], pairs: int) -> Batch:
+    def _collect(self, drawn: list[Drawn], pairs: int, asked: int) -> Batch:
         size, length = self.config.image_size, self.config.text_length
         images = np.empty((len(drawn), size, size, 3), dtype=np.uint8)
         texts = np.empty((3, pairs, self.config.captions_per_image, length), dtype=np.int64)
@@ -174,7 +183,7 @@ class Loader:
             else:
                 masks[i - pairs] = one.mask
         tokens, mlm_tokens, mlm_targets = (torch.from_numpy(text.reshape(-1, length)) for text in texts)
-        masked = min(len(tokens), max(1, round(self.config.mlm_share * len(tokens))))
+        masked = asked * self.config.captions_per_image
         return Batch(
             pair_images=torch.from_numpy(images[:pairs]),
             tokens=tokens,

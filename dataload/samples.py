@@ -60,7 +60,7 @@ class LoaderConfig:
     mlm_probability: float = 0.15
     """share of a caption's tokens that the model is asked for"""
     mlm_share: float = 1.0
-    """share of a rank's captions that masked language modelling reads, the first ones; others cost nothing"""
+    """share of the captions that masked language modelling reads (they come first); others cost nothing"""
     tokenizer_sampling: float = 0.0
     """alpha of SentencePiece's random segmentation (0.1 to 0.5 is usual); 0 = off"""
     captions_per_image: int = 1

@@ -9,7 +9,6 @@ from __future__ import annotations
 
 import hashlib
 import itertools
-import math
 import random
 import re
 from collections.abc import Callable
@@ -118,18 +117,21 @@ def heldout_triples() -> frozenset[Triple]:
     """The (shape, color, texture) triples that no training picture contains: 28 of 144, whatever the seed of
     a build.
 
-    Taken in the order of a hash of their names, at most 5 of the 24 of a shape, 4 of the 18 of a color and 10 of the 48 of
-    a texture, so that each attribute stays common in training.
+    Taken one by one, each time a triple whose shape, color and texture are held out least so far, so that every
+    attribute stays common in training; a hash of the names decides between equals.
     """
     triples = list(itertools.product(SHAPES, COLORS, TEXTURES))
     triples.sort(key=lambda triple: hashlib.blake2b(" ".join(triple).encode()).digest())
-    wanted = int(HELDOUT_SHARE * len(triples))
-    most = [math.ceil(wanted / len(names)) for names in (SHAPES, COLORS, TEXTURES)]
     taken: list[Triple] = []
-    for triple in triples:
-        counts = [sum(other[axis] == triple[axis] for other in taken) for axis in range(3)]
-        if len(taken) < wanted and all(count < limit for count, limit in zip(counts, most, strict=True)):
-            taken.append(triple)
+    names = (SHAPES, COLORS, TEXTURES)
+    while len(taken) < int(HELDOUT_SHARE * len(names[0]) * len(names[1]) * len(names[2])):
+
+        def held(triple: Triple) -> float:
+            return max(
+                sum(other[axis] == triple[axis] for other in taken) * len(names[axis]) for axis in range(3)
+            )
+
+        taken.append(min((triple for triple in triples if triple not in taken), key=held))
     return frozenset(taken)
 
 

@@ -170,11 +170,29 @@ def test_several_captions_per_image(data: Path, tokenizer: Tokenizer) -> None:
 def test_masked_words_for_a_share_of_the_captions(data: Path, tokenizer: Tokenizer) -> None:
     whole = take(Loader(config(data, captions_per_image=2), tokenizer), 2)
     part = take(Loader(config(data, captions_per_image=2, mlm_share=0.25), tokenizer), 2)
+    asked = 0
     for all_rows, some in zip(whole, part, strict=True):
-        count = round(0.25 * len(all_rows.tokens))
-        assert torch.equal(some.tokens, all_rows.tokens) and 0 < count == len(some.mlm_tokens)
-        assert torch.equal(some.mlm_tokens, all_rows.mlm_tokens[:count])
-        assert torch.equal(some.mlm_targets, all_rows.mlm_targets[:count])
+        assert sorted(some.keys) == sorted(all_rows.keys)
+        asked += len(some.mlm_tokens)
+        rows = {key: i for i, key in enumerate(all_rows.keys)}
+        for i in range(len(some.mlm_tokens)):
+            same = 2 * rows[some.keys[i // 2]] + i % 2
+            assert torch.equal(some.tokens[i], all_rows.tokens[same])
+            assert torch.equal(some.mlm_tokens[i], all_rows.mlm_tokens[same])
+            assert torch.equal(some.mlm_targets[i], all_rows.mlm_targets[same])
+    assert 0 < asked and abs(asked - 0.25 * sum(len(batch.tokens) for batch in whole)) <= 2
+
+
+def test_which_captions_are_asked_does_not_depend_on_ranks(data: Path, tokenizer: Tokenizer) -> None:
+    def asked(batches: list[Batch]) -> set[str]:
+        return {key for batch in batches for key in batch.keys[: len(batch.mlm_tokens)]}
+
+    one = take(Loader(config(data, batch_size=8, mlm_share=0.5), tokenizer), 2)
+    ranks = [
+        take(Loader(config(data, batch_size=4, mlm_share=0.5), tokenizer, rank=rank, world_size=2), 2)
+        for rank in range(2)
+    ]
+    assert asked(one) == asked(ranks[0]) | asked(ranks[1]) != set()
 
 
 def test_crops_differ_between_epochs_and_pictures(data: Path, tokenizer: Tokenizer) -> None:

@@ -73,7 +73,7 @@ def check_by_the_rule(shape: tuple, backend: str, dtype: torch.dtype) -> None:
         torch.randn(batch, h, n, d).transpose(1, 2).to(dtype)
         for h, n, d in ((heads, queries, dqk), (kv_heads, keys, dqk), (kv_heads, keys, dv))
     ]
-    direction = torch.randn(batch, queries, heads, dv)
+    direction = torch.randn(batch, queries, heads, dv).to(dtype)
 
     def run(function, kind: torch.dtype, **options: object) -> list[Tensor]:  # type: ignore[no-untyped-def]
         leaves = [t.detach().to(kind).requires_grad_() for t in inputs]

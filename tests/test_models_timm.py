@@ -31,7 +31,6 @@ def pair(**options: object) -> tuple[torch.nn.Module, SwinEncoder]:
         {
             "img_size": 192,
             "window_size": 8,
-            "depths": (2, 1, 2, 1),
         },  # 6 x 6 and 12 x 12 maps that 8 does not divide: padding
         {"img_size": 128, "window_size": 8, "pretrained_window_sizes": (6, 6, 6, 3)},
     ],

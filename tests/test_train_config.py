@@ -69,7 +69,7 @@ def replaced(**values: object) -> PretrainConfig:
         ({"batch_size": 1, "accumulation": 2}, "try 2"),
         ({"log_every": 0}, "log_every is 0; it must be at least 1"),
         ({"save_every": -1}, "save_every is -1; it must be 0"),
-        ({"optim__warmup": 400}, "optim.warmup is 400 steps, but the run has 400"),
+        ({"steps": 400, "optim__warmup": 400}, "optim.warmup is 400 steps, but the run has 400"),
         ({"optim__final_lr": 1.0}, "wanted: 0 <= final_lr <= lr"),
         ({"optim__lr": 0.0, "optim__final_lr": 0.0}, "lr > 0"),
         ({"optim__clip": -1.0}, "optim.clip is -1; it must be 0 (off) or more"),
@@ -90,8 +90,8 @@ def test_several_mistakes_are_listed_together() -> None:
 
 
 def test_the_batch_must_divide_over_processes() -> None:
-    assert problems(preset("aurora-tiny"), world_size=4) == []
-    assert "accumulation 1 x 3 processes; try 63 or 66" in problems(preset("aurora-tiny"), world_size=3)[0]
+    assert problems(replaced(batch_size=64), world_size=4) == []
+    assert "accumulation 1 x 3 processes; try 63 or 66" in problems(replaced(batch_size=64), world_size=3)[0]
 
 
 @pytest.mark.parametrize("name", PRESETS)
@@ -116,8 +116,9 @@ def test_json_of_another_version_is_refused_by_name() -> None:
 
 
 def test_differences_are_dotted() -> None:
-    changed = differences(preset("aurora-tiny"), replaced(optim__lr=2e-3, steps=401))
-    assert changed == {"optim.lr": (1e-3, 2e-3), "steps": (400, 401)}
+    tiny = preset("aurora-tiny")
+    changed = differences(tiny, replaced(optim__lr=2e-3, steps=401))
+    assert changed == {"optim.lr": (tiny.optim.lr, 2e-3), "steps": (tiny.steps, 401)}
 
 
 def test_models_and_dataload_mean_the_same_special_tokens() -> None:

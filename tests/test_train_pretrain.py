@@ -21,6 +21,7 @@ from micro import ROOT, arguments, command, losses, metric_lines
 from safetensors.torch import load_file
 
 from dataload.pipeline import Loader
+from train.presets import preset
 from train.pretrain import main
 
 
@@ -142,7 +143,10 @@ def test_resume_with_another_model_is_refused(halfway: Path, capsys: pytest.Capt
 
 def test_what_changed_since_the_checkpoint_is_said(halfway: Path, capsys: pytest.CaptureFixture[str]) -> None:
     assert main(arguments(halfway, "--resume", "auto", "--optim.lr", "0.002")) == 0
-    assert "optim.lr was 0.001 in the checkpoint; from now on 0.002" in capsys.readouterr().out
+    assert (
+        f"optim.lr was {preset('aurora-tiny').optim.lr} in the checkpoint; from now on 0.002"
+        in capsys.readouterr().out
+    )
 
 
 def test_killed_run_ends_as_if_nothing_had_happened(straight: Path, tmp_path: Path) -> None:
@@ -349,8 +353,8 @@ def test_averaged_weights_are_kept_and_scored(tmp_path: Path) -> None:
     "typed, said",
     [
         (["aurora-smal"], "called 'aurora-smal'. Did you mean aurora-small? There are: aurora-tiny, "),
-        (["--accumulation", "7"], "64 cannot be split over accumulation 7 x 1 process; try 63 or 70"),
-        (["--steps", "20"], "optim.warmup is 30 steps, but the run has 20"),
+        (["--batch-size", "64", "--accumulation", "7"], "64 cannot be split over accumulation 7 x 1 process; try 63 or 70"),
+        (["--steps", "20", "--optim.warmup", "30"], "optim.warmup is 30 steps, but the run has 20"),
         (["--data.train", "nowhere.tar", "--data.tokenizer", "t.model"], "t.model does not exist"),
         (["--data.train", "nowhere.tar"], "python -m dataload.tokenizer --input nowhere.tar --vocab-size "),
         (["--device", "cuda:7"], "this machine has"),

@@ -30,17 +30,13 @@ def window_attention(
     """qkv [B, H, W, 3, h, d] -> [B, H, W, h * d]. Half types are computed in float32 and rounded once, at
     the end."""
     batch, height, width, _, heads, head_dim = qkv.shape
-    compute = compute_dtype(qkv)
+    dtype, compute = qkv.dtype, compute_dtype(qkv)
+    qkv = qkv.to(compute)
     token = token_of_slot(grid, qkv.device)  # [nW, N]
     is_pad = token == grid.tokens
 
     # Gather each window's tokens from wherever the roll took them; the pad token stands behind the last one.
-    pad = (
-        qkv.new_zeros(3, heads, head_dim) if pad_kv is None else _pad_token(pad_kv).to(qkv.dtype)
-    )  # [3, h, d]
-    tokens = torch.cat(
-        [qkv.to(compute).flatten(1, 2), pad.expand(batch, 1, -1, -1, -1)], dim=1
-    )  # [B, HW + 1, 3, h, d]
+    tokens = torch.cat([qkv.flatten(1, 2), pad_token(qkv, pad_kv)], dim=1)  # [B, HW + 1, 3, h, d]
     q, k, v = tokens[:, token].unbind(3)  # each [B, nW, N, h, d]
 
     multiplier: Tensor | float = scale
@@ -62,7 +58,7 @@ def window_attention(
 
     # Scatter: each token takes the result of its slot.
     out = out.flatten(1, 2)[:, slot_of_token(grid, qkv.device)]  # [B, HW, h, d]
-    return out.reshape(batch, height, width, heads * head_dim).to(qkv.dtype)
+    return out.reshape(batch, height, width, heads * head_dim).to(dtype)
 
 
 def unit(x: Tensor) -> Tensor:
@@ -89,6 +85,8 @@ def compute_dtype(tensor: Tensor) -> torch.dtype:
     return torch.float32 if tensor.dtype in (torch.float16, torch.bfloat16) else tensor.dtype
 
 
-def _pad_token(pad_kv: Tensor) -> Tensor:
-    """[2, h, d] -> [3, h, d]; a pad's query is never used."""
-    return torch.cat([torch.zeros_like(pad_kv[:1]), pad_kv])
+def pad_token(qkv: Tensor, pad_kv: Tensor | None) -> Tensor:
+    """The padding as one more token of each sample, [B, 1, 3, h, d]; its query is never used."""
+    zero = qkv.new_zeros(3, *qkv.shape[-2:])
+    token = zero if pad_kv is None else torch.cat([zero[:1], pad_kv.to(qkv.dtype)])
+    return token.expand(len(qkv), 1, -1, -1, -1)
