@@ -14,7 +14,7 @@ from kernels.latent_attention.dropout import seed_tensor
 from kernels.latent_attention.packing import unpack_keys
 
 NAME = "latent_attention"
-FEW_PAIRS = 4096  # queries * keys of one head; see README.md
+FEW_KEYS = 16
 DTYPES = (torch.float64, torch.float32, torch.float16, torch.bfloat16)
 
 
@@ -135,14 +135,11 @@ def plan(q: Tensor, k: Tensor, dropout_p: float, return_lse: bool) -> Plan:
         reasons.append("there are no keys")
     if reasons:
         return Plan("eager", "the fastest that can", {"sdpa": "; ".join(reasons)})
-    pairs = q.shape[1] * k.shape[-3]
     if q.device.type != "cpu":
         return Plan("sdpa", f"torch's fused attention; not measured on {q.device.type} yet", {})
-    if q.shape[1] > 1 and pairs <= FEW_PAIRS:
-        return Plan("eager", f"measured faster on CPUs from 2 queries to {FEW_PAIRS} query-key pairs", {})
-    return Plan(
-        "sdpa", f"measured faster on CPUs for one query and for more than {FEW_PAIRS} query-key pairs", {}
-    )
+    if q.shape[1] > 1 and k.shape[-3] <= FEW_KEYS:
+        return Plan("eager", f"measured faster on CPUs for several queries and up to {FEW_KEYS} keys", {})
+    return Plan("sdpa", f"measured faster on CPUs for one query and for more than {FEW_KEYS} keys", {})
 
 
 def _run(
