@@ -13,7 +13,7 @@ XL_SAMPLES = 2_000_000_000  # 1.5 billion pairs and 0.5 billion uncaptioned pict
 
 
 def aurora_tiny() -> PretrainConfig:
-    """8.5M parameters, 64 px, on the built-in corpus: about two minutes on 2 CPU cores."""
+    """8.5M parameters, 64 px, on the built-in corpus: about three minutes on 2 CPU cores."""
     return PretrainConfig(
         name="aurora-tiny",
         model=AURORA_SIZES["tiny"],
