@@ -28,10 +28,9 @@ class _GatherRows(torch.autograd.Function):
 def gather_rows(source: Tensor, index: Tensor, inverse: Tensor) -> Tensor:
     """source [R, ...], index int64 [S] -> source[index] [S, ...].
 
-    inverse int64 [R] says in which place of the result each source row is. It is for index without
-    repetition. Places of the result that no source row claims must be overwritten by the caller (their
-    gradient is dropped), and so must source rows that are not gathered have no gradient of their own (they
-    would get that of the place they claim).
+    inverse int64 [R] says in which place of the result each source row is; no row may be gathered twice, except
+    where the caller overwrites the copies (a place that no source row claims drops its gradient). A source row
+    that is gathered nowhere gets the gradient of the place it claims, so the caller must make that harmless.
     """
     result: Tensor = _GatherRows.apply(source, index, inverse)
     return result

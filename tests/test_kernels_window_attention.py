@@ -390,15 +390,16 @@ def test_compiles_without_a_graph_break(backend: str, cosine: bool) -> None:
     torch.testing.assert_close(grads, expected, rtol=1e-4, atol=1e-4)
 
 
-def test_a_first_call_in_inference_mode_leaves_training_possible() -> None:
-    """What is cached there must be usable in a backward pass: a size that no other test has."""
+@pytest.mark.parametrize("backend", FAST)
+def test_a_first_call_in_inference_mode_leaves_training_possible(backend: str) -> None:
+    """What is cached there must be usable in a backward pass: sizes that no other test has."""
+    window = (5, 2) if backend == "eager" else (2, 5)
     with torch.inference_mode():
-        window_attention(
-            torch.randn(1, 11, 6, 3, 1, 4), torch.randn(25, 1), window=3, shift=1, backend="eager"
-        )
-    qkv = torch.randn(1, 11, 6, 3, 1, 4, requires_grad=True)
-    window_attention(qkv, torch.randn(25, 1), window=3, shift=1, backend="eager").sum().backward()
-    assert qkv.grad is not None and qkv.grad.isfinite().all()
+        window_attention(torch.randn(1, 11, 6, 3, 1, 4), torch.randn(27, 1), window=window, backend=backend)
+    qkv, table = torch.randn(1, 11, 6, 3, 1, 4, requires_grad=True), torch.randn(27, 1, requires_grad=True)
+    window_attention(qkv, table, window=window, backend=backend).square().sum().backward()
+    for leaf in (qkv, table):
+        assert leaf.grad is not None and leaf.grad.isfinite().all()
 
 
 def test_only_the_reference_differentiates_twice() -> None:
