@@ -97,7 +97,7 @@ class SelfAttention(nn.Module):
         """x [B, N, D] -> [B, N, D]. key_mask bool [B, N], True = visible (not with causal); cache: x is the
         next token, N = 1."""
         batch, length, dim = x.shape
-        q, k, v = self.qkv(x).view(batch, length, 3, -1, self.head_dim).unbind(2)
+        q, k, v = self.qkv(x).view(batch, length, 3, dim // self.head_dim, self.head_dim).unbind(2)
         q, k = self.q_norm(q), self.k_norm(k)
         if rotary is not None:
             q, k = rotate(q, rotary), rotate(k, rotary)
@@ -117,7 +117,7 @@ class CrossAttention(nn.Module):
 
     def __init__(self, dim: int, head_dim: int, memory_dim: int) -> None:
         super().__init__()
-        self.head_dim = head_dim
+        self.heads, self.head_dim = dim // head_dim, head_dim
         self.q = nn.Linear(dim, dim, bias=False)
         self.kv = nn.Linear(memory_dim, 2 * dim, bias=False)
         self.out = nn.Linear(dim, dim, bias=False)
@@ -127,7 +127,7 @@ class CrossAttention(nn.Module):
     def keys_values(self, memory: Tensor) -> tuple[Tensor, Tensor]:
         """memory [B, M, memory_dim] -> keys, values [B, M, h, d]."""
         batch, length, _ = memory.shape
-        k, v = self.kv(memory).view(batch, length, 2, -1, self.head_dim).unbind(2)
+        k, v = self.kv(memory).view(batch, length, 2, self.heads, self.head_dim).unbind(2)
         return self.k_norm(k), v
 
     def forward(
@@ -135,7 +135,7 @@ class CrossAttention(nn.Module):
     ) -> Tensor:
         """x [B, N, D], keys_values from `keys_values` -> [B, N, D]."""
         batch, length, dim = x.shape
-        q = self.q_norm(self.q(x).view(batch, length, -1, self.head_dim))
+        q = self.q_norm(self.q(x).view(batch, length, self.heads, self.head_dim))
         y = latent_attention(q, *keys_values, key_mask=key_mask)
         return self.out(y.reshape(batch, length, dim))
 
@@ -144,7 +144,7 @@ class Block(nn.Module):
     """Pre-RMSNorm block: [self-attention] [cross-attention] SwiGLU, each behind a LayerScale (CaiT,
     arXiv:2103.17239).
 
-    The cross-attention's scale starts at 1: what it reads enters at full strength, or a text stack learns the
+    The cross-attention's scale starts at 1 or more: what it reads enters at full strength, or a text stack learns the
     language long before it looks at the image. `query_residual=False` drops the residual around the
     cross-attention (a pooling query has nothing worth keeping).
     """
@@ -208,14 +208,17 @@ class Block(nn.Module):
 
 
 class AttentionPool(nn.Module):
-    """One learned query reads all tokens; its SwiGLU output, projected to `out_dim`, has unit length
-    (SigLIP's MAP head)."""
+    """One learned query reads all tokens; what it read, after a SwiGLU branch, is projected to `out_dim` and has
+    unit length (SigLIP's MAP head).
 
-    def __init__(self, dim: int, head_dim: int, out_dim: int) -> None:
+    The SwiGLU starts behind a small LayerScale: at full strength its random features let a small data set be
+    learned by heart (1,200 photographs: held-out loss 4.65 instead of 4.59 at the same training loss)."""
+
+    def __init__(self, dim: int, head_dim: int, out_dim: int, *, layer_scale: float = 0.1) -> None:
         super().__init__()
         self.query = nn.Parameter(torch.empty(1, 1, dim))
         self.block = Block(
-            dim, head_dim, memory_dim=dim, self_attention=False, layer_scale=1.0, query_residual=False
+            dim, head_dim, memory_dim=dim, self_attention=False, layer_scale=layer_scale, query_residual=False
         )
         self.norm = nn.RMSNorm(dim, eps=1e-6)
         self.project = nn.Linear(dim, out_dim, bias=False)

@@ -34,6 +34,9 @@ class ObjectiveConfig:
     """Masked language modelling of captions, given the image."""
     itc_kind: Literal["sigmoid", "softmax"] = "sigmoid"
     """Sigmoid (SigLIP) or softmax (CLIP) contrastive loss."""
+    itc_word_dropout: float = 0.0
+    """Chance of each token of a caption to be left out of what the contrastive loss reads, drawn anew at each step
+    (0.3 to 0.5 keeps a small data set from being learned by heart)."""
     parallel_caption: float = 0.0
     """Share of captions whose input words are all hidden, so that every word must come from the image
     (CapPa)."""
@@ -48,7 +51,7 @@ class ObjectiveConfig:
                 raise ValueError(
                     f"ObjectiveConfig.{name} = {getattr(self, name)}; weights are 0 (off) or positive"
                 )
-        for name in ("parallel_caption", "label_smoothing"):
+        for name in ("itc_word_dropout", "parallel_caption", "label_smoothing"):
             if not 0 <= getattr(self, name) <= 1:
                 raise ValueError(
                     f"ObjectiveConfig.{name} = {getattr(self, name)}; it is a share between 0 and 1"

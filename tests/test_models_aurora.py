@@ -9,6 +9,7 @@ import pytest
 import torch
 
 from models import AURORA_SIZES, Aurora, AuroraConfig, parameter_groups
+from models.aurora.model import drop_words
 from models.objectives import Normalizers, ObjectiveConfig, count
 from models.tokens import BOS, EOS, IGNORE, MASK, PAD
 
@@ -110,6 +111,16 @@ def test_hidden_pixels_do_not_reach_the_reconstruction() -> None:
     seen = images.clone()
     seen[:, :, 32:] = 7.0
     assert not torch.equal(model.reconstruct(images, mask), model.reconstruct(seen, mask))
+
+
+def test_a_micro_batch_that_asks_for_no_word_trains_the_rest() -> None:
+    """mlm_share may leave a small micro-batch without a masked caption; under DDP every rank runs the same graph."""
+    images, tokens, mlm, targets, *hidden = batch()
+    model = tiny()
+    losses = model(images, tokens, mlm[:0], targets[:0], *hidden)
+    assert losses["mlm"].item() == 0 and losses["caption"].item() > 1
+    losses["mlm"].backward()
+    assert all(p.grad is not None and not p.grad.any() for p in model.decoder.unimodal.parameters())
 
 
 def test_a_mask_of_another_size_is_refused() -> None:
@@ -216,6 +227,31 @@ def test_parallel_captioning_hides_all_words() -> None:
     model.decoder.embedding.register_forward_pre_hook(lambda module, args: inputs.append(args[0]))
     model(*data, objectives=only)
     assert all(set(tokens.unique().tolist()) <= {PAD, MASK} for tokens in inputs[-1:])
+
+
+def test_dropped_words_leave_the_others_in_order() -> None:
+    tokens = torch.tensor([[BOS, 10, 11, 12, 13, EOS, PAD, PAD], [BOS, 20, EOS, PAD, PAD, PAD, PAD, PAD]])
+    assert torch.equal(drop_words(tokens, 0.0), tokens)
+    assert drop_words(tokens, 1.0).tolist() == [[BOS, EOS, *[PAD] * 6]] * 2
+    torch.manual_seed(0)
+    many = drop_words(tokens[:1].expand(4000, -1), 0.25)
+    assert ((many != PAD).sum(1) - 2).float().mean().item() == pytest.approx(
+        3.0, abs=0.06
+    )  # of four words, three
+    for row in {tuple(row) for row in many.tolist()}:
+        kept = [token for token in row if token != PAD]
+        assert kept[0] == BOS and kept[-1] == EOS and kept[1:-1] == sorted(set(kept[1:-1]) & {10, 11, 12, 13})
+        assert row[len(kept) :] == (PAD,) * (len(row) - len(kept))
+
+
+def test_word_dropout_is_the_contrastive_loss_alone() -> None:
+    model, inputs = tiny(), batch()
+    torch.manual_seed(0)
+    plain = model(*inputs)
+    dropping = model(*inputs, objectives=ObjectiveConfig(itc_word_dropout=0.5))
+    assert dropping["itc"] != plain["itc"]
+    for name in ("mim", "caption", "mlm"):
+        assert torch.equal(dropping[name], plain[name])
 
 
 def test_decay_leaves_gains_biases_and_looked_up_rows_alone() -> None:

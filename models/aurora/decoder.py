@@ -41,6 +41,7 @@ class TextDecoder(nn.Module):
                 head_dim,
                 memory_dim=memory_dim,
                 layer_scale=config.layer_scale_init,
+                cross_scale=config.cross_scale_init,
                 dropout=config.decoder_dropout,
             )
 

@@ -25,9 +25,13 @@ from models.aurora.config import AuroraConfig
 from models.aurora.decoder import DecodingState, TextDecoder
 from models.aurora.encoder import STRIDE, SwinBlock, SwinEncoder, WindowAttention
 from models.aurora.heads import FeaturePyramid, MemoryProjector, QueryHeads, with_places
-from models.layers import AttentionPool
+from models.layers import AttentionPool, SwiGLU
 from models.objectives import Normalizers, ObjectiveConfig
-from models.tokens import IGNORE, MASK, PAD
+from models.tokens import BOS, EOS, IGNORE, MASK, PAD
+
+MEMORY_GAIN = (
+    2.8  # makes what the memory says of the picture about twice as large as what it says of the place
+)
 
 
 class Aurora(nn.Module):
@@ -38,8 +42,18 @@ class Aurora(nn.Module):
         self.config = config
         self.encoder = SwinEncoder(config)
         self.decoder = TextDecoder(config)
-        self.image_pool = AttentionPool(config.stage_widths[3], config.head_dim, config.embedding_width)
-        self.text_pool = AttentionPool(config.decoder_width, config.decoder_head_dim, config.embedding_width)
+        self.image_pool = AttentionPool(
+            config.stage_widths[3],
+            config.head_dim,
+            config.embedding_width,
+            layer_scale=config.layer_scale_init,
+        )
+        self.text_pool = AttentionPool(
+            config.decoder_width,
+            config.decoder_head_dim,
+            config.embedding_width,
+            layer_scale=config.layer_scale_init,
+        )
         self.logit_scale = nn.Parameter(torch.empty(()))
         self.logit_bias = nn.Parameter(torch.empty(()))
         self.projector = MemoryProjector(config)
@@ -179,11 +193,15 @@ def pretraining_losses(
         return losses
 
     maps = [level[:pairs] for level in maps]
-    if config.itc or config.caption:
+    if config.caption or (config.itc and not config.itc_word_dropout):
         text = model.decoder.read_text(tokens, causal=True)
     if config.itc:
+        if config.itc_word_dropout:
+            text_embedding = model.text_embedding(drop_words(tokens, config.itc_word_dropout))
+        else:
+            text_embedding = model.text_pool(text, tokens != PAD)
         losses["itc"] = n.itc_share * objectives.contrastive_loss(
-            model.image_embedding(maps), model.text_pool(text, tokens != PAD),
+            model.image_embedding(maps), text_embedding,
             model.logit_scale, model.logit_bias, kind=config.itc_kind,
         )  # fmt: skip
     if config.caption or config.mlm:
@@ -207,6 +225,14 @@ def pretraining_losses(
     return losses
 
 
+def drop_words(tokens: Tensor, share: float) -> Tensor:
+    """Captions [B, T] without a random `share` of their words; the others move up, padding follows."""
+    words = (tokens != PAD) & (tokens != BOS) & (tokens != EOS)
+    dropped = words & (torch.rand(tokens.shape, device=tokens.device) < share)
+    order = dropped.to(torch.uint8).argsort(dim=1, stable=True)
+    return tokens.masked_fill(dropped, PAD).gather(1, order)
+
+
 def hide_captions(tokens: Tensor, share: float) -> Tensor:
     """Replace all words of a random `share` of captions [B, T] by the mask token (parallel prediction,
     CapPa, arXiv:2306.07915)."""
@@ -224,9 +250,13 @@ def init_weights(model: Aurora) -> None:
     it, and nothing is learned.
     Projections into a residual stream need no smaller value, since a LayerScale or a post-norm gain scales
     their branch.
+    The projections into the memory: `MEMORY_GAIN` times that. A SwiGLU's output has a variance of 0.36 at most, the places
+    added to it one of 0.5, and a text stack that reads more of the place than of the picture learns the language first.
     Embeddings, queries and learned tokens: variance 1 / width; the decoder multiplies the first two by
     sqrt(width).
-    Residual post-norms of the encoder: gain `post_norm_init`. Contrastive scale ln 10 and bias
+    The stem's bias: standard normal, as large as what it is added to. The LayerNorm behind the stem removes the
+    length of its input, so that without a bias a patch and the same patch twice as bright are one and the same.
+    Residual post-norms of the encoder: gain `post_norm_init`. Contrastive scale ln `contrastive_scale` and bias
     `contrastive_bias` (SigLIP, arXiv:2303.15343, takes -10, for
     batches of thousands: with 48 texts per image it leaves the loss on its plateau for hundreds of steps).
     Cosine attention starts at scale 10 (SwinV2).
@@ -248,12 +278,17 @@ def init_weights(model: Aurora) -> None:
                 nn.init.zeros_(module.q_bias)
                 nn.init.zeros_(module.v_bias)
                 nn.init.constant_(module.logit_scale, math.log(10))
+    for module in model.projector.modules():
+        if isinstance(module, SwiGLU):
+            normal_(module.out.weight, module.out.in_features, gain=MEMORY_GAIN)
+    assert model.encoder.stem.bias is not None
+    nn.init.normal_(model.encoder.stem.bias)
     normal_(model.encoder.mask_token, len(model.encoder.mask_token))
-    nn.init.constant_(model.logit_scale, math.log(10))
+    nn.init.constant_(model.logit_scale, math.log(model.config.contrastive_scale))
     nn.init.constant_(model.logit_bias, model.config.contrastive_bias)
 
 
-def normal_(weight: Tensor, fan_in: int) -> None:
-    """Fill with a normal of variance 1 / fan_in, cut at two sigma."""
-    std = fan_in**-0.5
+def normal_(weight: Tensor, fan_in: int, gain: float = 1.0) -> None:
+    """Fill with a normal of deviation gain / sqrt(fan_in), cut at two sigma."""
+    std = gain * fan_in**-0.5
     nn.init.trunc_normal_(weight, std=std, a=-2 * std, b=2 * std)
