@@ -3,10 +3,14 @@
 from __future__ import annotations
 
 import dataclasses
+import os
+import platform
+import subprocess
+import sys
 
 import pytest
 import torch
-from micro import MODEL
+from micro import MODEL, ROOT
 
 from dataload.batch import Batch
 from dataload.images import normalize
@@ -225,6 +229,36 @@ def test_auto_takes_the_faster_arithmetic_and_says_why(
     precision = choose_precision("auto", CPU)
     assert precision.name == chosen and "times as long as fp32" in precision.why
     assert choose_precision("bf16", CPU).name == "bf16"
+
+
+def test_freed_memory_is_kept_unless_the_environment_says_otherwise() -> None:
+    """In a child process: most pages of freed 64 MB blocks are not faulted in again."""
+    program = """
+import resource, sys
+from train.machine import keep_freed_memory
+import torch
+print(keep_freed_memory())
+def faults():
+    before = resource.getrusage(resource.RUSAGE_SELF).ru_minflt
+    torch.ones(16 << 20)
+    return resource.getrusage(resource.RUSAGE_SELF).ru_minflt - before
+first, *later = [faults() for _ in range(20)]
+print(sum(later) < 10 * first)
+"""
+    if not sys.platform.startswith("linux") or platform.libc_ver()[0] != "glibc":
+        pytest.skip("needs glibc's malloc")
+    plain = {name: value for name, value in os.environ.items() if not name.startswith("MALLOC_")}
+    told = {**plain, "MALLOC_ARENA_MAX": "2"}
+    for environment, expected in ((plain, ["True", "True"]), (told, ["False", "False"])):
+        output = subprocess.run(
+            [sys.executable, "-c", program],
+            env=environment,
+            cwd=ROOT,
+            capture_output=True,
+            text=True,
+            check=True,
+        )
+        assert output.stdout.split() == expected
 
 
 def test_the_measurement_of_bf16_is_short() -> None:

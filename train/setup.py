@@ -19,7 +19,7 @@ from train.data import Data, find_sources, open_data
 from train.engine import Ranks, TorchEngine, join, load_rng, share
 from train.greeting import greeting
 from train.log import Metrics, Progress, TensorBoard
-from train.machine import Precision, choose_precision
+from train.machine import Precision, choose_precision, keep_freed_memory
 from train.run import Run
 
 
@@ -31,6 +31,8 @@ def set_up(config: PretrainConfig, command: Sequence[str]) -> Run:
     if found := problems(config, ranks.size):
         raise ConfigError("\n  ".join(["this run cannot start:", *found]))
     device = join(ranks, config.device)
+    if device.type == "cpu":
+        keep_freed_memory()
     progress = Progress(config.steps, config.batch_size, config.log_every, on=ranks.first)
     out, start = _resolve(config, ranks, progress)
     snapshot, former = checkpoint.read(start) if start else (None, None)
