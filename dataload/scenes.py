@@ -51,7 +51,7 @@ from dataload.scenes_text import (
 
 __all__ = ["COLORS", "SHAPES", "ScenePaths", "build", "default_directory", "heldout_triples", "words_of"]
 
-VERSION = 1  # of pictures and captions: to be raised whenever the same parameters would give other bytes
+VERSION = 2  # of pictures and captions: to be raised whenever the same parameters would give other bytes
 SAMPLES_PER_SHARD = 2000
 VOCABULARY = 2000  # asked of the tokenizer; these few words allow about 700 pieces
 

@@ -154,12 +154,12 @@ def test_objects_never_touch() -> None:
             assert max(apart) - slack > 0.99 * sum(reach[item.size] for item in scene.objects) or (
                 np.hypot(*apart) - slack * 2**0.5 > sum(reach[item.size] for item in scene.objects)
             )
-    assert 0.25 < two / 3000 < 0.35
+    assert 0.15 < two / 3000 < 0.25
 
 
 def test_heldout_triples_never_occur_in_training(corpus: scenes.ScenePaths) -> None:
     held = scenes.heldout_triples()
-    assert len(held) == 28
+    assert len(held) == 14
     trained = [sidecar for _, sidecar in _samples(corpus.train) if sidecar]
     tested = [sidecar for _, sidecar in _samples(corpus.heldout)]
     assert len(trained) == SMALL["train"] and len(tested) == SMALL["heldout"]
@@ -295,9 +295,9 @@ def test_left_and_right_are_place_words_only() -> None:
                 assert same == same_too and other == flipped
 
 
-def test_words_of_knows_synonyms_and_not_backgrounds() -> None:
-    assert scenes.words_of("A big violet hoop at top, gray background") == ({"purple"}, {"ring"})
-    assert scenes.words_of("on pink a red disc and an orange plus") == (
+def test_words_of_reads_colors_and_shapes_and_not_backgrounds() -> None:
+    assert scenes.words_of("A big purple ring at top, gray background") == ({"purple"}, {"ring"})
+    assert scenes.words_of("on pink a red circle and an orange cross") == (
         {"red", "orange"},
         {"circle", "cross"},
     )

@@ -190,13 +190,13 @@ def test_the_unigram_model_is_add_one_smoothing() -> None:
 
 def test_scene_words_by_hand() -> None:
     """4 words said, all of them right, 6 true: F1 = 2 x 4 / (4 + 6)."""
-    said = ["a red circle", "a blue box and a blue box"]
+    said = ["a red circle", "a blue square and a blue square"]
     true = [
-        ["a big red star at left and a green disc", "a red star, a green circle"],
+        ["a big red star at left and a green circle", "a red star, a green circle"],
         ["a small blue square"],
     ]
     scores = scene_scores(said, true, words_of)
-    assert scores["f1"] == pytest.approx(2 * 4 / (4 + 6))  # red, circle; blue, square (a box is a square)
+    assert scores["f1"] == pytest.approx(2 * 4 / (4 + 6))  # red, circle; blue, square
     assert scores["color_f1"] == pytest.approx(2 * 2 / (2 + 3))
     assert scores["shape_f1"] == pytest.approx(2 * 2 / (2 + 3))
 
