@@ -18,7 +18,7 @@ PRESET comes first (default: {DEFAULT}); the fields below show its values and ov
 {listing()}
 
 Examples:
-  {PROG}                       the built-in corpus, about three minutes on 2 CPU cores
+  {PROG}                       the built-in corpus, about two minutes on 2 CPU cores
   {PROG} aurora-small --data.train shards/train-*.tar --data.heldout shards/val-*.tar \\
       --data.tokenizer tokenizer.model
   {PROG} aurora-tiny --resume auto
