@@ -295,6 +295,26 @@ def test_two_processes_give_the_losses_of_one(tmp_path: Path) -> None:
     assert one.keys() == two.keys() and len(moments) > 50
 
 
+@pytest.mark.parametrize(
+    "off, scored, said",
+    [
+        (("mim", "caption", "mlm"), {"retrieval"}, "R@1/5/10 text to image"),
+        (("itc", "mim"), {"perplexity"}, "held out at step 2: masked-word perplexity"),
+        (("itc", "caption", "mlm"), {"mim"}, "neither itc nor mlm is trained"),
+    ],
+)
+def test_only_what_is_trained_is_scored(
+    off: tuple[str, ...], scored: set[str], said: str, tmp_path: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    weights = [word for name in off for word in (f"--objectives.{name}", "0")]
+    assert main(arguments(tmp_path / "run", "--steps", "4", "--eval-every", "2", *weights)) == 0
+    result = json.loads((tmp_path / "run/summary.json").read_text())["evaluation"]
+    assert set(result["scores"]) == scored
+    assert ("generated" in result["counts"]) == ("caption" not in off)
+    assert said in capsys.readouterr().out
+    assert (tmp_path / "run/report.html").stat().st_size > 10_000
+
+
 def test_non_finite_steps_are_skipped_then_stop_the_run(
     tmp_path: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
 ) -> None:
@@ -423,7 +443,7 @@ def test_help_explains_every_field_and_lists_presets(capsys: pytest.CaptureFixtu
 def test_list_presets(capsys: pytest.CaptureFixture[str]) -> None:
     assert main(["--list-presets"]) == 0
     assert [line.split()[0] for line in capsys.readouterr().out.splitlines()] == [
-        "aurora-tiny", "aurora-small", "aurora-base", "aurora-large", "aurora-xl",
+        "aurora-tiny", "aurora-photos", "aurora-small", "aurora-base", "aurora-large", "aurora-xl",
     ]  # fmt: skip
 
 

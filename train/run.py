@@ -140,9 +140,14 @@ class Run:
             ):
                 self.say(f'  {key}: "{generated}"  (one of its captions: "{captions[0]}")')
 
-    def score(self, stop: Stop, **options: Any) -> EvalResult:
-        """evaluate_model with this run's device, precision, batch size and averaged weights."""
+    def score(
+        self, stop: Stop, *, generate: int = 0, reconstruct: int = 0, scenes: bool = False, **options: Any
+    ) -> EvalResult:
+        """evaluate_model with this run's device, precision, batch size and averaged weights, for what it trains:
+        an objective of weight 0 gets no score, since that would be noise beside its baselines."""
         assert self.data.heldout is not None
+        trained = self.config.objectives
+        tasks = [task for task, weight in (("retrieval", trained.itc), ("perplexity", trained.mlm)) if weight]
         started = time.monotonic()
         with stop.interruptible(), self.engine.scored_weights() as model:
             result = evaluate_model(
@@ -152,6 +157,10 @@ class Run:
                 device=self.engine.device,
                 autocast=self.engine.precision.autocast,
                 seed=self.config.seed,
+                tasks=tasks,
+                generate=generate if trained.caption else 0,
+                scenes=scenes and trained.caption > 0,
+                reconstruct=reconstruct if trained.mim else 0,
                 **options,
             )
         self.evaluation_seconds.append(time.monotonic() - started)
@@ -177,13 +186,21 @@ class Run:
 def summarize(step: int, result: EvalResult) -> str:
     """An evaluation during the run in one line."""
     scores = result.scalars()
-
-    def recall(way: str) -> str:
-        return "/".join(f"{100 * scores[f'{way}/R@{k}']:.1f}" for k in (1, 5, 10))
-
-    return (
-        f"held out at step {step}: R@1/5/10 text to image {recall('text_to_image')}%, "
-        f"image to text {recall('image_to_text')}% of {result.counts['images']} pictures; "
-        f"masked-word perplexity {scores['perplexity']:.1f} "
-        f"({scores['perplexity/shuffled']:.1f} with shuffled pictures)"
+    said = []
+    if "retrieval" in result.scores:
+        ways = {
+            way: "/".join(f"{100 * scores[f'{way}/R@{k}']:.1f}" for k in (1, 5, 10))
+            for way in ("text_to_image", "image_to_text")
+        }
+        said.append(
+            f"R@1/5/10 text to image {ways['text_to_image']}%, image to text {ways['image_to_text']}% "
+            f"of {result.counts['images']} pictures"
+        )
+    if "perplexity" in result.scores:
+        said.append(
+            f"masked-word perplexity {scores['perplexity']:.1f} "
+            f"({scores['perplexity/shuffled']:.1f} with shuffled pictures)"
+        )
+    return f"held out at step {step}: " + (
+        "; ".join(said) or "neither itc nor mlm is trained, nothing to score"
     )
