@@ -37,6 +37,28 @@ def aurora_tiny() -> PretrainConfig:
     )
 
 
+def aurora_photos() -> PretrainConfig:
+    """6.7M parameters, 64 px, contrastive alone, for a few thousand captioned photographs of your own: minutes on a CPU."""
+    tiny = aurora_tiny()
+    return replace(
+        tiny,
+        name="aurora-photos",
+        # Everything here is against learning by heart: 1,200 photographs are seen a hundred times. All five captions of a
+        # picture are read at each visit, each without half of its words, by one layer only.
+        model=replace(tiny.model, layer_scale_init=0.1, drop_path=0.1, unimodal_layers=1, decoder_width=128),
+        objectives=ObjectiveConfig(mim=0.0, caption=0.0, mlm=0.0, itc_kind="softmax", itc_word_dropout=0.5),
+        data=DataConfig(
+            uncaptioned_fraction=0.0, captions_per_image=5, crop_scale=(0.25, 1.0), color_jitter=0.4
+        ),
+        optim=replace(tiny.optim, lr=1e-3, weight_decay=0.1),
+        batch_size=128,
+        steps=900,
+        ema_decay=0.99,
+        eval_every=150,
+        save_every=150,
+    )
+
+
 def aurora_small() -> PretrainConfig:
     """95M parameters, 224 px, for your own shards: one GPU."""
     tiny = aurora_tiny()
@@ -107,6 +129,7 @@ def aurora_xl() -> PretrainConfig:
 
 PRESETS = {
     "aurora-tiny": aurora_tiny,
+    "aurora-photos": aurora_photos,
     "aurora-small": aurora_small,
     "aurora-base": aurora_base,
     "aurora-large": aurora_large,
