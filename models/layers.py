@@ -211,8 +211,7 @@ class AttentionPool(nn.Module):
     """One learned query reads all tokens; what it read, after a SwiGLU branch, is projected to `out_dim` and has
     unit length (SigLIP's MAP head).
 
-    The SwiGLU starts behind a small LayerScale: at full strength its random features let a small data set be
-    learned by heart (1,200 photographs: held-out loss 4.65 instead of 4.59 at the same training loss)."""
+    The SwiGLU starts behind a LayerScale: at full strength its random features come first."""
 
     def __init__(self, dim: int, head_dim: int, out_dim: int, *, layer_scale: float = 0.1) -> None:
         super().__init__()

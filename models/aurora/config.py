@@ -36,11 +36,10 @@ class AuroraConfig:
     layer_scale_init: float = 0.1
     """Initial LayerScale of the residual branches of the text stack and of the two pools."""
     cross_scale_init: float = 1.0
-    """Initial LayerScale of the text stack's cross-attention to the image. Short runs want more: at 3 tiny names
-    shapes after 100 steps, at 1 after 300."""
+    """Initial LayerScale of the text stack's cross-attention to the image. Short runs want more: trained on captions
+    alone for 130 steps, tiny got 73% of the held-out shape words right from 3 and 30% from 1 (one seed)."""
     contrastive_scale: float = 10.0
-    """Initial multiplier of the cosines in the contrastive loss. A few hundred steps hardly move it: smaller ones
-    (5) overfit a small data set less."""
+    """Initial multiplier of the cosines in the contrastive loss. A few hundred steps hardly move it."""
     contrastive_bias: float = -10.0
     """Initial bias of the sigmoid contrastive loss: about minus the log of the texts that an image meets."""
     drop_path: float = 0.0
