@@ -56,8 +56,8 @@ def choose_device(name: str, local_rank: int = 0) -> torch.device:
 
 def keep_freed_memory() -> bool:
     """Let glibc's malloc keep freed blocks for the next step, instead of giving each large one back to the kernel and
-    clearing new pages for the next. A step of Aurora-tiny with all objectives took 518 ms instead of 664 on one thread of a
-    noisy machine (contrastive alone 270 for 314, captions alone 371 for 398, masked images alone no less); what it costs in memory was not
+    clearing new pages for the next. A step of Aurora-tiny on one thread of a noisy machine: all objectives 518 ms instead of
+    664, contrastive alone 270 for 314, captions alone 371 for 398, masked images alone no less. Its cost in memory was not
     measured. Environment variables of the same meaning win. False where the C library is another one.
     """
     if sys.platform != "linux" or any(name.startswith("MALLOC_") for name in os.environ):
