@@ -10,10 +10,10 @@ import re
 from collections.abc import Iterable, Mapping
 from typing import Any
 
-from torch import Tensor
+from torch import Tensor, nn
 
 from models.aurora.config import AuroraConfig
-from models.aurora.encoder import SwinEncoder
+from models.aurora.encoder import SwinBlock, SwinEncoder
 
 RENAMES = (
     (r"^patch_embed\.proj\.", "stem."),
@@ -76,9 +76,17 @@ def load_timm(encoder: SwinEncoder, weights: Mapping[str, Tensor]) -> list[str]:
     Raises ValueError naming every parameter that is missing, left over or of another shape. The mask token
     keeps its value.
     """
-    own = encoder.state_dict()
+    return _load(encoder, weights, found={"mask_token"})
+
+
+def load_block(block: SwinBlock, weights: Mapping[str, Tensor]) -> list[str]:
+    """The same for one block: the state dict of a timm `SwinTransformerV2Block` into a `SwinBlock`."""
+    return _load(block, {f".{name}": tensor for name, tensor in weights.items()}, found=set())
+
+
+def _load(module: nn.Module, weights: Mapping[str, Tensor], found: set[str]) -> list[str]:
+    own = module.state_dict()
     unused, unknown, wrong = [], [], []
-    found = {"mask_token"}
     for name, tensor in weights.items():
         if UNUSED.search(name):
             unused.append(name)
@@ -86,6 +94,7 @@ def load_timm(encoder: SwinEncoder, weights: Mapping[str, Tensor]) -> list[str]:
         target = name
         for pattern, replacement in RENAMES:
             target = re.sub(pattern, replacement, target)
+        target = target.removeprefix(".")
         if target not in own:
             unknown.append(name)
             continue
@@ -98,7 +107,7 @@ def load_timm(encoder: SwinEncoder, weights: Mapping[str, Tensor]) -> list[str]:
     missing = sorted(set(own) - found)
     if unknown or wrong or missing:
         raise ValueError(
-            f"these weights do not fit the encoder. Not known here: {unknown}; other shapes: {wrong}; missing: {missing}. "
-            "Build it with config_from_timm(model)."
+            f"these weights do not fit. Not known here: {unknown}; other shapes: {wrong}; missing: {missing}. "
+            "Build the encoder with config_from_timm(model)."
         )
     return unused

@@ -202,7 +202,7 @@ class WindowAttention(nn.Module):
     def relative_bias(self, window: tuple[int, int]) -> Tensor:
         """The bias table [(2wy-1)*(2wx-1), h]: 16 * sigmoid(MLP(log-spaced offset)), section 3.3 of the
         paper."""
-        offsets = log_offsets(window, self.trained_window, self.q_bias.device)
+        offsets = log_offsets(window, self.trained_window, self.q_bias.device).to(self.q_bias.dtype)
         return 16 * torch.sigmoid(self.position_bias(offsets).float())
 
 
