@@ -10,7 +10,7 @@ ARGS   ?=
 JOBS   ?= auto --maxprocesses 4
 
 .DEFAULT_GOAL := help
-.PHONY: help pretrain test bench lint format clean FORCE
+.PHONY: help pretrain test bench gate aot gpu lint format clean FORCE
 
 help: ## show this list
 	@echo "usage: make TARGET [ARGS='...'] [PYTHON=python3.12] [TORCH=torch==2.12.1 | TORCH=own]"
@@ -24,8 +24,18 @@ pretrain: $(VENV)/.installed-base ## pre-train Aurora: the tiny preset on genera
 test: $(VENV)/.installed-test ## run the tests; AURORAIO_TEST_DATA=FOLDER adds those on real data
 	$(PY) -m pytest -n $(JOBS) --dist loadfile --benchmark-disable $(ARGS)
 
-bench: $(VENV)/.installed-test ## check and time the kernels on this machine
+bench: $(VENV)/.installed-test ## check, time and report: kernels, layers, a training step, the loader
 	$(PY) -m pytest bench/ --benchmark-sort=name --benchmark-columns=min,median,max,rounds $(ARGS)
+
+gate: $(VENV)/.installed-test ## the ratios of times that CI holds
+	$(PY) -m bench.gate $(ARGS)
+
+aot: $(VENV)/.installed-base ## compile every Triton kernel for sm_80 and sm_90; no GPU is needed
+	$(PY) -m bench.aot $(ARGS)
+
+# No .venv: a GPU machine has its own torch, and may be offline.
+gpu: ## on a CUDA machine: GPU tests, benchmark, report, in 10 minutes (ARGS=--full: an hour; --rehearse: without a GPU)
+	$(or $(PYTHON),python3) -m bench.gpu $(ARGS)
 
 lint: $(VENV)/.installed-dev ## ruff, mypy, and who imports whom
 	$(PY) -m ruff check .

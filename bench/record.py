@@ -10,6 +10,7 @@ import dataclasses
 import json
 import math
 import statistics
+from collections.abc import Sequence
 from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any, Literal
@@ -102,7 +103,7 @@ class Run:
     command: str
     commit: str
     device: str  # "NVIDIA A100-SXM4-80GB", "AMD EPYC 7R13, 2 threads"
-    kind: Literal["cpu", "cuda"]
+    kind: str  # "cpu" or "cuda"
     profile: str
     versions: dict[str, str]
     ceilings: Ceilings | None
@@ -126,6 +127,20 @@ def fraction(row: Row, ceilings: Ceilings) -> float | None:
     return least[0] / row.median if least and row.seconds else None
 
 
+def median_interval(values: Sequence[float]) -> tuple[float, float, float]:
+    """Median and a confidence interval of at least 95% for it, from order statistics alone (no distribution is
+    assumed): values k and n-1-k of the sorted n, with P(Binomial(n, 1/2) <= k) <= 2.5%. Fewer than 6 values are too
+    few for that and give their range. Raises ValueError for none."""
+    if not values:
+        raise ValueError("no values, so no median")
+    ordered, n = sorted(values), len(values)
+    k, beyond = 0, 0.5**n + n * 0.5**n  # the next rank inwards is good while P(Binomial <= k + 1) <= 2.5%
+    while beyond <= 0.025:
+        k += 1
+        beyond += math.comb(n, k + 1) * 0.5**n
+    return statistics.median(ordered), ordered[k], ordered[n - 1 - k]
+
+
 def save(run: Run, path: Path) -> None:
     """Write JSON, whole or not at all: a reader never sees half a file."""
     text = json.dumps({"schema": SCHEMA} | dataclasses.asdict(run), indent=1, allow_nan=True)
@@ -140,13 +155,16 @@ def load(path: Path) -> Run:
     try:
         data: dict[str, Any] = json.loads(path.read_text(encoding="utf-8"))
         schema = data.pop("schema")
-    except (ValueError, KeyError, AttributeError) as error:
+    except (ValueError, KeyError, TypeError, AttributeError) as error:
         raise ValueError(f"{path} is no run of this benchmark: {error!r}") from error
     if schema != SCHEMA:
         raise ValueError(f"{path} has schema {schema}, this version reads {SCHEMA}")
-    rows = tuple(_row(row) for row in data.pop("rows"))
-    ceilings = data.pop("ceilings")
-    return Run(**data, ceilings=Ceilings(**ceilings) if ceilings else None, rows=rows)
+    try:
+        rows = tuple(_row(row) for row in data.pop("rows"))
+        ceilings = data.pop("ceilings")
+        return Run(**data, ceilings=Ceilings(**ceilings) if ceilings else None, rows=rows)
+    except (KeyError, TypeError) as error:
+        raise ValueError(f"{path} is no run of this benchmark: {error!r}") from error
 
 
 def _row(data: dict[str, Any]) -> Row:

@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import importlib
-import importlib.util
 import os
 import shutil
 import tempfile
@@ -11,6 +10,8 @@ from pathlib import Path
 from types import ModuleType
 
 import pytest
+
+from bench.importing import make_torchvision_importable
 
 ROOT = Path(__file__).resolve().parent.parent
 CHROMIUM_NAMES = ("chromium", "chromium-browser", "google-chrome")
@@ -83,26 +84,3 @@ def chromium_command(chromium: str, tmp_path: Path) -> list[str]:
 def timm() -> ModuleType:
     """timm, an oracle, imported where `import torchvision` works too (see below)."""
     return importlib.import_module("timm")
-
-
-def make_torchvision_importable() -> object:
-    """Declare the operators that torchvision's import asks for, where its library does not load.
-
-    So it is with a torchvision built for CUDA beside a CPU build of torch. The Python parts, which timm needs
-    and tests compare with, work without those operators. The declarations last as long as what is returned.
-    """
-    from torch.library import Library
-    from torch.ops import load_library
-
-    spec = importlib.util.find_spec("torchvision")
-    if spec is None or not spec.submodule_search_locations:
-        return None
-    try:
-        for binary in Path(spec.submodule_search_locations[0]).glob("_C.*"):
-            load_library(binary)
-    except OSError:
-        library = Library("torchvision", "DEF")
-        library.define("nms(Tensor dets, Tensor scores, float iou_threshold) -> Tensor")
-        library.define("qnms(Tensor dets, Tensor scores, float iou_threshold) -> Tensor")
-        return library
-    return None

@@ -5,18 +5,14 @@ import dataclasses
 import io
 import json
 import math
-import queue
 import re
-import subprocess
-import threading
-from html.parser import HTMLParser
-from http.server import BaseHTTPRequestHandler, HTTPServer
 from pathlib import Path
 from typing import Any
 
 import numpy as np
 import pytest
 import torch
+from browser import Page, in_browser
 from PIL import Image
 
 from train.report import write_report, write_samples
@@ -122,33 +118,6 @@ def run_dir(tmp_path: Path) -> Path:
     (run / "config.json").write_text(json.dumps({"optim": {"lr": 0.001}, "note": HOSTILE}))
     write_samples(result(), run)
     return run
-
-
-class Page(HTMLParser):
-    """Tags, attributes and text of a page, and whether every tag that was opened is closed in order."""
-
-    VOID = ("meta", "link", "img", "br", "line", "polyline", "circle")
-
-    def __init__(self, html: str) -> None:
-        super().__init__()
-        self.tags: list[tuple[str, dict[str, str | None]]] = []
-        self.text = ""
-        self.open: list[str] = []
-        self.feed(html)
-
-    def handle_starttag(self, tag: str, attrs: list[tuple[str, str | None]]) -> None:
-        self.tags.append((tag, dict(attrs)))
-        if tag not in self.VOID:
-            self.open.append(tag)
-
-    def handle_endtag(self, tag: str) -> None:
-        assert self.open.pop() == tag, f"</{tag}> closes nothing"
-
-    def handle_startendtag(self, tag: str, attrs: list[tuple[str, str | None]]) -> None:
-        self.tags.append((tag, dict(attrs)))
-
-    def handle_data(self, data: str) -> None:
-        self.text += data
 
 
 def test_the_page_holds_what_was_measured(run_dir: Path) -> None:
@@ -309,17 +278,12 @@ def test_figures_are_readable() -> None:
     assert spaces == ["0 s", "1 min 0 s", "1 min 58 s", "1 h", "1 d 3 h"]
 
 
-WATCH = """<script>
-const problems = [];
-addEventListener("error", (event) => problems.push(event.message || event.target.outerHTML), true);
-addEventListener("securitypolicyviolation", (event) => problems.push("blocked " + event.blockedURI));
-console.error = console.warn = (...words) => problems.push("console: " + words.join(" "));
-addEventListener("load", async () => {
+ASK = """
   const pictures = [...document.images];
   pictures.forEach((picture) => { picture.loading = "eager"; });
   await Promise.all(pictures.map((one) => one.decode().catch(() => problems.push("picture: " + one.alt))));
   document.querySelectorAll("details").forEach((details) => { details.open = true; });
-  const root = document.documentElement, svg = document.querySelector(".chart svg");
+  const svg = document.querySelector(".chart svg");
   const readout = document.querySelector(".chart .readout"), legend = readout.textContent;
   const key = (name) => svg.dispatchEvent(new KeyboardEvent("keydown", { key: name }));
   key("Home"); const first = readout.textContent;
@@ -329,70 +293,16 @@ addEventListener("load", async () => {
   svg.dispatchEvent(new PointerEvent("pointermove", { clientX: box.left + box.width / 2 }));
   const hover = readout.textContent;
   svg.dispatchEvent(new Event("pointerleave"));
-  parent.postMessage({
-    width: innerWidth, wanted: root.scrollWidth, problems, title: document.title,
+  return {
     first, last, hover, restored: readout.textContent === legend,
     pictures: pictures.length, shown: pictures.filter((one) => one.clientWidth > 20).length,
-    requests: performance.getEntriesByType("resource").filter((one) => !one.name.startsWith("data:")).length,
-    background: getComputedStyle(document.body).backgroundColor, color: getComputedStyle(document.body).color,
-  }, "*");
-});
-</script>"""
-
-
-class Listener(BaseHTTPRequestHandler):
-    """Takes the one answer that the browser sends."""
-
-    server: Any
-
-    def do_POST(self) -> None:
-        self.server.answers.put(self.rfile.read(int(self.headers["Content-Length"])))
-        self.send_response(204)
-        self.end_headers()
-
-    def log_message(self, *_: Any) -> None:
-        pass
-
-
-def in_browser(command: list[str], page: Path, widths: tuple[int, ...]) -> list[dict[str, Any]]:
-    """Open the page in frames of these widths (a headless window is never below 500 pixels) and ask it.
-
-    The answers come to a socket of this machine: --dump-dom would have to guess when the page is done.
-    """
-    server: Any = HTTPServer(("127.0.0.1", 0), Listener)
-    server.answers = queue.Queue()
-    threading.Thread(target=server.serve_forever, daemon=True).start()
-    html = page.read_text(encoding="utf-8")
-    page.with_name("watched.html").write_text(html.replace("<title>", WATCH + "<title>", 1), encoding="utf-8")
-    frames = "".join(f'<iframe src="watched.html" width="{width}" height="900"></iframe>' for width in widths)
-    wrapper = page.with_name("wrapper.html")
-    wrapper.write_text(
-        "<!doctype html><script>const told = [];"
-        "addEventListener('message', (event) => { told.push(event.data);"
-        f"if (told.length === {len(widths)}) fetch('http://127.0.0.1:{server.server_port}/',"
-        "{ method: 'POST', mode: 'no-cors', body: JSON.stringify(told) }); });"
-        f"</script><body>{frames}</body>"
-    )
-    output = page.with_name("chromium.log")
-    with output.open("w") as log:
-        browser = subprocess.Popen(
-            [*command, "--remote-debugging-port=0", wrapper.as_uri()], stdout=log, stderr=log
-        )
-        try:
-            answers = json.loads(server.answers.get(timeout=120))
-        except queue.Empty:
-            pytest.fail(f"the page said nothing in 120 seconds; chromium said: {output.read_text()[-2000:]}")
-        finally:
-            browser.kill()
-            browser.wait()
-            server.shutdown()
-            server.server_close()
-    return sorted(answers, key=lambda answer: answer["width"])
+  };
+"""
 
 
 def test_the_page_in_a_browser(run_dir: Path, chromium_command: list[str]) -> None:
     """Phone and desktop: no sideways overflow, no errors, all pictures show, charts answer, no requests."""
-    phone, desktop = in_browser(chromium_command, write_report(run_dir), (390, 1280))
+    phone, desktop = in_browser(chromium_command, write_report(run_dir), (390, 1280), ASK)
     assert (phone["width"], desktop["width"]) == (390, 1280)
     for answer in (phone, desktop):
         assert answer["problems"] == []
@@ -407,7 +317,7 @@ def test_the_page_in_a_browser(run_dir: Path, chromium_command: list[str]) -> No
 
 def test_the_page_in_the_dark(run_dir: Path, chromium_command: list[str]) -> None:
     dark = [*chromium_command, "--blink-settings=preferredColorScheme=0"]
-    (answer,) = in_browser(dark, write_report(run_dir), (1280,))
+    (answer,) = in_browser(dark, write_report(run_dir), (1280,), ASK)
     brightness = [sum(map(int, re.findall(r"\d+", answer[name])[:3])) for name in ("background", "color")]
     assert brightness[0] < 150 and brightness[1] > 500
     assert answer["problems"] == []

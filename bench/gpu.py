@@ -1,0 +1,207 @@
+"""Everything a CUDA machine is wanted for, in one command: `python -m bench.gpu`, or `make gpu`.
+
+    machine    what this is, and which optional packages are absent
+    tests      those marked gpu, and the kernels' own
+    aot        every Triton configuration compiled for sm_80 and sm_90
+    <subject>  the benchmark, one process for each subject, so that a crash of one leaves the others
+    report     one page of all that was measured
+
+Sections run in this order, each within what is left of the time; each writes to OUT as it goes, so that a run which is
+cut off leaves what it measured. Without a CUDA device, --rehearse walks through the same program on the CPU, in
+Triton's interpreter where kernels are meant, and says everywhere that it was a rehearsal. Needs the packages of
+`pip install -e .` alone; what else would help is named.
+"""
+
+from __future__ import annotations
+
+import argparse
+import importlib.util
+import json
+import subprocess
+import sys
+import time
+from collections.abc import Sequence
+from dataclasses import asdict, dataclass, replace
+from pathlib import Path
+
+from bench import machine, record
+from bench.importing import make_torchvision_importable
+from bench.profiles import PROFILES, Profile, choose
+from bench.report.page import write_report
+from bench.session import RUN_FILE, Session
+
+ROOT = Path(__file__).resolve().parent.parent
+SUMMARY = "sections.json"
+SHORT, FULL = 10.0, 60.0  # minutes
+# Of the whole time, what a section may take at most. The subjects share what tests and aot leave.
+MOST = {"tests": 0.25, "aot": 0.15}
+CLOSING = 15.0  # seconds kept for the report
+
+
+@dataclass(frozen=True)
+class Section:
+    """What became of one section."""
+
+    name: str
+    status: str  # "ok", "failed", "out of time", "skipped"
+    seconds: float
+    note: str = ""
+
+
+def main(arguments: Sequence[str] | None = None) -> int:
+    """0 where every section that could run did and passed."""
+    parser = argparse.ArgumentParser(prog="python -m bench.gpu", description=__doc__.split("\n")[0])
+    parser.add_argument("--full", action="store_true", help=f"take {FULL:.0f} minutes instead of {SHORT:.0f}")
+    parser.add_argument("--minutes", type=float, help="or so many")
+    parser.add_argument(
+        "--out", type=Path, default=Path("runs/gpu"), help="folder for all results (default runs/gpu)"
+    )
+    parser.add_argument("--profile", default="auto", help=f"auto, {', '.join(PROFILES)}")
+    parser.add_argument("--rehearse", action="store_true", help="walk through it on a machine without a GPU")
+    parser.add_argument(
+        "--subject", help=argparse.SUPPRESS
+    )  # what the processes of the benchmark are started with
+    options = parser.parse_args(arguments)
+    kind = machine.device()
+    if kind == "cpu" and not options.rehearse:
+        parser.error("torch finds no CUDA device here; --rehearse walks through the program without one")
+    if kind == "cuda" and options.rehearse:
+        parser.error("there is a CUDA device here: leave --rehearse out")
+    try:
+        profile = choose(options.profile, kind, machine.device_name(kind))
+    except ValueError as error:
+        parser.error(str(error))
+    minutes = options.minutes or (FULL if options.full else SHORT)
+    if options.subject:
+        return measure(profile, options.subject, options.out, 60 * minutes, options.rehearse)
+    return Program(profile, options.out, 60 * minutes, options.rehearse).run()
+
+
+class Program:
+    """The sections, and the time that is left for them."""
+
+    def __init__(self, profile: Profile, out: Path, seconds: float, rehearsed: bool) -> None:
+        self.profile, self.out, self.rehearsed = profile, out, rehearsed
+        self.seconds, self.end = seconds, time.monotonic() + seconds
+        self.done: list[Section] = []
+
+    def run(self) -> int:
+        """All sections; the exit status."""
+        self.out.mkdir(parents=True, exist_ok=True)
+        mode = "REHEARSED on a CPU: not one time below is a GPU's. " if self.rehearsed else ""
+        print(f"{mode}{self.seconds / 60:.0f} minutes, profile {self.profile.name}, results in {self.out}")
+        self.machine()
+        self.tests()
+        aot = [sys.executable, "-m", "bench.aot", "--json", str(self.out / "aot.json")]
+        self.process("aot", aot, MOST["aot"] * self.seconds)
+        self.subjects()
+        self.report()
+        bad = [section for section in self.done if section.status in ("failed", "out of time")]
+        print(
+            f"\n{mode}{len(self.done)} sections, {len(bad)} of them failed or ran out of time: {self.out / 'index.html'}"
+        )
+        return 1 if bad else 0
+
+    @property
+    def left(self) -> float:
+        """Seconds until only the report is still to be written."""
+        return self.end - time.monotonic() - CLOSING
+
+    def add(self, section: Section) -> None:
+        """Say it and write it down."""
+        self.done.append(section)
+        print(f"{section.status:11s} {section.name} ({section.seconds:.0f} s) {section.note}", flush=True)
+        text = json.dumps({"rehearsed": self.rehearsed, "sections": [asdict(s) for s in self.done]}, indent=1)
+        (self.out / SUMMARY).write_text(text + "\n")
+
+    def machine(self) -> None:
+        """What this is."""
+        absent = machine.absent()
+        facts = {
+            "device": machine.device_name(self.profile.device), "versions": machine.versions(),
+            "absent": absent, "commit": machine.commit(),
+        }  # fmt: skip
+        (self.out / "machine.json").write_text(json.dumps(facts, indent=1) + "\n")
+        named = "; ".join(f"no {name}: {why}" for name, why in absent.items())
+        self.add(Section("machine", "ok", 0.0, f"{facts['device']}. {named}"))
+
+    def tests(self) -> None:
+        """The kernels' tests and all that are marked gpu."""
+        missing = [
+            name
+            for name in ("pytest", "pytest_benchmark", "pytest_timeout")
+            if not importlib.util.find_spec(name)
+        ]
+        if "pytest" in missing:
+            self.add(Section("tests", "skipped", 0.0, "pytest is not installed: pip install -e '.[test]'"))
+            return
+        # pyproject.toml has options of the two plugins, which pytest refuses where they are absent
+        plain = ["-c", "/dev/null", "--rootdir", str(ROOT)] if missing else []
+        kernels = map(str, sorted((ROOT / "tests").glob("test_kernels_*.py")))
+        chosen = [*kernels] if self.rehearsed else [str(ROOT / "tests"), "-m", "gpu"]
+        command = [sys.executable, "-m", "pytest", "-q", *plain, *chosen]
+        self.process("tests", command, MOST["tests"] * self.seconds)
+
+    def subjects(self) -> None:
+        """A process for each; those that come later share what is left."""
+        names = list(dict.fromkeys(task.subject for task in self.profile.tasks()))
+        for i, name in enumerate(names):
+            share = max(self.left, 0.0) / (len(names) - i)
+            command = [
+                sys.executable, "-m", "bench.gpu", "--subject", name, "--profile", self.profile.name,
+                "--out", str(self.out / name), "--minutes", str(0.8 * share / 60),
+            ]  # fmt: skip
+            self.process(name, command + ["--rehearse"] * self.rehearsed, share)
+
+    def process(self, name: str, command: list[str], most: float) -> None:
+        """Run a command for at most `most` seconds, its output in OUT/NAME.log."""
+        most, start = min(most, self.left), time.monotonic()
+        if most < 1:
+            self.add(Section(name, "out of time", 0.0, "not begun"))
+            return
+        log = self.out / f"{name}.log"
+        with log.open("w") as output:
+            try:
+                code = subprocess.run(
+                    command, stdout=output, stderr=output, cwd=ROOT, timeout=most, check=False
+                ).returncode
+                status, note = ("ok", "") if code == 0 else ("failed", f"exit status {code}, see {log}")
+            except subprocess.TimeoutExpired:
+                status, note = "out of time", f"after {most:.0f} s; what it had written is kept, see {log}"
+        lines = log.read_text(errors="replace").strip().splitlines()
+        self.add(Section(name, status, time.monotonic() - start, note or (lines[-1] if lines else "")))
+
+    def report(self) -> None:
+        """One page of all runs that are there, also of sections that were cut off."""
+        found = [record.load(path) for path in sorted(self.out.glob(f"*/{RUN_FILE}"))]
+        if not found:
+            self.add(Section("report", "failed", 0.0, "nothing was measured"))
+            return
+        run = replace(
+            found[0], command=machine.command(), rows=tuple(row for one in found for row in one.rows)
+        )
+        record.save(run, self.out / RUN_FILE)
+        write_report(run, self.out, headline=self.profile.headline)
+        self.add(Section("report", "ok", 0.0, f"{len(run.rows)} rows"))
+
+
+def measure(profile: Profile, subject: str, out: Path, seconds: float, rehearsed: bool) -> int:
+    """One subject's tasks, in this process; those for which no time is left are not begun, and named."""
+    kept = make_torchvision_importable()
+    tasks = [task for task in profile.tasks() if task.subject == subject]
+    session = Session(profile, profile.budget, out, rehearsed)
+    start, bad = time.monotonic(), 0
+    for i, task in enumerate(tasks):
+        if i and (time.monotonic() - start) * (i + 1) / i > seconds:
+            print(f"{subject}: out of time before {', '.join(t.name for t in tasks[i:])}")
+            return 1
+        for row in session.measure(task):
+            bad += row.ours and row.status in ("wrong", "failed")
+            print(f"{row.status:7s} {row.key} {row.median * 1e3:.4f} ms {row.note}", flush=True)
+    print(f"{len(tasks)} tasks, {bad} of our rows wrong or failed")
+    del kept
+    return 1 if bad else 0
+
+
+if __name__ == "__main__":
+    sys.exit(main())

@@ -1,0 +1,155 @@
+"""Attention of few queries over many keys: this project's backends, the textbook, FlexAttention, FlashAttention."""
+
+from __future__ import annotations
+
+from dataclasses import dataclass
+from functools import cache
+
+import torch
+from torch import Tensor
+from torch.nn.attention.flex_attention import create_block_mask, flex_attention
+
+from bench import work
+from bench.measure import random_like
+from bench.peers.compiling import compiled
+from bench.subject import TRAINING, Absent, Function, Peer, Subject
+from kernels import latent_attention
+
+
+@dataclass(frozen=True)
+class LatentCase:
+    """`queries` latents per sample over `keys` inputs; `ragged`: the samples have different numbers of keys."""
+
+    name: str
+    batch: int
+    queries: int
+    keys: int
+    heads: int
+    head_dim: int
+    ragged: bool = False
+
+    @property
+    def lengths(self) -> tuple[int, ...]:
+        """Visible keys of each sample: all of them, or from a quarter to all in even steps."""
+        if not self.ragged or self.batch == 1:
+            return (self.keys,) * self.batch
+        return tuple(self.keys // 4 + 3 * self.keys * i // (4 * (self.batch - 1)) for i in range(self.batch))
+
+    @property
+    def shape(self) -> str:
+        """For readers."""
+        keys = f"{min(self.lengths):,}-{self.keys:,}" if self.ragged else f"{self.keys:,}"
+        return (
+            f"{self.batch} x {self.queries} latents over {keys} keys, {self.heads} heads of {self.head_dim}"
+        )
+
+    def inputs(self, device: str, dtype: torch.dtype, seed: int) -> dict[str, Tensor]:
+        """q [B, M, h, d]; k, v [B, N, h, d]."""
+        sizes = {"q": self.queries, "k": self.keys, "v": self.keys}
+        empty = {
+            n: torch.empty(self.batch, s, self.heads, self.head_dim, device=device, dtype=dtype)
+            for n, s in sizes.items()
+        }
+        return {name: random_like(tensor, 3 * seed + i) for i, (name, tensor) in enumerate(empty.items())}
+
+    def work(self, mode: str, dtype: torch.dtype) -> work.Work:
+        """See work.latent_attention; hidden keys are no work."""
+        return work.latent_attention(
+            sum(self.lengths), self.queries, self.batch, self.heads, self.heads, self.head_dim, self.head_dim,
+            dtype.itemsize, backward=mode == TRAINING,
+        )  # fmt: skip
+
+
+@cache
+def _lengths(case: LatentCase, device: str) -> Tensor | None:
+    return torch.tensor(case.lengths, device=device, dtype=torch.int32) if case.ragged else None
+
+
+def _ours(backend: str) -> Peer:
+    def build(case: LatentCase, device: str, dtype: torch.dtype) -> Function:
+        lengths = _lengths(case, device)
+
+        def attend(q: Tensor, k: Tensor, v: Tensor) -> Tensor:
+            return latent_attention(q, k, v, key_lengths=lengths, backend=backend)
+
+        return attend
+
+    return Peer(backend, build, ours=True)
+
+
+def _plain(case: LatentCase, device: str, dtype: torch.dtype) -> Function:
+    lengths = _lengths(case, device)
+    mask = None
+    if lengths is not None:
+        hidden = torch.arange(case.keys, device=device) >= lengths[:, None]
+        mask = torch.zeros(hidden.shape, device=device, dtype=dtype).masked_fill(hidden, float("-inf"))[
+            :, None, None
+        ]
+
+    def attend(q: Tensor, k: Tensor, v: Tensor) -> Tensor:
+        q, k, v = (t.transpose(1, 2) for t in (q, k, v))
+        logits = q @ k.mT * case.head_dim**-0.5
+        if mask is not None:
+            logits = logits + mask
+        return (logits.softmax(-1) @ v).transpose(1, 2)
+
+    return attend
+
+
+def _flex(case: LatentCase, device: str, dtype: torch.dtype) -> Function:
+    if dtype == torch.float64:
+        raise Absent("FlexAttention takes no float64")
+    lengths, mask = _lengths(case, device), None
+    if lengths is not None:
+
+        def visible(b: Tensor, _h: Tensor, _q: Tensor, k: Tensor) -> Tensor:
+            return k < lengths[b]
+
+        mask = create_block_mask(visible, case.batch, None, case.queries, case.keys, device=device)
+    attention = compiled(flex_attention, device)
+
+    def attend(q: Tensor, k: Tensor, v: Tensor) -> Tensor:
+        if device == "cpu" and q.requires_grad:
+            raise Absent("FlexAttention has no backward on a CPU")
+        q, k, v = (t.transpose(1, 2) for t in (q, k, v))
+        return attention(q, k, v, block_mask=mask).transpose(1, 2)
+
+    return attend
+
+
+def _flash(case: LatentCase, device: str, dtype: torch.dtype) -> Function:
+    if device != "cuda":
+        raise Absent("FlashAttention needs a CUDA device")
+    if dtype not in (torch.float16, torch.bfloat16):
+        raise Absent(f"FlashAttention takes half types, not {str(dtype).removeprefix('torch.')}")
+    try:
+        from flash_attn import flash_attn_func, flash_attn_varlen_func
+    except ImportError as error:
+        raise Absent(f"flash-attn is not installed ({error})") from None
+    lengths = _lengths(case, device)
+    if lengths is None:
+        return lambda q, k, v: flash_attn_func(q, k, v)
+    visible = torch.arange(case.keys, device=device) < lengths[:, None]
+    rows = visible.flatten().nonzero()[:, 0]
+    starts = torch.nn.functional.pad(lengths.cumsum(0), (1, 0)).int()
+    queries = torch.arange(case.batch + 1, device=device, dtype=torch.int32) * case.queries
+
+    def attend(q: Tensor, k: Tensor, v: Tensor) -> Tensor:
+        k, v = (t.flatten(0, 1)[rows] for t in (k, v))
+        out = flash_attn_varlen_func(q.flatten(0, 1), k, v, queries, starts, case.queries, max(case.lengths))
+        return out.view_as(q)
+
+    return attend
+
+
+LATENT_ATTENTION = Subject(
+    "latent_attention",
+    (
+        *map(_ours, ("auto", "reference", "eager", "sdpa")),
+        Peer("plain", _plain),
+        Peer("flex", _flex, note="compiled; compile time is not counted"),
+        Peer("flash_attn", _flash, note="ragged keys are packed in the call"),
+    ),
+    exact="reference",
+    plain=("plain", "reference"),
+)

@@ -1,0 +1,158 @@
+"""What is measured where, and what is expected there: one profile per kind of machine.
+
+A task is one case in one mode and dtype; a gate is a bound on the ratio of two implementations' times within one
+task of one run, so that it holds on a slow day too.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Collection, Iterable
+from dataclasses import dataclass, field
+from typing import Any
+
+import torch
+
+from bench import cases
+from bench.peers import loading
+from bench.peers.latent import LATENT_ATTENTION
+from bench.peers.layers import PERCEIVER_CROSS_ATTENTION, SWIN_BLOCK
+from bench.peers.step import TRAINING_STEP
+from bench.peers.window import WINDOW_ATTENTION
+from bench.record import Row
+from bench.subject import FORWARD, STEP, TRAINING, Problem, Subject, solve
+
+FP32, BF16 = torch.float32, torch.bfloat16
+Runner = Callable[[float, Collection[str] | None, str], list[Row]]
+
+
+@dataclass(frozen=True)
+class Task:
+    """Something that can be measured: `run(budget, peers, clock)` gives its rows."""
+
+    subject: str
+    name: str  # "tiny-64px-stage1/forward/float32"
+    peers: tuple[str, ...]
+    run: Runner = field(repr=False, compare=False)
+
+
+@dataclass(frozen=True)
+class Gate:
+    """In this task, time of `peer` / time of `against` must have a median of at most `limit`."""
+
+    subject: str
+    task: str
+    peer: str
+    against: str
+    limit: float
+
+
+@dataclass(frozen=True)
+class Profile:
+    """`machine` is what it is meant for; `has_run` says whether it has ever been run there (see bench/results/)."""
+
+    name: str
+    device: str
+    machine: str
+    has_run: bool
+    headline: str  # what its device is called, where it is for one device alone
+    dtypes: tuple[torch.dtype, ...]  # whose matrix products are measured as ceilings
+    budget: float  # seconds of rounds per task
+    gates: tuple[Gate, ...]
+    tasks: Callable[[], tuple[Task, ...]] = field(repr=False)
+
+
+def _tasks(
+    subject: Subject, device: str, some: Iterable[Any], modes: Iterable[str], dtypes: Iterable[torch.dtype]
+) -> list[Task]:
+    problems = [Problem(case, mode, dtype) for case in some for dtype in dtypes for mode in modes]
+    names = tuple(peer.name for peer in subject.peers)
+
+    def runner(problem: Problem) -> Runner:
+        return lambda budget, peers, clock: solve(
+            subject, problem, device, budget=budget, peers=peers, clock=clock
+        )
+
+    return [Task(subject.name, problem.name, names, runner(problem)) for problem in problems]
+
+
+def _loader_task(case: loading.LoaderCase) -> Task:
+    return Task(
+        loading.LOADER, f"{case.name}/load/uint8", tuple(loading.PEERS),
+        lambda budget, peers, clock: loading.solve(case, budget=budget, peers=peers, clock=clock),
+    )  # fmt: skip
+
+
+def _cpu_tasks() -> tuple[Task, ...]:
+    """fp32 everywhere, as CPUs are fast in it; bf16 where its numerics matter, on the smallest shapes."""
+    both = (FORWARD, TRAINING)
+    return (
+        *_tasks(WINDOW_ATTENTION, "cpu", cases.CPU_WINDOWS, both, (FP32,)),
+        *_tasks(WINDOW_ATTENTION, "cpu", cases.CPU_WINDOWS[:1], (TRAINING,), (BF16,)),
+        *_tasks(SWIN_BLOCK, "cpu", cases.CPU_BLOCKS, (TRAINING,), (FP32,)),
+        *_tasks(LATENT_ATTENTION, "cpu", cases.CPU_LATENTS, both, (FP32,)),
+        *_tasks(LATENT_ATTENTION, "cpu", cases.CPU_LATENTS[:1], (TRAINING,), (BF16,)),
+        *_tasks(PERCEIVER_CROSS_ATTENTION, "cpu", cases.CPU_CROSSES, (TRAINING,), (FP32,)),
+        *_tasks(TRAINING_STEP, "cpu", cases.CPU_STEPS, (STEP,), (FP32,)),
+        *map(_loader_task, cases.CPU_LOADERS),
+    )
+
+
+def _gpu_tasks() -> tuple[Task, ...]:
+    both = (FORWARD, TRAINING)
+    return (
+        *_tasks(WINDOW_ATTENTION, "cuda", cases.GPU_WINDOWS, both, (BF16,)),
+        *_tasks(LATENT_ATTENTION, "cuda", cases.GPU_LATENTS, both, (BF16,)),
+        *_tasks(SWIN_BLOCK, "cuda", cases.GPU_BLOCKS, (TRAINING,), (BF16,)),
+        *_tasks(PERCEIVER_CROSS_ATTENTION, "cuda", cases.GPU_CROSSES, (TRAINING,), (BF16,)),
+        *_tasks(TRAINING_STEP, "cuda", cases.GPU_STEPS, (STEP,), (BF16,)),
+        *map(_loader_task, cases.GPU_LOADERS),
+    )
+
+
+# How the CPU's limits were set: see bench/README.md, "The gate".
+CPU_GATES = (
+    Gate("window_attention", "tiny-64px-stage1/training/float32", "auto", "plain", 0.78),
+    Gate("window_attention", "tiny-64px-stage3/forward/float32", "auto", "plain", 1.13),
+    Gate("latent_attention", "perceiver-tiny/forward/float32", "auto", "plain", 0.76),
+    Gate("latent_attention", "perceiver-tiny/training/float32", "auto", "plain", 1.07),
+    Gate("swin_block", "tiny-64px-stage1/training/float32", "aurora", "timm", 1.00),
+)
+
+# No GPU may find "auto" slower than the textbook. Tighter limits come with the first kernels that a GPU has run.
+GPU_GATES = tuple(
+    Gate("window_attention", f"{case.name}/training/bfloat16", "auto", "plain", 1.0)
+    for case in cases.GPU_WINDOWS
+)
+
+PROFILES = {
+    profile.name: profile
+    for profile in (
+        Profile(
+            "cpu", "cpu", "any CPU; the limits are those of a core with AVX2", True, "",
+            (FP32, BF16), 1.0, CPU_GATES, _cpu_tasks,
+        ),
+        Profile(
+            "a100-bf16", "cuda", "the headline machine; not yet run there", False, "A100-SXM4-80GB",
+            (BF16,), 0.6, GPU_GATES, _gpu_tasks,
+        ),
+        Profile(
+            "h200-bf16", "cuda", "not yet run there; also taken for any other GPU", False, "H200",
+            (BF16,), 0.6, GPU_GATES, _gpu_tasks,
+        ),
+    )
+}  # fmt: skip
+
+
+def choose(name: str, device: str, device_name: str) -> Profile:
+    """The profile called `name`, or for "auto" the one of this machine: a GPU that is no A100 gets h200-bf16's cases,
+    whose figures then count for that GPU alone. Raises ValueError for an unknown name, or one of another device."""
+    if name == "auto":
+        return PROFILES["cpu" if device == "cpu" else "a100-bf16" if "A100" in device_name else "h200-bf16"]
+    if name not in PROFILES:
+        raise ValueError(f"no profile is called {name!r}; there are {', '.join(PROFILES)}")
+    profile = PROFILES[name]
+    if profile.device != device:
+        raise ValueError(
+            f"profile {name} is for a {profile.device} device, and this machine has {device_name}"
+        )
+    return profile

@@ -1,0 +1,158 @@
+"""The benchmark as its users call it: `pytest bench/`, and the program for a GPU machine, rehearsed."""
+
+from __future__ import annotations
+
+import json
+import os
+import subprocess
+import sys
+from pathlib import Path
+
+import pytest
+import torch
+
+from bench import record
+from bench.gpu import Program
+from bench.profiles import PROFILES
+
+ROOT = Path(__file__).resolve().parent.parent
+ONE_CASE = "tiny-64px-stage3 and forward"
+
+
+def pytest_bench(*arguments: str, plugin: Path | None = None) -> subprocess.CompletedProcess[str]:
+    command = [sys.executable, "-m", "pytest", "bench/test_window_attention.py", "-p", "no:cacheprovider"]
+    if plugin:
+        command += ["-p", plugin.stem]
+    environment = {"PYTHONPATH": str(plugin.parent)} if plugin else {}
+    return subprocess.run(
+        [*command, *arguments],
+        cwd=ROOT,
+        capture_output=True,
+        text=True,
+        timeout=240,
+        env=os.environ | environment,
+    )
+
+
+@pytest.fixture(scope="module")
+def measured(tmp_path_factory: pytest.TempPathFactory) -> tuple[Path, str]:
+    """A run of one case without FlexAttention, saved as pytest-benchmark's users save it."""
+    folder = tmp_path_factory.mktemp("bench")
+    done = pytest_bench(
+        "-k", f"{ONE_CASE} and not flex", "--budget", "0.2", "--report", str(folder / "report"),
+        f"--benchmark-json={folder / 'mine.json'}", "--benchmark-save=first", f"--benchmark-storage={folder / 'store'}",
+    )  # fmt: skip
+    assert done.returncode == 0, done.stdout + done.stderr
+    return folder, done.stdout
+
+
+def test_a_run_is_checked_timed_and_reported(measured: tuple[Path, str]) -> None:
+    folder, said = measured
+    run = record.load(folder / "report" / "run.json")
+    assert [row.peer for row in run.rows] == ["auto", "reference", "eager", "sdpa", "plain"]
+    assert all(row.status == "ok" and row.accuracy and row.peak_memory for row in run.rows)
+    assert len({len(row.seconds) for row in run.rows}) == 1
+    assert run.ceilings and run.ceilings.copy > 1e8 and set(run.ceilings.matmul) == {"float32", "bfloat16"}
+    assert {pair.peer for pair in run.rows[0].paired} == {"reference", "eager", "sdpa", "plain"}
+    assert run.versions["torch"] and run.kind == "cpu" and "threads" in run.device and not run.rehearsed
+    assert str(folder / "report" / "index.html") in said
+    assert "window_attention tiny-64px-stage3/forward/float32: auto / plain = " in said  # the gate, told
+    page = (folder / "report" / "index.html").read_text()
+    assert "tiny-64px-stage3" in page and run.device in page
+    assert "tiny-64px-stage3" in (folder / "report" / "report.md").read_text()
+
+
+def test_pytest_benchmark_has_the_same_rounds(measured: tuple[Path, str]) -> None:
+    folder, _ = measured
+    rows = {row.peer: row for row in record.load(folder / "report" / "run.json").rows}
+    stored = json.loads((folder / "mine.json").read_text())["benchmarks"]
+    assert len(stored) == len(rows)
+    for benchmark in stored:
+        row = rows[benchmark["name"].rsplit("/", 1)[1].rstrip("]")]
+        assert benchmark["stats"]["median"] == pytest.approx(row.median)
+        assert benchmark["stats"]["rounds"] == len(row.seconds)
+        assert benchmark["group"] == "window_attention tiny-64px-stage3/forward/float32"
+        assert benchmark["extra_info"]["flops"] == row.flops
+
+
+def test_pytest_benchmark_compares(measured: tuple[Path, str], tmp_path: Path) -> None:
+    """--benchmark-compare finds the saved run, and --benchmark-compare-fail fails by it: nothing is 1,000 times faster."""
+    folder, _ = measured
+    arguments = (
+        "-k", f"{ONE_CASE} and eager", "--budget", "0", "--report", str(tmp_path), "--benchmark-compare=0001",
+        f"--benchmark-storage={folder / 'store'}",
+    )  # fmt: skip
+    done = pytest_bench(*arguments, "--benchmark-compare-fail=median:100000%")
+    assert done.returncode == 0, done.stdout
+    assert "(NOW)" in done.stdout and "(0001_first)" in done.stdout
+
+
+WRONG = """
+from kernels.window_attention import op
+
+right = op.BACKEND_FUNCTIONS["eager"]
+op.BACKEND_FUNCTIONS["eager"] = lambda *args: right(*args) * 1.01
+"""
+
+
+def test_a_wrong_kernel_fails_and_gets_no_time(tmp_path: Path) -> None:
+    plugin = tmp_path / "planted.py"
+    plugin.write_text(WRONG)
+    done = pytest_bench(
+        "-k",
+        f"{ONE_CASE} and (eager or plain)",
+        "--budget",
+        "0",
+        "--report",
+        str(tmp_path / "r"),
+        plugin=plugin,
+    )
+    assert done.returncode == 1 and "1 failed, 1 passed" in done.stdout
+    assert "eager is wrong: out: largest error" in done.stdout
+    wrong, right = record.load(tmp_path / "r" / "run.json").rows
+    assert (wrong.status, wrong.seconds, right.status) == ("wrong", (), "ok") and right.seconds
+    assert "**WRONG**: out: largest error" in (tmp_path / "r" / "report.md").read_text()
+
+
+def test_bad_options_say_so(tmp_path: Path) -> None:
+    done = pytest_bench("--profile", "a100")
+    assert (
+        done.returncode == 4
+        and "no profile is called 'a100'; there are cpu, a100-bf16, h200-bf16" in done.stderr
+    )
+    done = pytest_bench("-n", "2")
+    assert done.returncode == 4 and "the benchmark runs in one process" in done.stderr
+
+
+def test_the_gpu_program_is_bounded_and_leaves_what_it_measured(tmp_path: Path) -> None:
+    """A short rehearsal: sections end in time, one that crashes leaves the others, all is written."""
+    program = Program(PROFILES["cpu"], tmp_path, 120.0, rehearsed=True)
+    program.machine()
+    program.process(
+        "crash", [sys.executable, "-c", "import os; print('was here', flush=True); os.abort()"], 10
+    )
+    program.process("endless", [sys.executable, "-c", "import time; time.sleep(60)"], 2)
+    program.process("swin_block", [
+        sys.executable, "-m", "bench.gpu", "--rehearse", "--subject", "swin_block", "--minutes", "0.01",
+        "--out", str(tmp_path / "swin_block"),
+    ], 100)  # fmt: skip
+    program.report()
+    sections = {s.name: s for s in program.done}
+    assert sections["crash"].status == "failed" and "was here" in (tmp_path / "crash.log").read_text()
+    assert sections["endless"].status == "out of time" and sections["endless"].seconds < 5
+    assert sections["swin_block"].status == "failed"  # its time was out after the first task, and it says so
+    assert "out of time before" in (tmp_path / "swin_block.log").read_text()
+    run = record.load(tmp_path / "run.json")
+    assert run.rehearsed and run.rows and "Only rehearsed" in (tmp_path / "index.html").read_text()
+    told = json.loads((tmp_path / "sections.json").read_text())
+    assert told["rehearsed"] and [s["name"] for s in told["sections"]] == [*sections]
+    assert json.loads((tmp_path / "machine.json").read_text())["absent"].keys() >= {"flash_attn"}
+
+
+def test_the_gpu_program_refuses_a_cpu_unless_rehearsing() -> None:
+    if torch.cuda.is_available():
+        pytest.skip("there is a CUDA device here")
+    done = subprocess.run(
+        [sys.executable, "-m", "bench.gpu"], cwd=ROOT, capture_output=True, text=True, timeout=120
+    )
+    assert done.returncode == 2 and "torch finds no CUDA device here; --rehearse walks through" in done.stderr
