@@ -27,14 +27,15 @@ class ReplayClock:
     """A clock that jumps by the next measured round whenever the timed function is called."""
 
     def __init__(self) -> None:
-        self.now, self.steps = 0.0, iter(())
+        self.now = 0.0
+        self.steps: Iterator[float] = iter(())
 
     def __call__(self) -> float:
         return self.now
 
     def load(self, seconds: tuple[float, ...]) -> None:
         """The rounds to come."""
-        self.steps: Iterator[float] = iter(seconds)
+        self.steps = iter(seconds)
 
     def tick(self) -> None:
         """One round; the calls after the last (pytest-benchmark makes some when it is disabled) take no time."""

@@ -12,15 +12,15 @@ def make_torchvision_importable() -> object:
     So it is with a torchvision built for CUDA beside a CPU build of torch. The Python parts, which timm needs
     and tests compare with, work without those operators. The declarations last as long as what is returned.
     """
+    import torch
     from torch.library import Library
-    from torch.ops import load_library
 
     spec = importlib.util.find_spec("torchvision")
     if spec is None or not spec.submodule_search_locations:
         return None
     try:
         for binary in Path(spec.submodule_search_locations[0]).glob("_C.*"):
-            load_library(binary)
+            torch.ops.load_library(binary)
     except OSError:
         library = Library("torchvision", "DEF")
         library.define("nms(Tensor dets, Tensor scores, float iou_threshold) -> Tensor")

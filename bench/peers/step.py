@@ -113,7 +113,8 @@ class _Features(nn.Module):
         self.model = model
 
     def forward(self, images: Tensor) -> Tensor:
-        return self.model.forward_features(images)
+        out: Tensor = self.model.forward_features(images)  # type: ignore[operator]
+        return out
 
 
 def _aurora(case: StepCase, device: str, dtype: torch.dtype) -> Function:

@@ -28,7 +28,7 @@ TONES = 5  # of peers; CSS classes t0 to t4
 LINE, NAME, REMARK, HEAD, SMALL, GAP, EDGE = 19, 17, 18, 20, 15, 14, 24  # heights in pixels
 PHONE, LETTER, OFF = 318, 6.9, 11  # pixels: a plot on a phone, a bold letter, from a mark to its label
 ROOFLINE_HEIGHT = 340
-TALL = 1100  # a chart higher than this scrolls in its card
+TALL = 2400  # a chart higher than this scrolls in its card
 
 
 @dataclass(frozen=True)
