@@ -1,0 +1,39 @@
+"""The attention functions on a CUDA device: every backend, half and full precision, forward and gradients.
+
+What is exact, and what error is ordinary, is the benchmark's rule (bench/numerics.py): the reference in fp64, and
+plain PyTorch in the same dtype.
+"""
+
+from __future__ import annotations
+
+from typing import Any
+
+import pytest
+import torch
+
+from bench.peers.latent import LATENT_ATTENTION, LatentCase
+from bench.peers.window import WINDOW_ATTENTION, WindowCase
+from bench.subject import FORWARD, TRAINING, Problem, Subject, solve
+
+pytestmark = [
+    pytest.mark.gpu,
+    pytest.mark.skipif(not torch.cuda.is_available(), reason="needs a CUDA device"),
+]
+CASES: list[tuple[Subject, Any]] = [
+    (WINDOW_ATTENTION, WindowCase("window-7", 2, 28, 28, 3, 32, 7, 3)),
+    (WINDOW_ATTENTION, WindowCase("window-14", 2, 28, 28, 2, 64, 14, 0)),
+    (WINDOW_ATTENTION, WindowCase("odd-map", 2, 29, 23, 2, 32, 12, 5)),
+    (LATENT_ATTENTION, LatentCase("97-keys", 3, 64, 97, 4, 64)),
+    (LATENT_ATTENTION, LatentCase("ragged", 4, 33, 1025, 2, 128, ragged=True)),
+    (LATENT_ATTENTION, LatentCase("one-query", 8, 1, 196, 4, 32)),
+]
+
+
+@pytest.mark.parametrize("dtype", [torch.float32, torch.float16, torch.bfloat16], ids=str)
+@pytest.mark.parametrize("mode", [FORWARD, TRAINING])
+@pytest.mark.parametrize(("subject", "case"), CASES, ids=lambda value: value.name)
+def test_every_backend_is_exact(subject: Subject, case: Any, mode: str, dtype: torch.dtype) -> None:
+    ours = [peer.name for peer in subject.peers if peer.ours]
+    rows = solve(subject, Problem(case, mode, dtype), "cuda", budget=0.0, peers=ours, fewest=1)
+    assert [row.peer for row in rows] == ours
+    assert {row.peer: row.note for row in rows if row.status != "ok"} == {}
