@@ -228,6 +228,33 @@ class AttentionPool(nn.Module):
         return F.normalize(self.project(self.norm(pooled))[:, 0].float(), dim=-1)
 
 
+class MeanPool(nn.Module):
+    """The mean of all tokens behind batch norm, projected to `out_dim`, of unit length."""
+
+    def __init__(self, dim: int, out_dim: int) -> None:
+        super().__init__()
+        self.norm = nn.BatchNorm1d(dim)
+        self.project = nn.Linear(dim, out_dim)
+
+    def forward(self, x: Tensor) -> Tensor:
+        """x [B, N, D] -> fp32 [B, out_dim] of unit length."""
+        return F.normalize(self.project(self.norm(x.mean(1))).float(), dim=-1)
+
+
+class WordBag(nn.Module):
+    """A bag of words: the sum of a vector per token, of unit length. Order is lost, and special tokens say nothing."""
+
+    def __init__(self, vocabulary: int, out_dim: int, special: int) -> None:
+        super().__init__()
+        self.embedding = nn.Embedding(vocabulary, out_dim)
+        self.special = special  # ids below are special tokens
+
+    def forward(self, tokens: Tensor) -> Tensor:
+        """int64 [B, T] -> fp32 [B, out_dim] of unit length; zeros for a caption without a word."""
+        words = (tokens >= self.special).unsqueeze(-1)
+        return F.normalize((self.embedding(tokens).float() * words).sum(1), dim=-1)
+
+
 @dataclass
 class KeyValueCache:
     """Keys and values [B, t, h, d] of the tokens so far, of one self-attention layer while generating."""

@@ -37,6 +37,9 @@ class ObjectiveConfig:
     itc_word_dropout: float = 0.0
     """Chance of each token of a caption to be left out of what the contrastive loss reads, drawn anew at each step
     (0.3 to 0.5 keeps a small data set from being learned by heart)."""
+    itc_captions: float = 0.0
+    """Weight, within the contrastive loss, of a contrast between the captions of one image (with captions_per_image of 2
+    or more): what they share is what a picture can tell."""
     parallel_caption: float = 0.0
     """Share of captions whose input words are all hidden, so that every word must come from the image
     (CapPa)."""
@@ -46,7 +49,7 @@ class ObjectiveConfig:
     """Weight of log(Z)^2 in the token losses; keeps logits from drifting (PaLM, arXiv:2204.02311)."""
 
     def __post_init__(self) -> None:
-        for name in ("mim", "itc", "caption", "mlm", "z_loss"):
+        for name in ("mim", "itc", "caption", "mlm", "z_loss", "itc_captions"):
             if getattr(self, name) < 0:
                 raise ValueError(
                     f"ObjectiveConfig.{name} = {getattr(self, name)}; weights are 0 (off) or positive"

@@ -2,5 +2,7 @@
 test holds both equal."""
 
 PAD, UNK, BOS, EOS, MASK = 0, 1, 2, 3, 4
+SPECIAL = 5
+"""Ids below are special tokens."""
 IGNORE = -100
 """Target of a position that is not predicted."""

@@ -213,6 +213,11 @@ def problems(config: PretrainConfig, world_size: int = 1) -> list[str]:
         found.append(
             "every objective has weight 0: nothing to learn; set one of --objectives.{mim,itc,caption,mlm}"
         )
+    if config.model.stem == "conv" and config.objectives.mim:
+        found.append(
+            "model.stem is conv, which sees across hidden patches, and objectives.mim is on; "
+            "set --objectives.mim 0 or --model.stem patch"
+        )
     if data.train and not data.tokenizer:
         found.append(
             "data.train is given without data.tokenizer; make one from the captions: "

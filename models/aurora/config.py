@@ -15,6 +15,10 @@ class AuroraConfig:
     largest window."""
     width: int = 32
     """Channels of stage 1; stage i has width * 2**(i-1)."""
+    stem: Literal["patch", "conv"] = "patch"
+    """What makes the first tokens: a linear map of 4x4 patches, or overlapping 3x3 convolutions with batch norm
+    (arXiv:2106.14881), which learn more from a few thousand pictures. "conv" sees across hidden patches, so it is not for
+    masked image modelling, and its statistics are those of a micro-batch."""
     depths: tuple[int, int, int, int] = (2, 2, 4, 2)
     """Blocks per stage."""
     windows: tuple[int, int, int, int] = (8, 8, 4, 2)
@@ -64,6 +68,11 @@ class AuroraConfig:
 
     embedding_width: int = 256
     """Channels of the joint image-text space."""
+    image_pooling: Literal["attention", "mean"] = "attention"
+    """How the last map becomes an embedding: a learned query, or the mean behind batch norm (few pictures)."""
+    text_pooling: Literal["attention", "words"] = "attention"
+    """How a caption becomes an embedding: a learned query over the text stack, or the sum of its words' own vectors, a
+    bag of words. On 1,200 captioned photographs the stack learns the captions by heart."""
     pyramid_width: int = 64
     """Channels of the feature pyramid."""
     projector_hidden: tuple[int, int] = (256, 512)

@@ -33,7 +33,7 @@ class SwinEncoder(nn.Module):
         super().__init__()
         self.gradient_checkpointing = False
         widths = config.stage_widths
-        self.stem = nn.Conv2d(3, widths[0], PATCH, PATCH)
+        self.stem = nn.Conv2d(3, widths[0], PATCH, PATCH) if config.stem == "patch" else ConvStem(widths[0])
         self.stem_norm = nn.LayerNorm(widths[0])
         self.mask_token = nn.Parameter(torch.empty(widths[0]))
         rates = torch.linspace(0, config.drop_path, sum(config.depths), device="cpu").tolist()
@@ -75,6 +75,20 @@ class SwinEncoder(nn.Module):
             )
         hidden = mask.repeat_interleave(unit, 1).repeat_interleave(unit, 2)[..., None]
         return torch.where(hidden, self.mask_token.to(x.dtype), x)
+
+
+class ConvStem(nn.Sequential):
+    """Images [B, 3, height, width] -> [B, dim, height/4, width/4] by overlapping convolutions (arXiv:2106.14881).
+
+    Batch norm keeps how bright and how contrasted a place is beside others, which a LayerNorm over the channels of
+    each place removes.
+    """
+
+    def __init__(self, dim: int) -> None:
+        layers: list[nn.Module] = []
+        for before, after, stride in ((3, dim, 2), (dim, dim, 1), (dim, 2 * dim, 2)):
+            layers += [nn.Conv2d(before, after, 3, stride, 1, bias=False), nn.BatchNorm2d(after), nn.ReLU()]
+        super().__init__(*layers, nn.Conv2d(2 * dim, dim, 1))
 
 
 class SwinStage(nn.Module):

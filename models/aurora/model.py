@@ -25,9 +25,9 @@ from models.aurora.config import AuroraConfig
 from models.aurora.decoder import DecodingState, TextDecoder
 from models.aurora.encoder import STRIDE, SwinBlock, SwinEncoder, WindowAttention
 from models.aurora.heads import FeaturePyramid, MemoryProjector, QueryHeads, with_places
-from models.layers import AttentionPool, SwiGLU
+from models.layers import AttentionPool, MeanPool, SwiGLU, WordBag
 from models.objectives import Normalizers, ObjectiveConfig
-from models.tokens import BOS, EOS, IGNORE, MASK, PAD
+from models.tokens import BOS, EOS, IGNORE, MASK, PAD, SPECIAL
 
 MEMORY_GAIN = (
     2.8  # makes what the memory says of the picture about twice as large as what it says of the place
@@ -42,18 +42,21 @@ class Aurora(nn.Module):
         self.config = config
         self.encoder = SwinEncoder(config)
         self.decoder = TextDecoder(config)
-        self.image_pool = AttentionPool(
-            config.stage_widths[3],
-            config.head_dim,
-            config.embedding_width,
-            layer_scale=config.layer_scale_init,
-        )
-        self.text_pool = AttentionPool(
-            config.decoder_width,
-            config.decoder_head_dim,
-            config.embedding_width,
-            layer_scale=config.layer_scale_init,
-        )
+        self.image_pool: AttentionPool | MeanPool
+        self.text_pool: AttentionPool | WordBag
+        scale = config.layer_scale_init
+        if config.image_pooling == "mean":
+            self.image_pool = MeanPool(config.stage_widths[3], config.embedding_width)
+        else:
+            self.image_pool = AttentionPool(
+                config.stage_widths[3], config.head_dim, config.embedding_width, layer_scale=scale
+            )
+        if config.text_pooling == "words":
+            self.text_pool = WordBag(config.vocabulary, config.embedding_width, SPECIAL)
+        else:
+            self.text_pool = AttentionPool(
+                config.decoder_width, config.decoder_head_dim, config.embedding_width, layer_scale=scale
+            )
         self.logit_scale = nn.Parameter(torch.empty(()))
         self.logit_bias = nn.Parameter(torch.empty(()))
         self.projector = MemoryProjector(config)
@@ -106,10 +109,14 @@ class Aurora(nn.Module):
 
     def image_embedding(self, maps: list[Tensor]) -> Tensor:
         """Maps -> fp32 [B, E] of unit length."""
+        if isinstance(self.image_pool, MeanPool):
+            return self.image_pool(maps[3].flatten(1, 2))
         return self.image_pool(with_places(maps[3]))
 
     def text_embedding(self, tokens: Tensor) -> Tensor:
         """int64 [B, T] -> fp32 [B, E] of unit length."""
+        if isinstance(self.text_pool, WordBag):
+            return self.text_pool(tokens)
         return self.text_pool(self.decoder.read_text(tokens, causal=True), tokens != PAD)
 
     def memory(self, maps: list[Tensor]) -> Tensor:
@@ -193,17 +200,15 @@ def pretraining_losses(
         return losses
 
     maps = [level[:pairs] for level in maps]
-    if config.caption or (config.itc and not config.itc_word_dropout):
+    shared = not config.itc_word_dropout and isinstance(model.text_pool, AttentionPool)
+    if config.caption or (config.itc and shared):
         text = model.decoder.read_text(tokens, causal=True)
     if config.itc:
-        if config.itc_word_dropout:
-            text_embedding = model.text_embedding(drop_words(tokens, config.itc_word_dropout))
-        else:
+        if shared and isinstance(model.text_pool, AttentionPool):
             text_embedding = model.text_pool(text, tokens != PAD)
-        losses["itc"] = n.itc_share * objectives.contrastive_loss(
-            model.image_embedding(maps), text_embedding,
-            model.logit_scale, model.logit_bias, kind=config.itc_kind,
-        )  # fmt: skip
+        else:
+            text_embedding = model.text_embedding(drop_words(tokens, config.itc_word_dropout))
+        losses["itc"] = n.itc_share * alignment(model, model.image_embedding(maps), text_embedding, config)
     if config.caption or config.mlm:
         memory = model.memory(maps)
         captions = len(tokens) // pairs
@@ -223,6 +228,25 @@ def pretraining_losses(
         x = model.masked_language(memory[: len(mlm_tokens)], mlm_tokens)
         losses["mlm"] = objectives.token_loss(x, weight, mlm_targets, config) / n.mlm_tokens
     return losses
+
+
+def alignment(model: Aurora, images: Tensor, texts: Tensor, config: ObjectiveConfig) -> Tensor:
+    """The contrastive loss of images [P, E] and their captions [P*K, E]; with `itc_captions`, also that of each caption
+    and the next one of the same image."""
+    loss = objectives.contrastive_loss(
+        images, texts, model.logit_scale, model.logit_bias, kind=config.itc_kind
+    )
+    captions = len(texts) // len(images)
+    if config.itc_captions and captions > 1:
+        texts = texts.unflatten(0, (len(images), captions))
+        pairs = [
+            objectives.contrastive_loss(
+                texts[:, i], texts[:, i - 1], model.logit_scale, model.logit_bias, kind=config.itc_kind
+            )
+            for i in range(captions)
+        ]
+        loss = loss + config.itc_captions * torch.stack(pairs).mean()
+    return loss
 
 
 def drop_words(tokens: Tensor, share: float) -> Tensor:
@@ -254,7 +278,7 @@ def init_weights(model: Aurora) -> None:
     added to it one of 0.5, and a text stack that reads more of the place than of the picture learns the language first.
     Embeddings, queries and learned tokens: variance 1 / width; the decoder multiplies the first two by
     sqrt(width).
-    The stem's bias: standard normal, as large as what it is added to. The LayerNorm behind the stem removes the
+    The patch stem's bias: standard normal, as large as what it is added to. The LayerNorm behind the stem removes the
     length of its input, so that without a bias a patch and the same patch twice as bright are one and the same.
     Residual post-norms of the encoder: gain `post_norm_init`. Contrastive scale ln `contrastive_scale` and bias
     `contrastive_bias` (SigLIP, arXiv:2303.15343, takes -10, for
@@ -281,8 +305,9 @@ def init_weights(model: Aurora) -> None:
     for module in model.projector.modules():
         if isinstance(module, SwiGLU):
             normal_(module.out.weight, module.out.in_features, gain=MEMORY_GAIN)
-    assert model.encoder.stem.bias is not None
-    nn.init.normal_(model.encoder.stem.bias)
+    if isinstance(model.encoder.stem, nn.Conv2d):
+        assert model.encoder.stem.bias is not None
+        nn.init.normal_(model.encoder.stem.bias)
     normal_(model.encoder.mask_token, len(model.encoder.mask_token))
     nn.init.constant_(model.logit_scale, math.log(model.config.contrastive_scale))
     nn.init.constant_(model.logit_bias, model.config.contrastive_bias)
