@@ -10,7 +10,7 @@ import sys
 from collections.abc import Sequence
 from pathlib import Path
 
-from bench.record import Run, load
+from bench.record import RUN_FILE, Run, load
 from bench.report.changes import MARGIN, Comparison, compare
 from bench.report.words import change_figure, share
 
@@ -43,7 +43,7 @@ def main(arguments: Sequence[str] | None = None) -> int:
         formatter_class=argparse.RawDescriptionHelpFormatter,
     )
     parser.add_argument(
-        "a", metavar="A", help="the earlier run: a JSON file, or the name of one in bench/results/"
+        "a", metavar="A", help="the earlier run: its run.json or folder, or a folder's name in bench/results/"
     )
     parser.add_argument("b", metavar="B", help="the later run, likewise")
     parser.add_argument("--json", action="store_true", help="print everything as JSON, unchanged rows too")
@@ -67,11 +67,11 @@ def main(arguments: Sequence[str] | None = None) -> int:
 
 
 def read(name: str) -> Run:
-    """The run in a file, or in the file of this name in bench/results/.
+    """The run in a file, or in RUN_FILE of a folder; the name may be one of bench/results/.
 
     Raises FileNotFoundError where there is neither, ValueError for a file that is no run.
     """
-    places = [Path(name), RESULTS / name, RESULTS / f"{name}.json"]
+    places = [path for root in (Path(), RESULTS) for path in (root / name, root / name / RUN_FILE)]
     path = next((place for place in places if place.is_file()), None)
     if path is None:
         raise FileNotFoundError(f"{name}: no such file, neither here nor in bench/results/")

@@ -105,8 +105,9 @@ def pytest_configure(config: pytest.Config) -> None:
         profile = choose(config.getoption("--profile"), kind, machine.device_name(kind))
     except ValueError as error:
         raise pytest.UsageError(str(error)) from None
+    budget = config.getoption("--budget")
     session = Session(
-        profile, config.getoption("--budget") or profile.budget, Path(config.getoption("--report")),
+        profile, profile.budget if budget is None else budget, Path(config.getoption("--report")),
         rehearsed=config.getoption("--rehearse"),
     )  # fmt: skip
     config.stash[BENCH] = Bench(session, make_torchvision_importable())
@@ -173,6 +174,7 @@ def pytest_terminal_summary(terminalreporter: pytest.TerminalReporter, config: p
     bench = config.stash[BENCH].session
     if not bench.rows:
         return
+    terminalreporter.write_line(f"profile {bench.profile.name}: {bench.profile.machine}")
     verdicts = bench.verdicts()
     if verdicts:
         terminalreporter.section(f"gate of profile {bench.profile.name}")

@@ -8,18 +8,19 @@
 
 Sections run in this order, each within what is left of the time; each writes to OUT as it goes, so that a run which is
 cut off leaves what it measured. Without a CUDA device, --rehearse walks through the same program on the CPU, in
-Triton's interpreter where kernels are meant, and says everywhere that it was a rehearsal. Needs the packages of
-`pip install -e .` alone; what else would help is named.
+Triton's interpreter where kernels are meant, and says everywhere that it was a rehearsal. Needs torch, Triton and NumPy;
+what else would help is named.
 """
 
 from __future__ import annotations
 
 import argparse
-import importlib.util
 import json
 import subprocess
 import sys
 import time
+import traceback
+from collections import Counter
 from collections.abc import Sequence
 from dataclasses import asdict, dataclass, replace
 from pathlib import Path
@@ -27,8 +28,8 @@ from pathlib import Path
 from bench import machine, record
 from bench.importing import make_torchvision_importable
 from bench.profiles import PROFILES, Profile, choose
-from bench.report.page import write_report
-from bench.session import RUN_FILE, Session
+from bench.record import RUN_FILE
+from bench.session import Session
 
 ROOT = Path(__file__).resolve().parent.parent
 SUMMARY = "sections.json"
@@ -36,6 +37,8 @@ SHORT, FULL = 10.0, 60.0  # minutes
 # Of the whole time, what a section may take at most. The subjects share what tests and aot leave.
 MOST = {"tests": 0.25, "aot": 0.15}
 CLOSING = 15.0  # seconds kept for the report
+GRACE = 30.0  # seconds that a subject's process may take beyond its share, for a task that it has begun
+OUT_OF_TIME = 3  # exit status of a subject's process that did not begin all of its tasks
 
 
 @dataclass(frozen=True)
@@ -81,15 +84,18 @@ class Program:
     """The sections, and the time that is left for them."""
 
     def __init__(self, profile: Profile, out: Path, seconds: float, rehearsed: bool) -> None:
-        self.profile, self.out, self.rehearsed = profile, out, rehearsed
+        self.profile, self.out, self.rehearsed = profile, out.resolve(), rehearsed
         self.seconds, self.end = seconds, time.monotonic() + seconds
         self.done: list[Section] = []
 
     def run(self) -> int:
         """All sections; the exit status."""
         self.out.mkdir(parents=True, exist_ok=True)
+        for old in self.runs:  # of an earlier call: this one's report is about this one
+            old.unlink(missing_ok=True)
         mode = "REHEARSED on a CPU: not one time below is a GPU's. " if self.rehearsed else ""
-        print(f"{mode}{self.seconds / 60:.0f} minutes, profile {self.profile.name}, results in {self.out}")
+        print(f"{mode}{self.seconds / 60:.0f} minutes, results in {self.out}")
+        print(f"profile {self.profile.name}: {self.profile.machine}")
         self.machine()
         self.tests()
         aot = [sys.executable, "-m", "bench.aot", "--json", str(self.out / "aot.json")]
@@ -97,10 +103,15 @@ class Program:
         self.subjects()
         self.report()
         bad = [section for section in self.done if section.status in ("failed", "out of time")]
-        print(
-            f"\n{mode}{len(self.done)} sections, {len(bad)} of them failed or ran out of time: {self.out / 'index.html'}"
-        )
+        page = self.out / "index.html"
+        print(f"\n{mode}{len(self.done)} sections, {len(bad)} of them failed or ran out of time: {page}")
         return 1 if bad else 0
+
+    @property
+    def runs(self) -> list[Path]:
+        """Where each subject's process leaves what it measured."""
+        subjects = dict.fromkeys(task.subject for task in self.profile.tasks())
+        return [self.out / subject / RUN_FILE for subject in subjects]
 
     @property
     def left(self) -> float:
@@ -128,30 +139,33 @@ class Program:
     def tests(self) -> None:
         """The kernels' tests and all that are marked gpu."""
         missing = [
-            name
-            for name in ("pytest", "pytest_benchmark", "pytest_timeout")
-            if not importlib.util.find_spec(name)
+            name for name in ("pytest", "pytest_benchmark", "pytest_timeout") if not machine.there(name)
         ]
         if "pytest" in missing:
             self.add(Section("tests", "skipped", 0.0, "pytest is not installed: pip install -e '.[test]'"))
             return
         # pyproject.toml has options of the two plugins, which pytest refuses where they are absent
         plain = ["-c", "/dev/null", "--rootdir", str(ROOT)] if missing else []
-        kernels = map(str, sorted((ROOT / "tests").glob("test_kernels_*.py")))
-        chosen = [*kernels] if self.rehearsed else [str(ROOT / "tests"), "-m", "gpu"]
+        files = sorted((ROOT / "tests").glob("test_*.py"))
+        if self.rehearsed:
+            chosen = [str(file) for file in files if file.name.startswith("test_kernels_")]
+        else:  # these files alone: others import what may be absent here
+            chosen = [str(file) for file in files if "mark.gpu" in file.read_text(encoding="utf-8")]
+            chosen += ["-m", "gpu"]
         command = [sys.executable, "-m", "pytest", "-q", *plain, *chosen]
         self.process("tests", command, MOST["tests"] * self.seconds)
 
     def subjects(self) -> None:
-        """A process for each; those that come later share what is left."""
-        names = list(dict.fromkeys(task.subject for task in self.profile.tasks()))
-        for i, name in enumerate(names):
-            share = max(self.left, 0.0) / (len(names) - i)
+        """A process for each; each gets its tasks' share of what the earlier ones left."""
+        waiting = Counter(task.subject for task in self.profile.tasks())
+        for name in [*waiting]:
+            share = max(self.left, 0.0) * waiting[name] / waiting.total()
+            del waiting[name]
             command = [
                 sys.executable, "-m", "bench.gpu", "--subject", name, "--profile", self.profile.name,
                 "--out", str(self.out / name), "--minutes", str(0.8 * share / 60),
             ]  # fmt: skip
-            self.process(name, command + ["--rehearse"] * self.rehearsed, share)
+            self.process(name, command + ["--rehearse"] * self.rehearsed, share + GRACE)
 
     def process(self, name: str, command: list[str], most: float) -> None:
         """Run a command for at most `most` seconds, its output in OUT/NAME.log."""
@@ -165,7 +179,8 @@ class Program:
                 code = subprocess.run(
                     command, stdout=output, stderr=output, cwd=ROOT, timeout=most, check=False
                 ).returncode
-                status, note = ("ok", "") if code == 0 else ("failed", f"exit status {code}, see {log}")
+                status = {0: "ok", OUT_OF_TIME: "out of time"}.get(code, "failed")
+                note = "" if code in (0, OUT_OF_TIME) else f"exit status {code}, see {log}"
             except subprocess.TimeoutExpired:
                 status, note = "out of time", f"after {most:.0f} s; what it had written is kept, see {log}"
         lines = log.read_text(errors="replace").strip().splitlines()
@@ -173,7 +188,7 @@ class Program:
 
     def report(self) -> None:
         """One page of all runs that are there, also of sections that were cut off."""
-        found = [record.load(path) for path in sorted(self.out.glob(f"*/{RUN_FILE}"))]
+        found = [record.load(path) for path in self.runs if path.exists()]
         if not found:
             self.add(Section("report", "failed", 0.0, "nothing was measured"))
             return
@@ -181,6 +196,13 @@ class Program:
             found[0], command=machine.command(), rows=tuple(row for one in found for row in one.rows)
         )
         record.save(run, self.out / RUN_FILE)
+        try:
+            from bench.report.page import write_report
+        except ImportError as error:
+            self.add(
+                Section("report", "failed", 0.0, f"no page: {error}. {len(run.rows)} rows in {RUN_FILE}")
+            )
+            return
         write_report(run, self.out, headline=self.profile.headline)
         self.add(Section("report", "ok", 0.0, f"{len(run.rows)} rows"))
 
@@ -194,11 +216,17 @@ def measure(profile: Profile, subject: str, out: Path, seconds: float, rehearsed
     for i, task in enumerate(tasks):
         if i and (time.monotonic() - start) * (i + 1) / i > seconds:
             print(f"{subject}: out of time before {', '.join(t.name for t in tasks[i:])}")
-            return 1
-        for row in session.measure(task):
+            return OUT_OF_TIME
+        try:
+            rows = session.measure(task)
+        except Exception:  # the tasks that follow may still be measured
+            traceback.print_exc()
+            bad += 1
+            continue
+        for row in rows:
             bad += row.ours and row.status in ("wrong", "failed")
             print(f"{row.status:7s} {row.key} {row.median * 1e3:.4f} ms {row.note}", flush=True)
-    print(f"{len(tasks)} tasks, {bad} of our rows wrong or failed")
+    print(f"{len(tasks)} tasks, {bad} of them or of our rows wrong or failed")
     del kept
     return 1 if bad else 0
 

@@ -36,9 +36,13 @@ OPTIONAL = {
     "transformers": "transformers' SwinV2 and Perceiver as peers",
     "webdataset": "webdataset as the loader's peer",
     "torchvision": "torchvision's transforms in the loader's peer",
+    "sentencepiece": "the loader, ours and webdataset",
+    "PIL": "the loader, ours and webdataset",
     "flash_attn": "FlashAttention as a peer (CUDA only)",
     "nvidia.dali": "decoding by DALI (CUDA only)",
-}  # fmt: skip
+    "jinja2": "the page (run.json has its rows)",
+    "pytest": "the tests",
+}
 CPU_CACHE = 32 << 20  # where the system does not tell
 
 
@@ -90,10 +94,11 @@ def versions() -> dict[str, str]:
 
 def absent() -> dict[str, str]:
     """Optional packages that are not installed -> what is missed without them."""
-    return {name: why for name, why in OPTIONAL.items() if not _there(name)}
+    return {name: why for name, why in OPTIONAL.items() if not there(name)}
 
 
-def _there(name: str) -> bool:
+def there(name: str) -> bool:
+    """Whether a package is installed."""
     try:
         return importlib.util.find_spec(name) is not None
     except ModuleNotFoundError:  # the parent package is missing
@@ -125,8 +130,8 @@ def command() -> str:
 
 def ceilings(kind: str, dtypes: tuple[torch.dtype, ...]) -> Ceilings:
     """The best of a few tries: copy of an array far larger than the cache, and square matrix products per dtype."""
-    size = max(4 * cache_bytes(kind), 64 << 20) if kind == "cpu" else 1 << 30
-    source = torch.empty(min(size, 256 << 20) // 4, dtype=torch.float32, device=kind).normal_()
+    size = min(max(4 * cache_bytes(kind), 64 << 20), 1 << 30) if kind == "cpu" else 1 << 30
+    source = torch.empty(size // 4, dtype=torch.float32, device=kind).normal_()
     target = torch.empty_like(source)
     copy = 2 * source.numel() * 4 / _best(lambda: target.copy_(source), kind)
     matmul = {}

@@ -7,7 +7,7 @@ is every round's seconds per call; medians and intervals come later.
 
     wall    time.perf_counter around enough calls to fill a few milliseconds (CPU)
     cpu     time.process_time likewise: seconds that this process computed, whoever else wanted the cores (the gate)
-    events  CUDA events around as many calls, queued without a wait in between
+    events  CUDA events around as many calls, queued without a wait in between; launches count where they are the limit
     graph   CUDA events around replays of a CUDA graph that holds one call for each set of inputs: no launch overhead
 """
 
@@ -18,7 +18,7 @@ import math
 import random
 import statistics
 import time
-from collections.abc import Callable, Mapping, Sequence
+from collections.abc import Callable, Collection, Mapping, Sequence
 from typing import Protocol
 
 import torch
@@ -85,8 +85,15 @@ class GraphTimer:
         side = torch.cuda.Stream()
         side.wait_stream(torch.cuda.current_stream())
         with torch.cuda.stream(side):
-            for call in calls[:2]:  # lazy initialisation must not be captured
-                call()
+            calls[0]()  # lazy initialisation must not be captured
+            # A call that waits for the device raises here: in a capture it would leave torch's allocator and random
+            # number generator in the middle of it.
+            watched = torch.cuda.get_sync_debug_mode()
+            torch.cuda.set_sync_debug_mode("error")
+            try:
+                calls[-1]()
+            finally:
+                torch.cuda.set_sync_debug_mode(watched)
         torch.cuda.current_stream().wait_stream(side)
         self.graph, self.length = torch.cuda.CUDAGraph(), len(calls)
         with torch.cuda.graph(self.graph):
@@ -110,9 +117,11 @@ def timer_for(calls: Sequence[Call], device: str, clock: str = "auto") -> Timer:
     if clock in HOST_CLOCKS or device != "cuda":
         return HostTimer(calls, "wall" if clock == "auto" else clock)
     if clock in ("auto", "graph"):
+        stream = torch.cuda.current_stream()
         try:
             return GraphTimer(calls)
         except RuntimeError:  # a call that waits for the device, or allocates on the host, cannot be captured
+            torch.cuda.set_stream(stream)  # a capture that broke off does not give it back
             torch.cuda.synchronize()
     return EventTimer(calls)
 
@@ -125,10 +134,17 @@ def interleave(
     clock: str = "auto",
     seed: int = 0,
     fewest: int = FEWEST_ROUNDS,
+    apart: Collection[str] = (),
 ) -> dict[str, tuple[str, tuple[float, ...]]]:
     """Time every implementation in turns for about `budget` seconds in all; name -> (clock, seconds per call of
-    each round). At least `fewest` rounds are run, whatever they take."""
+    each round). At least `fewest` rounds are run, whatever they take.
+
+    All have one clock, or a graph would spare one implementation the launches that another's time includes. Only
+    those named in `apart` may have another.
+    """
     timers = {name: timer_for(each, device, clock) for name, each in calls.items()}
+    if len({timer.clock for name, timer in timers.items() if name not in apart}) > 1:
+        timers = {name: timer_for(each, device, EventTimer.clock) for name, each in calls.items()}
     counts = {}
     for name, timer in timers.items():
         timer(1)
@@ -194,6 +210,8 @@ def peak_memory(call: Call, device: str) -> int:
 
 
 def random_like(tensor: Tensor, seed: int) -> Tensor:
-    """Standard normal numbers in the tensor's place, dtype and shape, the same for the same seed on any device."""
-    generator = torch.Generator().manual_seed(seed)
-    return torch.randn(tensor.shape, generator=generator, dtype=torch.float32).to(tensor.device, tensor.dtype)
+    """Standard normal numbers in the tensor's place, dtype and shape; the same for the same seed in any dtype, up to
+    rounding. They are drawn where the tensor is: a GPU's inputs are up to a billion numbers, seconds on a CPU."""
+    generator = torch.Generator(tensor.device).manual_seed(seed)
+    numbers = torch.randn(tensor.shape, generator=generator, dtype=torch.float32, device=tensor.device)
+    return numbers.to(tensor.dtype)

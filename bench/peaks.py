@@ -1,6 +1,6 @@
 """What data sheets promise: the peaks of the devices this project is made for.
 
-Every figure follows from the chip's own numbers, so that a wrong digit shows (`tests/test_bench_peaks.py` checks the
+Every figure follows from the chip's own numbers, so that a wrong digit shows (`tests/test_bench_measure.py` checks the
 products against the published totals): dense bf16 FLOP/s = SMs x boost clock x FLOPs per clock and SM, with fp32
 accumulation and without sparsity; bandwidth = bus width x data rate / 8. Sources: NVIDIA's A100, H100, H200, L40S and
 Ada white papers and product briefs.

@@ -48,12 +48,11 @@ class Gate:
 
 @dataclass(frozen=True)
 class Profile:
-    """`machine` is what it is meant for; `has_run` says whether it has ever been run there (see bench/results/)."""
+    """`machine` is what it is meant for, and says where it has not been run there yet (see bench/results/)."""
 
     name: str
     device: str
     machine: str
-    has_run: bool
     headline: str  # what its device is called, where it is for one device alone
     dtypes: tuple[torch.dtype, ...]  # whose matrix products are measured as ceilings
     budget: float  # seconds of rounds per task
@@ -128,15 +127,15 @@ PROFILES = {
     profile.name: profile
     for profile in (
         Profile(
-            "cpu", "cpu", "any CPU; the limits are those of a core with AVX2", True, "",
+            "cpu", "cpu", "any CPU; the limits are those of a core with AVX2", "",
             (FP32, BF16), 1.0, CPU_GATES, _cpu_tasks,
         ),
         Profile(
-            "a100-bf16", "cuda", "the headline machine; not yet run there", False, "A100-SXM4-80GB",
+            "a100-bf16", "cuda", "the headline machine; not yet run there", "A100-SXM4-80GB",
             (BF16,), 0.6, GPU_GATES, _gpu_tasks,
         ),
         Profile(
-            "h200-bf16", "cuda", "not yet run there; also taken for any other GPU", False, "H200",
+            "h200-bf16", "cuda", "not yet run there; also taken for any other GPU", "H200",
             (BF16,), 0.6, GPU_GATES, _gpu_tasks,
         ),
     )

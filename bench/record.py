@@ -16,6 +16,7 @@ from pathlib import Path
 from typing import Any, Literal
 
 SCHEMA = 1
+RUN_FILE = "run.json"
 Status = Literal["ok", "wrong", "absent", "failed"]
 
 

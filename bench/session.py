@@ -9,8 +9,7 @@ from pathlib import Path
 
 from bench import gate, machine, record
 from bench.profiles import Profile, Task
-
-RUN_FILE = "run.json"
+from bench.record import RUN_FILE
 
 
 @dataclass

@@ -121,24 +121,31 @@ def solve(
     with "auto" alone.
     """
     chosen = [p for p in subject.peers if peers is None or p.name in peers]
-    inputs = problem.case.inputs(device, problem.dtype, seed=0)
     attempts = {peer.name: _build(subject, problem, device, peer) for peer in chosen}
     if any(a.function for a in attempts.values()):
-        _check(subject, problem, device, inputs, attempts)
-    timed = {name: a for name, a in attempts.items() if a.row.status == "ok"}
-    if timed:
-        _time(problem, device, inputs, timed, budget, fewest, clock)
+        inputs = problem.case.inputs(device, problem.dtype, seed=0)
+        out = _check(subject, problem, device, inputs, attempts)
+        timed = {name: a for name, a in attempts.items() if a.row.status == "ok"}
+        if timed:
+            _time(subject, problem, device, inputs, out, timed, budget, fewest, clock)
     return pair_rows([a.row for a in attempts.values()])
 
 
 def _build(subject: Subject, problem: Problem, device: str, peer: Peer) -> Attempt:
-    work = problem.case.work(problem.mode, problem.dtype)
     row = Row(
         subject.name, problem.case.name, problem.mode, peer.name, str(problem.dtype).removeprefix("torch."),
-        problem.case.shape, peer.ours, "ok", peer.note,
-        items=work.items, unit=work.unit, flops=work.flops, bytes=work.bytes,
+        "", peer.ours, "ok", peer.note,
     )  # fmt: skip
     try:
+        work = problem.case.work(problem.mode, problem.dtype)
+        row = replace(
+            row,
+            shape=problem.case.shape,
+            items=work.items,
+            unit=work.unit,
+            flops=work.flops,
+            bytes=work.bytes,
+        )
         return Attempt(row, peer.build(problem.case, device, problem.dtype))
     except Absent as why:
         return Attempt(replace(row, status="absent", note=str(why)))
@@ -150,20 +157,19 @@ def _check(
     device: str,
     inputs: Mapping[str, Tensor],
     attempts: Mapping[str, Attempt],
-) -> None:
+) -> Tensor:
+    """Gives each attempt its verdict; returns what plain PyTorch's result is."""
     wide = {name: t.double() if t.is_floating_point() else t for name, t in inputs.items()}
-    exact = results(
-        subject.peer(subject.exact).build(problem.case, device, torch.float64), wide, problem.mode
-    )
+    exact = results(subject.peer(subject.exact).build(problem.case, device, torch.float64), wide, problem)
     plain = [
-        results(subject.peer(name).build(problem.case, device, problem.dtype), inputs, problem.mode)
+        results(subject.peer(name).build(problem.case, device, problem.dtype), inputs, problem)
         for name in subject.plain
     ]
     for attempt in attempts.values():
         if attempt.function is None:
             continue
         try:
-            found = results(attempt.function, inputs, problem.mode)
+            found = results(attempt.function, inputs, problem)
             slack = 1.0 if attempt.row.ours else OTHERS_SLACK
             verdicts = numerics.judge(found, plain, exact, problem.dtype, slack, subject.depth)
         except Absent as why:
@@ -176,19 +182,26 @@ def _check(
                 attempt.row, accuracy=verdicts, status="ok" if good else "wrong",
                 note=attempt.row.note if good else worst(verdicts),
             )  # fmt: skip
+    return plain[0]["out"]
 
 
-def results(function: Function, inputs: Mapping[str, Tensor], mode: str) -> dict[str, Tensor]:
+def results(function: Function, inputs: Mapping[str, Tensor], problem: Problem) -> dict[str, Tensor]:
     """ "out", and in training the gradient of every floating input under its name."""
-    leaves = leaves_of(inputs, mode)
-    with torch.set_grad_enabled(mode == TRAINING):
+    leaves = leaves_of(inputs, problem.mode)
+    with torch.set_grad_enabled(problem.mode == TRAINING):
         out = function(*leaves.values())
     found = {"out": out.detach()}
-    if mode == TRAINING:
+    if problem.mode == TRAINING:
         wanted = {name: t for name, t in leaves.items() if t.requires_grad}
-        cotangent = measure.random_like(out, seed=1)
+        cotangent = cotangent_of(out, problem, seed=1)
         found |= dict(zip(wanted, torch.autograd.grad(out, list(wanted.values()), cotangent), strict=True))
     return found
+
+
+def cotangent_of(out: Tensor, problem: Problem, seed: int) -> Tensor:
+    """What comes back to `out`: numbers that the problem's dtype can hold, so that the exact gradient is that of the
+    very numbers which the others get."""
+    return measure.random_like(torch.empty_like(out, dtype=problem.dtype), seed).to(out.dtype)
 
 
 def leaves_of(inputs: Mapping[str, Tensor], mode: str) -> dict[str, Tensor]:
@@ -202,28 +215,41 @@ def worst(verdicts: Sequence[Accuracy]) -> str:
     bad = max((v for v in verdicts if not v.good), key=lambda v: v.relative / v.allowed_relative)
     return (
         f"{bad.name}: largest error {bad.error:.2e} (allowed {bad.allowed:.2e}), "
-        f"relative {bad.relative:.2e} (allowed {bad.allowed_relative:.0e})"
+        f"relative {bad.relative:.2e} (allowed {bad.allowed_relative:.1e})"
     )
 
 
 def _time(
-    problem: Problem, device: str, inputs: Mapping[str, Tensor], attempts: Mapping[str, Attempt],
-    budget: float, fewest: int, clock: str,
+    subject: Subject, problem: Problem, device: str, inputs: Mapping[str, Tensor], out: Tensor,
+    attempts: Mapping[str, Attempt], budget: float, fewest: int, clock: str,
 ) -> None:  # fmt: skip
     one = sum(t.numel() * t.element_size() for t in inputs.values())
     sets = FEW_SETS if clock == "cpu" else measure.sets_needed(one, device, cache_bytes(device))
-    rotation = [problem.case.inputs(device, problem.dtype, seed=s) for s in range(sets)]
-    calls = {n: [bind(a.function, each, problem.mode) for each in rotation] for n, a in attempts.items()}  # type: ignore[arg-type]
-    timed = measure.interleave(calls, device=device, budget=budget, fewest=fewest, clock=clock)
+    rotation = [inputs, *(problem.case.inputs(device, problem.dtype, seed=s) for s in range(1, sets))]
+    cotangents = [cotangent_of(out, problem, s) if problem.mode == TRAINING else None for s in range(sets)]
+    calls = {
+        name: [bind(a.function, *each, problem.mode) for each in zip(rotation, cotangents, strict=True)]  # type: ignore[arg-type]
+        for name, a in attempts.items()
+    }
+    # Layers and steps are timed as people run them, launches and all; a graph would also leave half a step behind
+    # where it cannot be captured.
+    whole = any(isinstance(a.function, torch.nn.Module) for a in attempts.values())
+    way = "events" if whole and device == "cuda" and clock == "auto" else clock
+    # Nobody takes the definition for its speed, and it reads masks on the host, so no graph can hold it.
+    timed = measure.interleave(
+        calls, device=device, budget=budget, fewest=fewest, clock=way, apart=(subject.exact,)
+    )
     for name, attempt in attempts.items():
         used, seconds = timed[name]
         memory = measure.peak_memory(calls[name][0], device) if clock == "auto" else None
         attempt.row = replace(attempt.row, clock=used, seconds=seconds, peak_memory=memory)
 
 
-def bind(function: Function, inputs: Mapping[str, Tensor], mode: str) -> Callable[[], object]:
-    """A call without arguments: forward alone, forward and the gradients of inputs and parameters, or the
-    function's own `step`."""
+def bind(
+    function: Function, inputs: Mapping[str, Tensor], cotangent: Tensor | None, mode: str
+) -> Callable[[], object]:
+    """A call without arguments: forward alone, forward and the gradients of inputs and parameters by `cotangent`, or
+    the function's own `step`."""
     leaves = list(leaves_of(inputs, mode).values())
     if mode == STEP:
         step: Callable[..., object] = function.step  # type: ignore[attr-defined]
@@ -235,8 +261,6 @@ def bind(function: Function, inputs: Mapping[str, Tensor], mode: str) -> Callabl
                 return function(*leaves)
 
         return forward
-    with torch.no_grad():
-        cotangent = measure.random_like(function(*leaves), seed=1)
     wanted = [t for t in leaves if t.requires_grad]
     if isinstance(function, torch.nn.Module):
         wanted += [p for p in function.parameters() if p.requires_grad]
@@ -244,14 +268,14 @@ def bind(function: Function, inputs: Mapping[str, Tensor], mode: str) -> Callabl
 
 
 def pair_rows(rows: Sequence[Row]) -> list[Row]:
-    """Each of our rows gets its ratios to every other timed row of the problem, taken within rounds."""
+    """Each of our rows gets its ratios to every other row of the problem that the same clock timed, within rounds."""
     timed = [row for row in rows if row.seconds]
     out = []
     for row in rows:
         pairs = []
         if row.ours and row.seconds:
             for other in timed:
-                if other is not row:
+                if other is not row and other.clock == row.clock:
                     ratios = [mine / theirs for mine, theirs in zip(row.seconds, other.seconds, strict=True)]
                     pairs.append(Paired(other.peer, *median_interval(ratios)))
         out.append(replace(row, paired=tuple(pairs)))

@@ -3,6 +3,7 @@ from __future__ import annotations
 import dataclasses
 import json
 import math
+import shutil
 import subprocess
 import sys
 from pathlib import Path
@@ -280,8 +281,12 @@ def test_everything_that_was_not_compared_is_printed() -> None:
 def test_a_run_in_results_goes_by_its_name(
     files: dict[str, str], monkeypatch: pytest.MonkeyPatch, tmp_path: Path
 ) -> None:
+    """As bench/results/ has them: a folder for each run."""
     monkeypatch.setattr("bench.compare.RESULTS", tmp_path)
-    assert read("slow") == read("slow.json") == read(files["slow"])
+    folder = tmp_path / "2026-03-14-cpu"
+    folder.mkdir()
+    shutil.copy(files["slow"], folder / "run.json")
+    assert read(folder.name) == read(f"{folder.name}/run.json") == read(str(folder)) == read(files["slow"])
 
 
 def test_as_a_command(files: dict[str, str]) -> None:

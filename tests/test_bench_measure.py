@@ -11,7 +11,7 @@ import torch
 from bench import measure, numerics, work
 from bench.peaks import PEAKS, peak_of
 from bench.record import Ceilings, Paired, Row, Run, bound, fraction, load, median_interval, save
-from bench.subject import pair_rows
+from bench.subject import TRAINING, Problem, pair_rows, results
 
 # NVIDIA's data sheets: dense bf16 TFLOP/s and memory bandwidth in GB/s.
 SHEETS = {
@@ -173,6 +173,14 @@ def test_flops_are_what_torch_counts() -> None:
     assert said.bytes == 2 * (q.numel() + k.numel() + v.numel() + batch * heads * queries * dv)
 
 
+def test_the_exact_gradient_is_that_of_the_same_numbers() -> None:
+    """The gradient of a copy is the cotangent: in bf16 it is exact, and no rounding of it counts as an error."""
+    problem = Problem(None, TRAINING, torch.bfloat16)
+    x = torch.randn(50)
+    exact, low = (results(lambda x: x * 1, {"x": x.to(t)}, problem) for t in (torch.float64, torch.bfloat16))
+    assert low["x"].dtype == torch.bfloat16 and torch.equal(exact["x"], low["x"].double())
+
+
 def row(peer: str, seconds: tuple[float, ...], **others: object) -> Row:
     values = {"ours": peer == "auto", "flops": 2e9, "bytes": 1e9, **others}
     return Row("s", "c", "forward", peer, "float32", "shape", status="ok", seconds=seconds, **values)  # type: ignore[arg-type]
@@ -194,6 +202,40 @@ def test_pairs_are_taken_within_rounds() -> None:
     mine, theirs = row("auto", (1.0, 3.0, 1.1)), row("plain", (2.0, 6.0, 2.2))
     paired, other = pair_rows([mine, theirs])
     assert paired.paired == (Paired("plain", 0.5, 0.5, 0.5),) and other.paired == ()
+    graph, events = pair_rows([row("auto", (1.0,), clock="graph"), row("plain", (2.0,), clock="events")])
+    assert graph.paired == events.paired == ()  # launches would count for one of them alone
+
+
+class FakeTimer:
+    """A second per call, by some clock."""
+
+    def __init__(self, clock: str) -> None:
+        self.clock = clock
+
+    def __call__(self, count: int) -> float:
+        return float(count)
+
+
+@pytest.mark.parametrize(
+    ("no_graph", "clocks"),
+    [
+        ((), {"graph"}),
+        (("reference",), {"graph", "events"}),
+        (("plain",), {"events"}),
+    ],
+)
+def test_what_is_compared_has_one_clock(
+    monkeypatch: pytest.MonkeyPatch, no_graph: tuple[str, ...], clocks: set[str]
+) -> None:
+    """One that no graph can hold brings all to events, but for the one that may stand apart."""
+
+    def timer_for(calls: list, device: str, clock: str = "auto") -> FakeTimer:
+        return FakeTimer("events" if clock == "events" or calls[0] in no_graph else "graph")
+
+    monkeypatch.setattr(measure, "timer_for", timer_for)
+    calls: dict = {name: [name] for name in ("auto", "reference", "plain")}
+    timed = measure.interleave(calls, device="cuda", budget=0.0, fewest=1, apart=("reference",))
+    assert {clock for clock, _ in timed.values()} == clocks and timed["auto"][0] == timed["plain"][0]
 
 
 def test_a_run_survives_its_file(tmp_path) -> None:

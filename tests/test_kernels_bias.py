@@ -86,6 +86,7 @@ def call(name: str, device: str, arguments: dict[str, Any]) -> str:
     if device == "cpu" and old and tuple(map(int, numpy.__version__.split(".")[:2])) >= (2, 4):
         return "the interpreter of Triton 3.6 cannot loop under NumPy 2.4: install numpy<2.4, or Triton 3.7"
     torch.manual_seed(0)
+    os.environ.setdefault("CUBLAS_WORKSPACE_CONFIG", ":4096:8")  # without it, deterministic products raise
     torch.use_deterministic_algorithms(True)
     try:
         globals()[name].__wrapped__(device=device, **arguments)

@@ -42,10 +42,10 @@ class BlockCase(WindowCase):
         return {"x": random_like(torch.empty(shape, device=device, dtype=wide(dtype)), seed)}
 
     def work(self, mode: str, dtype: torch.dtype) -> work.Work:
-        """See work.swin_block."""
-        tokens = self.batch * self.height * self.width
+        """See work.swin_block; what crosses the bus has the dtype of inputs and weights."""
+        tokens, itemsize = self.batch * self.height * self.width, wide(dtype).itemsize
         backward = mode == TRAINING
-        return work.swin_block(tokens, self.dim, self.slots, 4 * self.dim, dtype.itemsize, backward=backward)
+        return work.swin_block(tokens, self.dim, self.slots, 4 * self.dim, itemsize, backward=backward)
 
 
 @cache
@@ -152,9 +152,9 @@ class CrossCase:
         return {"latents": random_like(latents, 2 * seed), "inputs": random_like(inputs, 2 * seed + 1)}
 
     def work(self, mode: str, dtype: torch.dtype) -> work.Work:
-        """See work.cross_attention_layer."""
+        """See work.cross_attention_layer; what crosses the bus has the dtype of inputs and weights."""
         return work.cross_attention_layer(
-            self.keys, self.queries, self.batch, self.q_dim, self.kv_dim, self.q_dim, dtype.itemsize,
+            self.keys, self.queries, self.batch, self.q_dim, self.kv_dim, self.q_dim, wide(dtype).itemsize,
             backward=mode == TRAINING,
         )  # fmt: skip
 

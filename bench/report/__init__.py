@@ -1,5 +1,4 @@
 """One run made readable: `page.write_report` writes index.html and report.md.
 
-Nothing is imported here: `bench.compare` takes words and rows from this package, and the page's look comes from
-`train.report`, which needs torch and a second or two.
+Nothing is imported here: `bench.compare` takes words and rows from this package, and needs neither Jinja nor torch.
 """

@@ -6,7 +6,6 @@ The page is one file without a single request: style, script and charts are insi
 
 from __future__ import annotations
 
-import importlib.resources
 from collections.abc import Mapping
 from pathlib import Path
 
@@ -23,6 +22,7 @@ from bench.report.sections import Look, glance, sections
 from bench.report.tables import COLUMNS
 from bench.report.words import amount, change_figure, plural, share
 
+ROOT = Path(__file__).resolve().parent.parent.parent
 LISTED = 8  # cases named one by one in a list; the rest are counted and can be unfolded
 
 
@@ -194,7 +194,7 @@ def without_time(run: Run) -> list[dict[str, object]]:
 
 def _house_style() -> str:
     """The pre-training report's: both pages are of one house."""
-    return importlib.resources.files("train.report").joinpath("style.css").read_text(encoding="utf-8")
+    return (ROOT / "train" / "report" / "style.css").read_text(encoding="utf-8")
 
 
 def _asset(name: str) -> str:
