@@ -14,7 +14,7 @@ from pathlib import Path
 import pytest
 from pytest_benchmark.fixture import BenchmarkFixture
 
-from bench import machine, record
+from bench import gate, machine, record
 from bench.importing import make_torchvision_importable
 from bench.profiles import PROFILES, Task, choose
 from bench.report.page import write_report
@@ -71,6 +71,8 @@ class Bench:
 
 
 BENCH = pytest.StashKey[Bench]()
+VERDICTS = pytest.StashKey[list[gate.Verdict]]()
+GATE_BUDGET = 0.5  # seconds of rounds per task
 
 
 def pytest_addoption(parser: pytest.Parser) -> None:
@@ -82,7 +84,12 @@ def pytest_addoption(parser: pytest.Parser) -> None:
         help=f"where the page goes (default {DEFAULT_REPORT})",
     )
     group.addoption("--profile", default="auto", help=f"auto, {', '.join(PROFILES)}: cases and limits")
-    group.addoption("--gate", action="store_true", help="fail where a ratio is beyond the profile's limit")
+    group.addoption(
+        "--gate", action="store_true", help="then run the gate too (python -m bench.gate), and fail with it"
+    )
+    group.addoption(
+        "--against", type=Path, metavar="RUN.json", help="an earlier run, for a section on what changed since"
+    )
     group.addoption(
         "--budget",
         type=float,
@@ -162,27 +169,28 @@ def _measure(bench: Bench, benchmark: BenchmarkFixture, entry: Entry) -> None:
 
 
 def pytest_sessionfinish(session: pytest.Session) -> None:
-    bench = session.config.stash[BENCH].session
+    config = session.config
+    bench = config.stash[BENCH].session
     if not bench.rows:
         return
-    write_report(bench.run(), bench.folder, headline=bench.profile.headline)
-    if session.config.getoption("--gate") and not all(verdict.holds for verdict in bench.verdicts()):
-        session.exitstatus = pytest.ExitCode.TESTS_FAILED
+    earlier = config.getoption("--against")
+    previous = record.load(earlier) if earlier else None
+    write_report(bench.run(), bench.folder, previous, headline=bench.profile.headline)
+    if config.getoption("--gate"):
+        config.stash[VERDICTS] = gate.run(bench.profile, GATE_BUDGET)[1]
+        if not all(verdict.holds for verdict in config.stash[VERDICTS]):
+            session.exitstatus = pytest.ExitCode.TESTS_FAILED
 
 
 def pytest_terminal_summary(terminalreporter: pytest.TerminalReporter, config: pytest.Config) -> None:
     bench = config.stash[BENCH].session
     if not bench.rows:
         return
-    terminalreporter.write_line(f"profile {bench.profile.name}: {bench.profile.machine}")
-    verdicts = bench.verdicts()
-    if verdicts:
+    if VERDICTS in config.stash:
         terminalreporter.section(f"gate of profile {bench.profile.name}")
-        terminalreporter.write("".join(f"{verdict}\n" for verdict in verdicts))
-        if not config.getoption("--gate"):
-            terminalreporter.write_line(
-                "(for your information; --gate makes a limit that is exceeded an error)"
-            )
+        terminalreporter.write("".join(f"{verdict}\n" for verdict in config.stash[VERDICTS]))
+    terminalreporter.section("report")
+    terminalreporter.write_line(f"profile {bench.profile.name}: {bench.profile.machine}")
     for name, missed in machine.absent().items():
         terminalreporter.write_line(f"not installed: {name}: {missed}")
     terminalreporter.write_line(f"report: {bench.folder.resolve() / 'index.html'}")

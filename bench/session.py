@@ -7,7 +7,7 @@ from collections.abc import Collection
 from dataclasses import dataclass, field
 from pathlib import Path
 
-from bench import gate, machine, record
+from bench import machine, record
 from bench.profiles import Profile, Task
 from bench.record import RUN_FILE
 
@@ -42,8 +42,3 @@ class Session:
             versions=machine.versions(), ceilings=self.ceilings, rehearsed=self.rehearsed, absent=machine.absent(),
             rows=tuple(row for rows in self.rows.values() for row in rows),
         )  # fmt: skip
-
-    def verdicts(self) -> list[gate.Verdict]:
-        """On the gates whose tasks were measured."""
-        gates = [g for g in self.profile.gates if (g.subject, g.task) in self.rows]
-        return gate.judge(gates, [row for rows in self.rows.values() for row in rows])

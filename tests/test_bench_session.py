@@ -56,7 +56,6 @@ def test_a_run_is_checked_timed_and_reported(measured: tuple[Path, str]) -> None
     assert {pair.peer for pair in run.rows[0].paired} == {"reference", "eager", "sdpa", "plain"}
     assert run.versions["torch"] and run.kind == "cpu" and "threads" in run.device and not run.rehearsed
     assert str(folder / "report" / "index.html") in said
-    assert "window_attention tiny-64px-stage3/forward/float32: auto / plain = " in said  # the gate, told
     page = (folder / "report" / "index.html").read_text()
     assert "tiny-64px-stage3" in page and run.device in page
     assert "tiny-64px-stage3" in (folder / "report" / "report.md").read_text()
@@ -80,10 +79,11 @@ def test_pytest_benchmark_compares(measured: tuple[Path, str], tmp_path: Path) -
     folder, _ = measured
     arguments = (
         "-k", f"{ONE_CASE} and eager", "--budget", "0", "--report", str(tmp_path), "--benchmark-compare=0001",
-        f"--benchmark-storage={folder / 'store'}",
+        f"--benchmark-storage={folder / 'store'}", "--against", str(folder / "report" / "run.json"),
     )  # fmt: skip
     done = pytest_bench(*arguments, "--benchmark-compare-fail=median:100000%")
     assert done.returncode == 0, done.stdout
+    assert "Since the previous run" in (tmp_path / "index.html").read_text()
     assert "(NOW)" in done.stdout and "(0001_first)" in done.stdout
 
 
@@ -105,9 +105,13 @@ def test_a_wrong_kernel_fails_and_gets_no_time(tmp_path: Path) -> None:
         "0",
         "--report",
         str(tmp_path / "r"),
+        "--gate",
         plugin=plugin,
     )
     assert done.returncode == 1 and "1 failed, 1 passed" in done.stdout
+    assert (
+        "FAIL  window_attention tiny-64px-stage3/forward/float32: auto / plain = not measured" in done.stdout
+    )
     assert "eager is wrong: out: largest error" in done.stdout
     wrong, right = record.load(tmp_path / "r" / "run.json").rows
     assert (wrong.status, wrong.seconds, right.status) == ("wrong", (), "ok") and right.seconds

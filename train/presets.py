@@ -38,24 +38,37 @@ def aurora_tiny() -> PretrainConfig:
 
 
 def aurora_photos() -> PretrainConfig:
-    """6.7M parameters, 64 px, contrastive alone, for a few thousand captioned photographs of your own: minutes on a CPU."""
+    """6.4M parameters, 96 px, contrastive alone, for a few thousand captioned photographs of your own: minutes on a CPU."""
     tiny = aurora_tiny()
     return replace(
         tiny,
         name="aurora-photos",
-        # Everything here is against learning by heart: 1,200 photographs are seen a hundred times. All five captions of a
-        # picture are read at each visit, each without half of its words, by one layer only.
-        model=replace(tiny.model, layer_scale_init=0.1, drop_path=0.1, unimodal_layers=1, decoder_width=128),
-        objectives=ObjectiveConfig(mim=0.0, caption=0.0, mlm=0.0, itc_kind="softmax", itc_word_dropout=0.5),
-        data=DataConfig(
-            uncaptioned_fraction=0.0, captions_per_image=5, crop_scale=(0.25, 1.0), color_jitter=0.4
+        # 1,200 photographs are soon learned by heart. A bag of words does not learn captions so, a convolutional stem and a
+        # mean with batch norm need fewer pictures; all five captions of a picture are read at each visit, and must agree.
+        model=replace(
+            tiny.model,
+            image_size=96,
+            windows=(12, 12, 6, 3),
+            stem="conv",
+            image_pooling="mean",
+            text_pooling="words",
+            embedding_width=512,
+            drop_path=0.2,
+            unimodal_layers=1,
+            decoder_width=128,
         ),
-        optim=replace(tiny.optim, lr=1e-3, weight_decay=0.1),
+        objectives=ObjectiveConfig(
+            mim=0.0, caption=0.0, mlm=0.0, itc_kind="softmax", itc_word_dropout=0.3, itc_captions=0.5
+        ),
+        data=DataConfig(
+            uncaptioned_fraction=0.0, captions_per_image=5, crop_scale=(0.4, 1.0), color_jitter=0.3
+        ),
+        optim=replace(tiny.optim, weight_decay=0.2),
         batch_size=128,
-        steps=900,
+        steps=400,
         ema_decay=0.99,
-        eval_every=150,
-        save_every=150,
+        eval_every=100,
+        save_every=100,
     )
 
 
