@@ -38,7 +38,7 @@ def aurora_tiny() -> PretrainConfig:
 
 
 def aurora_photos() -> PretrainConfig:
-    """6.4M parameters, 96 px, contrastive alone, for a few thousand captioned photographs of your own: minutes on a CPU."""
+    """6.8M parameters, 96 px, contrastive alone, for a few thousand captioned photographs of your own: minutes on a CPU."""
     tiny = aurora_tiny()
     return replace(
         tiny,
