@@ -23,14 +23,17 @@ def pytest_bench(*arguments: str, plugin: Path | None = None) -> subprocess.Comp
     command = [sys.executable, "-m", "pytest", "bench/test_window_attention.py", "-p", "no:cacheprovider"]
     if plugin:
         command += ["-p", plugin.stem]
-    environment = {"PYTHONPATH": str(plugin.parent)} if plugin else {}
+    # pytest-benchmark turns itself off where it sees a worker of pytest-xdist, which this process may be
+    environment = {name: value for name, value in os.environ.items() if not name.startswith("PYTEST_")}
+    if plugin:
+        environment["PYTHONPATH"] = str(plugin.parent)
     return subprocess.run(
         [*command, *arguments],
         cwd=ROOT,
         capture_output=True,
         text=True,
         timeout=240,
-        env=os.environ | environment,
+        env=environment,
     )
 
 
