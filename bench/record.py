@@ -114,10 +114,13 @@ class Run:
 
 
 def bound(row: Row, ceilings: Ceilings) -> tuple[float, Literal["memory", "compute"]] | None:
-    """The least seconds that the roofline grants a row's work, and which roof it is; None where none is assumed."""
-    peak = ceilings.matmul.get(row.dtype)
-    if not row.flops or not row.bytes or not peak:
+    """The least seconds that the roofline grants a row's work, and which roof it is; None where none is assumed.
+
+    A half type may be computed in fp32, which a CPU without its instructions does much faster: the higher roof counts.
+    """
+    if not row.flops or not row.bytes or not ceilings.matmul.get(row.dtype):
         return None
+    peak = max(ceilings.matmul[row.dtype], ceilings.matmul.get("float32", 0.0))
     compute, memory = row.flops / peak, row.bytes / ceilings.copy
     return (compute, "compute") if compute > memory else (memory, "memory")
 
