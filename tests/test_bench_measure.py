@@ -196,7 +196,9 @@ def test_roofline_fractions() -> None:
     assert bound(compute_bound, ceilings) == (4.0, "compute") and fraction(compute_bound, ceilings) == 0.5
     assert bound(row("c", (1.0,), bytes=0.0), ceilings) is None and fraction(row("d", ()), ceilings) is None
     assert math.isnan(row("d", ()).median)
-    emulated = Ceilings(copy=1e9, matmul={"float32": 1e12, "bfloat16": 1e10})  # a CPU without bf16 instructions
+    emulated = Ceilings(
+        copy=1e9, matmul={"float32": 1e12, "bfloat16": 1e10}
+    )  # a CPU without bf16 instructions
     half = replace(compute_bound, dtype="bfloat16")
     assert bound(half, emulated) == (4.0, "compute")
     assert bound(half, Ceilings(1e9, {"bfloat16": 4e12, "float32": 1e11})) == (1.0, "memory")
