@@ -15,6 +15,7 @@ from torch.utils.checkpoint import checkpoint
 
 from kernels import window_attention
 from kernels.backend import BackendError
+from kernels.window_attention import geometry, packing
 
 BACKENDS = ("reference", "eager", "sdpa")
 FAST = ("eager", "sdpa")
@@ -467,3 +468,26 @@ def test_errors(change: dict, error: type[Exception], message: str) -> None:
     call = {"qkv": torch.zeros(2, 8, 8, 3, 2, 8), "window": 4} | change
     with pytest.raises(error, match=message):
         window_attention(**call)
+
+
+@pytest.mark.parametrize("backend", ["eager", "sdpa"])
+def test_big_batches_ask_the_host_for_indices_once(backend: str, monkeypatch: pytest.MonkeyPatch) -> None:
+    """Above REMEMBERED_ROWS only the samples' offsets are made anew; the numbers are those of the small path."""
+    qkv, bias = torch.randn(3, 13, 11, 3, 2, 8, requires_grad=True), torch.randn(2, 16, 16)
+    options: dict = {"window": 4, "shift": 1, "backend": backend}
+    pad_kv = torch.randn(2, 2, 8)
+
+    def outcome() -> tuple[torch.Tensor, torch.Tensor]:
+        out = window_attention(qkv, bias, pad_kv=pad_kv, **options)
+        return out.detach(), torch.autograd.grad(out.square().sum(), qkv)[0]
+
+    small = outcome()
+    monkeypatch.setattr(packing, "REMEMBERED_ROWS", 0)
+    first = outcome()
+    built: list[object] = []
+    plane = geometry._plane
+    monkeypatch.setattr(geometry, "_plane", lambda *args: (built.append(args), plane(*args))[1])
+    second = outcome()
+    assert built == []
+    for found in (first, second):
+        assert all(torch.equal(a, b) for a, b in zip(found, small, strict=True))

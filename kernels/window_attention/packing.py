@@ -7,43 +7,61 @@ Data is seen as rows of head_dim numbers. A sample has R = nW * h * N of them in
 from __future__ import annotations
 
 from collections.abc import Callable
+from functools import partial
+from typing import TypeAlias
 
 import torch
 from torch import Tensor
 
 from kernels.window_attention.geometry import Grid, remember, slot_of_token, token_of_slot
 
-# A batch bigger than this many rows (of head_dim numbers) computes its indices anew: little beside its work,
-# and the cache stays small (1 MB an entry).
+# A batch bigger than this many rows (of head_dim numbers) adds its samples' offsets anew: little beside its work, and
+# the cache stays small (1 MB an entry).
 REMEMBERED_ROWS = 1 << 17
 
 
-def qkv_to_windows(grid: Grid, batch: int, heads: int, device: torch.device) -> Tensor:
+# How the part of an index that is the same for every sample is made: `build(*sizes, device)`, anew or remembered.
+Maker: TypeAlias = Callable[..., Tensor]
+
+
+def _anew(device: torch.device) -> Maker:
+    return lambda build, *sizes: build(*sizes, device)
+
+
+def qkv_to_windows(
+    grid: Grid, batch: int, heads: int, device: torch.device, make: Maker | None = None
+) -> Tensor:
     """int64 [3 * B * R]: for each row of the packed q, k, v, its row in qkv [B, H, W, 3, h, d]. Pads read
     some row."""
     kind = torch.arange(3, device=device)[:, None, None] * heads
     sample = torch.arange(batch, device=device)[:, None] * (grid.tokens * 3 * heads)
-    return (_rows_of_slots(grid, heads, 3 * heads, device) + (kind + sample)).flatten()
+    return ((make or _anew(device))(_rows_of_slots, grid, heads, 3 * heads) + (kind + sample)).flatten()
 
 
-def windows_to_qkv(grid: Grid, batch: int, heads: int, device: torch.device) -> Tensor:
+def windows_to_qkv(
+    grid: Grid, batch: int, heads: int, device: torch.device, make: Maker | None = None
+) -> Tensor:
     """int64 [B * H * W * 3 * h]: the inverse of `qkv_to_windows`."""
     rows = grid.windows * heads * grid.slots
     kind = torch.arange(3, device=device)[:, None] * (batch * rows)
     sample = torch.arange(batch, device=device)[:, None, None, None] * rows
-    return (_rows_of_tokens(grid, heads, device)[:, None, :] + (kind + sample)).flatten()
+    return ((make or _anew(device))(_rows_of_tokens, grid, heads)[:, None, :] + (kind + sample)).flatten()
 
 
-def map_to_windows(grid: Grid, batch: int, heads: int, device: torch.device) -> Tensor:
+def map_to_windows(
+    grid: Grid, batch: int, heads: int, device: torch.device, make: Maker | None = None
+) -> Tensor:
     """int64 [B * R]: for each row in windows, its row in a map [B, H, W, h, d]. Pads read some row."""
     sample = torch.arange(batch, device=device)[:, None] * (grid.tokens * heads)
-    return (_rows_of_slots(grid, heads, heads, device) + sample).flatten()
+    return ((make or _anew(device))(_rows_of_slots, grid, heads, heads) + sample).flatten()
 
 
-def windows_to_map(grid: Grid, batch: int, heads: int, device: torch.device) -> Tensor:
+def windows_to_map(
+    grid: Grid, batch: int, heads: int, device: torch.device, make: Maker | None = None
+) -> Tensor:
     """int64 [B * H * W * h]: the inverse of `map_to_windows`."""
     sample = torch.arange(batch, device=device)[:, None, None] * (grid.windows * heads * grid.slots)
-    return (_rows_of_tokens(grid, heads, device) + sample).flatten()
+    return ((make or _anew(device))(_rows_of_tokens, grid, heads) + sample).flatten()
 
 
 def _rows_of_slots(grid: Grid, heads: int, stride: int, device: torch.device) -> Tensor:
@@ -60,9 +78,10 @@ def _rows_of_tokens(grid: Grid, heads: int, device: torch.device) -> Tensor:
 
 
 def rows(build: Callable[..., Tensor], grid: Grid, batch: int, heads: int, like: Tensor) -> Tensor:
-    """One of the four index tensors above, on the device of `like`; remembered where it is small."""
+    """One of the four index tensors above, on the device of `like`; remembered where it is small, else the part that
+    is the same for every sample: that one comes from the host, which a GPU would have to wait for."""
     if 3 * batch * grid.windows * grid.slots * heads > REMEMBERED_ROWS:
-        return build(grid, batch, heads, like.device)
+        return build(grid, batch, heads, like.device, partial(remember, like))
     return remember(like, build, grid, batch, heads)
 
 
@@ -98,5 +117,9 @@ def unpack_map(packed: Tensor, grid: Grid) -> Tensor:
 
 def pad_slots(grid: Grid, batch: int, like: Tensor) -> Tensor:
     """bool [B * nW, 1, N, 1], True where the slot is padding."""
-    is_pad = token_of_slot(grid, like.device) == grid.tokens  # [nW, N]
-    return is_pad.repeat(batch, 1)[:, None, :, None]
+    return remember(like, _is_pad, grid).repeat(batch, 1)[:, None, :, None]
+
+
+def _is_pad(grid: Grid, device: torch.device) -> Tensor:
+    """bool [nW, N]."""
+    return token_of_slot(grid, device) == grid.tokens
