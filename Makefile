@@ -35,6 +35,8 @@ aot: $(VENV)/.installed-base ## compile every Triton kernel for sm_80 and sm_90;
 
 # No .venv: a GPU machine has its own torch, and may be offline.
 gpu: ## on a CUDA machine: GPU tests, benchmark, report, in 10 minutes (ARGS=--full: an hour; --rehearse: without a GPU)
+	@$(or $(PYTHON),python3) -c 'import importlib.util as u, sys; sys.exit(u.find_spec("torch") is None)' || \
+		{ echo "make gpu: $(or $(PYTHON),python3) has no torch (2.11 or newer); name one that has: make gpu PYTHON=..." >&2; exit 2; }
 	$(or $(PYTHON),python3) -m bench.gpu $(ARGS)
 
 lint: $(VENV)/.installed-dev ## ruff, mypy, and who imports whom

@@ -41,6 +41,14 @@ def test_presets_are_sound_and_named_after_their_size(name: str) -> None:
         assert photos["encoder"] - tiny["encoder"] == convolutions - (48 * channels + channels)
     else:
         assert config.model == AURORA_SIZES[name.removeprefix("aurora-")]
+    if name == "aurora-photos":  # its pictures are yours: forgetting them is noticed
+        (found,) = problems(config)
+        assert "aurora-photos is for your own pictures, and no --data.train was given" in found
+        yours = dataclasses.replace(config.data, train=("train-000000.tar",), tokenizer="tokenizer.model")
+        assert (
+            problems(dataclasses.replace(config, data=dataclasses.replace(config.data, builtin=True))) == []
+        )
+        config = dataclasses.replace(config, data=yours)
     assert problems(config) == []
 
 

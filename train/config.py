@@ -32,6 +32,9 @@ class DataConfig:
     """
     tokenizer: str = ""
     """tokenizer.model made by `python -m dataload.tokenizer`. Empty: the built-in corpus' own."""
+    builtin: bool = True
+    """Whether the built-in corpus may take the place of training shards that are not named. A preset for your own pictures
+    says no, so that a forgotten --data.train is noticed."""
     cache: str = ""
     """Where the built-in corpus is put the first time (some 50 megabytes). Empty: $XDG_CACHE_HOME/auroraio or
     ~/.cache/auroraio.
@@ -185,7 +188,7 @@ def problems(config: PretrainConfig, world_size: int = 1) -> list[str]:
     if optim.warmup < 0 or optim.warmup >= config.steps:
         found.append(
             f"optim.warmup is {optim.warmup} steps, but the run has {config.steps}; it must be 0 or more, "
-            "and fewer"
+            f"and fewer: try --optim.warmup {max(config.steps // 10, 0)}"
         )
     if not 0 <= optim.final_lr <= optim.lr or optim.lr <= 0:
         found.append(
@@ -217,6 +220,11 @@ def problems(config: PretrainConfig, world_size: int = 1) -> list[str]:
         found.append(
             "model.stem is conv, which sees across hidden patches, and objectives.mim is on; "
             "set --objectives.mim 0 or --model.stem patch"
+        )
+    if not data.train and not data.builtin:
+        found.append(
+            f"{config.name} is for your own pictures, and no --data.train was given; make shards with "
+            "python -m dataload.pack (README, 'Your own pictures'), or say --data.builtin to train on generated shapes"
         )
     if data.train and not data.tokenizer:
         found.append(

@@ -122,6 +122,11 @@ def _check(args: argparse.Namespace, loaded: LoadedModel, output: Path) -> None:
             f"tokenizer mismatch: the tokenizer in {loaded.path} has {loaded.tokenizer.vocab_size} pieces, "
             f"the model only {loaded.config.model.vocabulary}"
         )
+    if args.task == "perplexity" and not loaded.config.objectives.mlm:
+        raise ValueError(
+            f"{loaded.path} was trained without masked language modelling (objectives.mlm is 0), so its perplexity "
+            "says nothing"
+        )
     for name in ("max_images", "batch_size"):
         if (value := getattr(args, name)) is not None and value < 1:
             raise ValueError(f"--{name.replace('_', '-')} must be at least 1; got {value}")
@@ -150,6 +155,7 @@ def training_shards(args: argparse.Namespace, loaded: LoadedModel) -> list[Path]
     if args.unigram_from:
         return shards.expand(args.unigram_from)
     if not data.train:
+        print("word frequencies of the run's training captions:", file=sys.stderr)
         return list(_builtin(loaded).train)
     try:
         return shards.expand(data.train)

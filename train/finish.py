@@ -47,6 +47,8 @@ def finish(run: Run, stop: Stop) -> None:
 def final_scores(run: Run, stop: Stop) -> EvalResult:
     """Everything at once, on all held-out pictures."""
     sources, counts = run.data.sources, run.data.loader.counts
+    heldout = len(run.data.heldout or ())
+    run.say(f"scoring all {heldout:,} held-out pictures ...")
     unigram = None
     if counts["captioned"] <= UNIGRAM_CAPTIONS:
         unigram = unigram_counts([str(path) for path in sources.train], run.data.tokenizer)

@@ -79,6 +79,7 @@ def main(arguments: Sequence[str] | None = None) -> int:
         _check(args)
         device = choose_device(args.device)
         loaded = load_model(args.checkpoint, device)
+        _check_objective(loaded)
         _check_length(args, loaded)
         generator = torch.Generator(device).manual_seed(args.seed)
         for group in (args.images[i : i + BATCH] for i in range(0, len(args.images), BATCH)):
@@ -97,6 +98,14 @@ def _check(args: argparse.Namespace) -> None:
     if args.num > 1 and args.method != "sample":
         raise ValueError(
             f"--num {args.num} needs --method sample: {args.method} always gives the same caption"
+        )
+
+
+def _check_objective(loaded: LoadedModel) -> None:
+    if not loaded.config.objectives.caption:
+        raise ValueError(
+            f"{loaded.path} was trained without captioning (objectives.caption is 0), so it has no captions to give; "
+            "python -m train.evaluate retrieval is for it"
         )
 
 

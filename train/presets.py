@@ -61,7 +61,11 @@ def aurora_photos() -> PretrainConfig:
             mim=0.0, caption=0.0, mlm=0.0, itc_kind="softmax", itc_word_dropout=0.3, itc_captions=0.5
         ),
         data=DataConfig(
-            uncaptioned_fraction=0.0, captions_per_image=5, crop_scale=(0.4, 1.0), color_jitter=0.3
+            builtin=False,
+            uncaptioned_fraction=0.0,
+            captions_per_image=5,
+            crop_scale=(0.4, 1.0),
+            color_jitter=0.3,
         ),
         optim=replace(tiny.optim, weight_decay=0.2),
         batch_size=128,

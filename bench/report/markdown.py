@@ -34,7 +34,7 @@ HEAD = (
     "ours against it",
     "of roofline",
     "peak memory",
-    "error",
+    "error / allowed",
 )
 
 
