@@ -17,6 +17,7 @@ from torch import Tensor, nn
 from dataload.pipeline import EvalSet
 from dataload.tokenizer import Tokenizer, train_tokenizer
 from models import Aurora
+from models.objectives import ObjectiveConfig
 from train import checkpoint
 from train.checkpoint import Snapshot
 from train.config import DataConfig, PretrainConfig
@@ -229,13 +230,12 @@ def test_a_real_model_on_the_built_in_corpus() -> None:
 # The command
 
 
-@pytest.fixture(scope="module")
-def run_dir(tmp_path_factory: pytest.TempPathFactory) -> Path:
+def saved(run: Path, objectives: ObjectiveConfig) -> Path:
     """A run directory with one checkpoint of an untrained model."""
-    run = tmp_path_factory.mktemp("runs") / "mine"
     paths = micro.corpus()
     data = DataConfig(tuple(map(str, paths.train)), tuple(map(str, paths.heldout)), str(paths.tokenizer))
-    config = PretrainConfig(model=dataclasses.replace(micro.MODEL, decoder_dropout=0.0), data=data)
+    model = dataclasses.replace(micro.MODEL, decoder_dropout=0.0)
+    config = PretrainConfig(model=model, data=data, objectives=objectives)
     torch.manual_seed(0)
     cpu = torch.device("cpu")
     engine = TorchEngine(Aurora(config.model), config, cpu, Precision("fp32", ""), Ranks(0, 0, 1))
@@ -245,10 +245,26 @@ def run_dir(tmp_path_factory: pytest.TempPathFactory) -> Path:
     return run
 
 
+@pytest.fixture(scope="module")
+def run_dir(tmp_path_factory: pytest.TempPathFactory) -> Path:
+    return saved(tmp_path_factory.mktemp("runs") / "mine", PretrainConfig().objectives)
+
+
 def evaluate(*words: object, capsys: pytest.CaptureFixture[str]) -> tuple[int, str, str]:
     code = main([str(word) for word in words])
     captured = capsys.readouterr()
     return code, captured.out, captured.err
+
+
+def test_perplexity_of_a_model_that_never_learned_words_is_refused(
+    tmp_path: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    run = saved(tmp_path / "photos", ObjectiveConfig(mlm=0.0))
+    code, out, err = evaluate("perplexity", "--checkpoint", run, capsys=capsys)
+    assert code == 2 and out == "" and "objectives.mlm is 0" in err
+    assert not list(run.rglob("perplexity.json"))
+    code, out, _ = evaluate("retrieval", "--checkpoint", run, "--max-images", 8, capsys=capsys)
+    assert code == 0 and "R@1" in out
 
 
 def test_the_command_as_typed(run_dir: Path, tmp_path: Path) -> None:

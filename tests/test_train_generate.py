@@ -15,6 +15,7 @@ from PIL import Image
 from dataload.images import normalize
 from models import Aurora
 from models.generation import generate
+from models.objectives import ObjectiveConfig
 from train import checkpoint
 from train.checkpoint import LoadedModel, Snapshot, load_model
 from train.config import PretrainConfig
@@ -23,22 +24,26 @@ from train.generate import KnownPieces, main, one_line
 from train.machine import Precision
 
 
-@pytest.fixture(scope="module")
-def run_dir(tmp_path_factory: pytest.TempPathFactory) -> Path:
-    run = tmp_path_factory.mktemp("runs") / "mine"
-    config = PretrainConfig(model=dataclasses.replace(micro.MODEL, decoder_dropout=0.0))
+def saved(run: Path, objectives: ObjectiveConfig) -> Path:
+    config = PretrainConfig(
+        model=dataclasses.replace(micro.MODEL, decoder_dropout=0.0), objectives=objectives
+    )
     torch.manual_seed(0)
     cpu = torch.device("cpu")
     model = Aurora(config.model)
-    for (
-        parameter
-    ) in model.parameters():  # untrained captions of all pictures are alike; larger weights tell them apart
+    # untrained captions of all pictures are alike; larger weights tell them apart
+    for parameter in model.parameters():
         parameter.data.mul_(2)
     engine = TorchEngine(model, config, cpu, Precision("fp32", ""), Ranks(0, 0, 1))
     rng = {f"{name}.0": state for name, state in rng_state(cpu).items()}
     snapshot = Snapshot(7, engine.state(), rng, {}, "fp32", 1, 1.0, 0)
     checkpoint.save(run / "checkpoints", snapshot, config, micro.corpus().tokenizer, 3)
     return run
+
+
+@pytest.fixture(scope="module")
+def run_dir(tmp_path_factory: pytest.TempPathFactory) -> Path:
+    return saved(tmp_path_factory.mktemp("runs") / "mine", PretrainConfig().objectives)
 
 
 @pytest.fixture(scope="module")
@@ -173,3 +178,11 @@ def test_the_command_as_typed(run_dir: Path, pictures: list[Path]) -> None:
     done = micro.command("-m", "train.generate", "--checkpoint", str(run_dir), str(pictures[1]))
     assert done.returncode == 0, done.stderr
     assert done.stdout.startswith(f"{pictures[1]}: ") and done.stderr == ""
+
+
+def test_captions_of_a_model_that_never_learned_to_caption_are_refused(
+    tmp_path: Path, pictures: list[Path], capsys: pytest.CaptureFixture[str]
+) -> None:
+    photos = saved(tmp_path / "photos", ObjectiveConfig(caption=0.0))
+    code, lines, err = run("--checkpoint", photos, pictures[0], capsys=capsys)
+    assert code == 2 and lines == [] and "objectives.caption is 0" in err and "evaluate retrieval" in err
