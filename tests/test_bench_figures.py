@@ -7,6 +7,7 @@ import re
 
 import pytest
 from bench_runs import BAD, FINE, row
+from browser import Page
 
 from bench.record import Accuracy, Ceilings, Paired
 from bench.report import charts
