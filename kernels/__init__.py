@@ -12,9 +12,20 @@ from kernels import clash
 from kernels.explain import available_backends, explain
 from kernels.latent_attention.merge import merge_attention
 from kernels.latent_attention.op import latent_attention
+from kernels.modules import WindowAttention
+from kernels.patch import accelerate, restore
 from kernels.window_attention.op import window_attention
 
-__all__ = ["available_backends", "explain", "latent_attention", "merge_attention", "window_attention"]
+__all__ = [
+    "WindowAttention",
+    "accelerate",
+    "available_backends",
+    "explain",
+    "latent_attention",
+    "merge_attention",
+    "restore",
+    "window_attention",
+]
 
 _HERE = Path(__file__).resolve().parent
 clash.warn_if_installed(_HERE)

@@ -1,0 +1,68 @@
+"""The Swin blocks of timm (checked with 1.0.31)."""
+
+from __future__ import annotations
+
+from typing import Any, ClassVar
+
+import torch
+import torch.nn.functional as F
+from torch import Tensor
+
+from kernels.accelerated.attend import attend, continuous_table
+from kernels.accelerated.base import Accelerated
+
+torch.fx.wrap("attend")  # one call in a graph that is traced before the sizes of maps are known
+BOTH = (
+    "_attn",
+    "window_size",
+    "shift_size",
+    "attn.qkv.weight",
+    "attn.num_heads",
+    "attn.proj",
+    "attn.proj_drop",
+)
+
+
+class SwinBlock(Accelerated):
+    """timm.models.swin_transformer.SwinTransformerBlock on window_attention."""
+
+    needs: ClassVar[tuple[str, ...]] = (
+        *BOTH,
+        "attn.qkv.bias",
+        "attn.scale",
+        "attn.relative_position_bias_table",
+    )
+    dropout_at = "attn.attn_drop.p"
+    skipped = ("attn",)
+    attn: Any
+    window_size: Any
+    shift_size: Any
+
+    def _attn(self, x: Tensor) -> Tensor:
+        if self.takes_library_path():
+            return self.library._attn(self, x)
+        attn = self.attn
+        return self._attend(attn.qkv(x), attn.qkv.bias, attn.relative_position_bias_table, scale=attn.scale)
+
+    def _attend(self, qkv: Tensor, bias: Tensor | None, table: Tensor, **kind: Any) -> Tensor:
+        qkv = qkv.unflatten(-1, (3, self.attn.num_heads, -1))
+        window, shift, backend = self.window_size, self.shift_size, self.window_attention_backend
+        out = attend(qkv, bias, table, window, shift, backend, rolls_first=True, **kind)
+        return self.attn.proj_drop(self.attn.proj(out))
+
+
+class SwinV2Block(SwinBlock):
+    """timm.models.swin_transformer_v2.SwinTransformerV2Block on window_attention."""
+
+    needs = (*BOTH, "attn.q_bias", "attn.k_bias", "attn.v_bias", "attn.logit_scale", "attn.cpb_mlp",
+             "attn.relative_coords_table")  # fmt: skip
+
+    def _attn(self, x: Tensor) -> Tensor:
+        if self.takes_library_path():
+            return self.library._attn(self, x)
+        attn, bias = self.attn, None
+        if attn.q_bias is not None:
+            bias = torch.cat((attn.q_bias, attn.k_bias, attn.v_bias))
+        table = continuous_table(attn.cpb_mlp, attn.relative_coords_table, attn.num_heads)
+        qkv = F.linear(x, attn.qkv.weight, bias)
+        return self._attend(qkv, bias, table, logit_scale=attn.logit_scale.flatten())
