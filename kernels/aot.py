@@ -59,6 +59,7 @@ class AotCase:
 def cases(arch: int) -> list[AotCase]:
     """Every case of every kernel on compute capability `arch` (80, 90). Imports Triton, so it raises ImportError
     where there is none."""
+    from kernels.window_attention import aot as window_aot
     from kernels.window_attention import bias_triton
 
-    return [*bias_triton.aot_cases(arch)]
+    return [*bias_triton.aot_cases(arch), *window_aot.aot_cases(arch)]

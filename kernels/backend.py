@@ -3,6 +3,7 @@
     reference   the definition, written to be read: explicit indices, explicit masks
     eager       plain torch operations, written to be fast
     sdpa        torch.nn.functional.scaled_dot_product_attention does the attention
+    triton      this project's kernels; on CUDA devices, for the functions that have them
 
 `auto` (the default) takes what measured fastest for the call's device, dtype and shape: the rule and the
 figures stand in each function's op.py. A backend that is named runs, or raises BackendError; it is never
@@ -11,18 +12,22 @@ silently replaced.
 
 from __future__ import annotations
 
+import os
 from collections.abc import Mapping
 from dataclasses import dataclass
+from importlib.util import find_spec
 from typing import NamedTuple
+
+import torch
 
 import kernels
 from kernels.clash import check_marker
 
 check_marker(kernels)
 
-BACKENDS = ("reference", "eager", "sdpa")
+BACKENDS = ("reference", "eager", "sdpa", "triton")
 # Known by name, so that asking for one gets a true answer.
-PLANNED = ("triton", "flash_attn")
+PLANNED = ("flash_attn",)
 PLANNED_REASON = "planned; not part of this version"
 
 
@@ -88,3 +93,18 @@ def _refusal(function: str, requested: str, plan: Plan) -> str | None:
         return PLANNED_REASON
     names = ", ".join(map(repr, ("auto", *BACKENDS)))
     raise ValueError(f"{function}: unknown backend {requested!r}; supported: {names}")
+
+
+def triton_refusal(device: torch.device) -> str | None:
+    """Why Triton kernels cannot run on `device`; None where they can. Triton is not imported by a mere question."""
+    if find_spec("triton") is None:
+        return "it needs Triton, which is for Linux: pip install 'triton>=3.6'"
+    if device.type == "cuda":
+        found = torch.cuda.get_device_properties(device)
+        if torch.version.hip is not None or found.major < 8:
+            have = f"{found.name} ({found.major}.{found.minor})"
+            return f"it needs an NVIDIA GPU of compute capability 8.0 or newer, got {have}"
+        return None
+    if device.type == "cpu" and os.environ.get("TRITON_INTERPRET") == "1":
+        return None
+    return f"it runs on CUDA devices, got {device} (TRITON_INTERPRET=1, set before Triton is imported, interprets it)"

@@ -5,7 +5,9 @@ from __future__ import annotations
 from collections.abc import Callable
 from typing import Any
 
-from kernels.backend import BACKENDS, PLANNED, PLANNED_REASON, Choice
+import torch
+
+from kernels.backend import BACKENDS, PLANNED, PLANNED_REASON, Choice, triton_refusal
 from kernels.latent_attention import op as latent
 from kernels.window_attention import op as window
 
@@ -33,5 +35,11 @@ def explain(fn: Callable[..., Any], *args: Any, **kwargs: Any) -> Choice:
 
 def available_backends() -> dict[str, dict[str, str | None]]:
     """function -> backend -> None where it can run on this machine, else why it cannot."""
+    device = torch.device("cuda" if torch.cuda.is_available() else "cpu")
+    of_window = {"triton": triton_refusal(device)}
+    of_latent = {"triton": PLANNED_REASON}
     backends = dict.fromkeys(BACKENDS) | dict.fromkeys(PLANNED, PLANNED_REASON)
-    return {fn.__name__: dict(backends) for fn in EXPLAINERS}
+    return {
+        window.NAME: backends | of_window,
+        latent.NAME: backends | of_latent,
+    }

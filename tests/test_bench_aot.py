@@ -7,7 +7,7 @@ import importlib
 import json
 import os
 import sys
-from collections.abc import Callable
+from collections.abc import Callable, Iterable
 from pathlib import Path
 from typing import Any
 
@@ -34,8 +34,13 @@ ARCHS = (80, 90)
 # ---- the project's kernels
 
 
-def test_every_kernel_passes(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
-    """And the JSON has what a later reader wants to know."""
+def test_kernels_pass(
+    tmp_path: Path, capsys: pytest.CaptureFixture[str], monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """A sample that has every kernel: all of them take minutes, and `make aot` in CI has them. The JSON has what a later
+    reader wants to know."""
+    chosen = {arch: sample(aot.cases(arch)) for arch in ARCHS}
+    monkeypatch.setattr(aot, "cases", chosen.__getitem__)
     assert tool.main(["--json", str(tmp_path / "aot.json")]) == 0
     written = capsys.readouterr().out
     record = json.loads((tmp_path / "aot.json").read_text(encoding="utf-8"))
@@ -48,6 +53,14 @@ def test_every_kernel_passes(tmp_path: Path, capsys: pytest.CaptureFixture[str])
         assert 16 <= row["figures"]["registers"] <= 255 and row["figures"]["instructions"] > 50
         assert f"{row['kernel']}" in written and row["config"] in written
     assert f"{len(record['rows'])} of {len(record['rows'])} pass" in written
+
+
+def sample(cases: list[aot.AotCase], each: int = 12) -> list[aot.AotCase]:
+    """Of each kernel every `each`-th case."""
+    found: dict[str, list[aot.AotCase]] = {}
+    for case in cases:
+        found.setdefault(case.name, []).append(case)
+    return [case for some in found.values() for case in some[::each]]
 
 
 def test_every_kernel_is_listed() -> None:
@@ -64,22 +77,14 @@ def test_every_kernel_is_listed() -> None:
         assert {case.name for case in aot.cases(arch)} == kernels
 
 
-@pytest.mark.parametrize("arch", ARCHS)
-def test_launches_have_the_forms_that_are_listed(arch: int, monkeypatch: pytest.MonkeyPatch) -> None:
-    """What Triton would compile for real arguments: types, constants, what is a multiple of 16, options."""
+def launches(arch: int, monkeypatch: pytest.MonkeyPatch, launch: Callable[[], None]) -> set[Any]:
+    """What Triton would compile while `launch` runs: types, constants, what is a multiple of 16, options."""
     from triton.backends.compiler import GPUTarget
     from triton.compiler import make_backend
     from triton.runtime.jit import JITFunction, create_function_from_signature
 
     backend = make_backend(GPUTarget("cuda", arch, 32))
     launched: set[Any] = set()
-
-    def form(name: str, types: Any, constants: Any, divisible: Any, options: Any) -> Any:
-        return (
-            name,
-            *(frozenset(part.items()) for part in (types, constants, options)),
-            frozenset(divisible),
-        )
 
     def record(kernel: Any, *args: Any, grid: Any, warmup: bool, **kwargs: Any) -> None:
         assert all(0 < size < 2**16 for size in grid[1:])
@@ -92,6 +97,29 @@ def test_launches_have_the_forms_that_are_listed(arch: int, monkeypatch: pytest.
         launched.add(form(kernel.__name__, types, constants, divisible, options))
 
     monkeypatch.setattr(JITFunction, "run", record)
+    launch()
+    return launched
+
+
+def form(name: str, types: Any, constants: Any, divisible: Any, options: Any) -> Any:
+    """Hashable."""
+    return name, *(frozenset(part.items()) for part in (types, constants, options)), frozenset(divisible)
+
+
+def listed(cases: Iterable[aot.AotCase]) -> set[Any]:
+    return {
+        form(
+            case.name,
+            case.signature,
+            case.constants,
+            case.divisible,
+            {"num_warps": case.num_warps, "num_stages": case.num_stages, **case.options},
+        )
+        for case in cases
+    }
+
+
+def launch_bias_kernels() -> None:
     for wy, wx in ((1, 1), (1, 16), (2, 3), (4, 4), (7, 7), (7, 9), (12, 12), (13, 14), (28, 28)):
         for padded in (wy * wx, wy * wx + 3, -(-wy * wx // 16) * 16):
             for heads in (1, 3, 16):
@@ -103,17 +131,41 @@ def test_launches_have_the_forms_that_are_listed(arch: int, monkeypatch: pytest.
                 partials = torch.zeros(groups * padded**2 + 1)
                 for some in (partials[:-1], partials[1:]):
                     bias_triton.table_grad(some.view(groups, 1, padded, padded), wy, wx, 1.0)
-    listed = {
-        form(
-            case.name,
-            case.signature,
-            case.constants,
-            case.divisible,
-            {"num_warps": case.num_warps, "num_stages": case.num_stages, **case.options},
-        )
-        for case in aot.cases(arch)
-    }
-    assert launched == listed
+
+
+@pytest.mark.parametrize("arch", ARCHS)
+def test_bias_launches_are_the_listed_ones(arch: int, monkeypatch: pytest.MonkeyPatch) -> None:
+    assert launches(arch, monkeypatch, launch_bias_kernels) == listed(bias_triton.aot_cases(arch))
+
+
+@pytest.mark.parametrize("arch", ARCHS)
+def test_window_launches_are_the_listed_ones(arch: int, monkeypatch: pytest.MonkeyPatch) -> None:
+    """Forward and backward of every form, with a map that is padded where it can be."""
+    from kernels.window_attention import aot as window_aot
+    from kernels.window_attention import launch, triton_ops
+
+    monkeypatch.setattr(launch, "_processor", lambda device: (arch, 108))
+    monkeypatch.setattr(
+        triton_ops,
+        "expand_bias_table",
+        lambda table, window, padded, multiplier: torch.zeros(3, padded, padded),
+    )
+    monkeypatch.setattr(triton_ops, "bias_table_grad", lambda partials, window: torch.zeros(window[0], 3))
+    dtypes = {"bf16": torch.bfloat16, "fp16": torch.float16, "fp32": torch.float32}
+    lines = {16: (2, 8), 32: (4, 8), 49: (7, 7), 81: (9, 9), 196: (14, 14), 256: (16, 16)}
+
+    def launch_all() -> None:
+        for dtype, form in window_aot.forms(arch):
+            wy, wx = lines[form.slots]
+            qkv = torch.zeros(2, wy + 1, 2 * wx, 3, 3, form.head_dim, dtype=dtypes[dtype])
+            numbers = (wy, wx, 1, 0, 0.5)
+            scale = torch.zeros(3) if form.cosine else None
+            pads = torch.zeros(7, 3, form.head_dim).to(qkv)[1:3] if form.pads_are_keys else None
+            bias = torch.zeros(wy, 3)
+            out, lse = triton_ops._forward(qkv, bias, scale, pads, *numbers, True)
+            triton_ops._backward(torch.zeros_like(out), qkv, out, lse, bias, scale, pads, *numbers, True)
+
+    assert launches(arch, monkeypatch, launch_all) == listed(window_aot.aot_cases(arch))
 
 
 # ---- planted kernels

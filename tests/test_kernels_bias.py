@@ -1,24 +1,17 @@
-"""The Triton kernels of the relative position bias, in Triton's interpreter and, where there is one, on a GPU.
-
-Whether Triton interprets is decided when it is imported, so what needs the interpreter runs in a process of its own.
-bfloat16 is exact on a GPU only: the interpreter truncates where it should round.
-"""
+"""The Triton kernels of the relative position bias; see interpreter.py for where they run."""
 
 from __future__ import annotations
 
-import functools
 import math
 import os
 import subprocess
 import sys
-from collections.abc import Callable, Iterator
-from concurrent.futures import ProcessPoolExecutor
-from multiprocessing import get_context
 from pathlib import Path
-from typing import Any
 
 import pytest
 import torch
+from interpreter import interpreter as interpreter
+from interpreter import on_each_device
 from torch import Tensor
 
 from kernels.backend import BackendError
@@ -26,6 +19,7 @@ from kernels.window_attention.bias import DTYPES, bias_table_grad, expand_bias_t
 from kernels.window_attention.reference import expand_bias
 
 pytest.importorskip("triton", reason="needs Triton, which is for Linux: pip install 'triton>=3.6'")
+pytestmark = pytest.mark.usefixtures("interpreter")
 
 ROOT = Path(__file__).resolve().parent.parent
 LOG2E = math.log2(math.e)
@@ -45,54 +39,6 @@ SIZES = [
 by_size = pytest.mark.parametrize(
     ("window", "padded"), SIZES, ids=lambda value: str(value).strip("()").replace(", ", "x")
 )
-
-# ---- where the tests run
-
-worker: ProcessPoolExecutor
-
-
-@pytest.fixture(autouse=True, scope="module")
-def interpreter() -> Iterator[None]:
-    """A process in which Triton interprets."""
-    global worker
-    with pytest.MonkeyPatch.context() as patch, ProcessPoolExecutor(1, get_context("spawn")) as worker:
-        patch.setenv("TRITON_INTERPRET", "1")
-        worker.submit(os.getpid).result()  # it takes the environment as it starts
-        patch.undo()
-        yield
-
-
-def on_each_device(test: Callable[..., None]) -> Any:
-    """Run `test(device=...)` in the interpreter's process with "cpu", and here with "cuda"."""
-
-    @functools.wraps(test)
-    def run(device: str, **arguments: Any) -> None:
-        if device == "cuda":
-            call(test.__name__, device, arguments)
-        elif message := worker.submit(call, test.__name__, device, arguments).result():
-            pytest.skip(message)
-
-    no_gpu = pytest.mark.skipif(not torch.cuda.is_available(), reason="needs a CUDA device")
-    devices = ["cpu", pytest.param("cuda", marks=[pytest.mark.gpu, no_gpu])]
-    return pytest.mark.parametrize("device", devices, ids=["interpreter", "cuda"])(run)
-
-
-def call(name: str, device: str, arguments: dict[str, Any]) -> str:
-    """The test itself, with torch.empty giving NaN; why not, where it cannot run."""
-    import numpy
-    import triton
-
-    old = tuple(map(int, triton.__version__.split(".")[:2])) < (3, 7)
-    if device == "cpu" and old and tuple(map(int, numpy.__version__.split(".")[:2])) >= (2, 4):
-        return "the interpreter of Triton 3.6 cannot loop under NumPy 2.4: install numpy<2.4, or Triton 3.7"
-    torch.manual_seed(0)
-    os.environ.setdefault("CUBLAS_WORKSPACE_CONFIG", ":4096:8")  # without it, deterministic products raise
-    torch.use_deterministic_algorithms(True)
-    try:
-        globals()[name].__wrapped__(device=device, **arguments)
-    finally:
-        torch.use_deterministic_algorithms(False)
-    return ""
 
 
 def integers(*shape: int, device: str) -> Tensor:

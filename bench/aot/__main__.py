@@ -12,11 +12,13 @@ import dataclasses
 import datetime
 import importlib
 import json
+import os
 import platform
 import re
 import subprocess
 import sys
 import time
+from concurrent.futures import ThreadPoolExecutor
 from pathlib import Path
 from types import ModuleType
 from typing import Any
@@ -53,7 +55,8 @@ def main(arguments: list[str] | None = None) -> int:
     except CannotRun as error:
         print(f"python -m bench.aot: {error}", file=sys.stderr)
         return 2
-    rows = [examine.examine(case, arch) for case, arch in chosen]
+    with ThreadPoolExecutor(os.cpu_count()) as pool:  # the compilers work outside Python
+        rows = list(pool.map(lambda pair: examine.examine(*pair), chosen))
     passed = all(not row.failures for row in rows)
     if options.json is not None:
         record = {

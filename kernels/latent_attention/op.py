@@ -8,10 +8,11 @@ import torch
 from torch import Tensor
 
 from kernels.autocast import autocast_dtype
-from kernels.backend import Choice, Plan, describe, resolve
+from kernels.backend import PLANNED_REASON, Choice, Plan, describe, resolve
 from kernels.latent_attention import eager, reference, sdpa
 from kernels.latent_attention.dropout import seed_tensor
 from kernels.latent_attention.packing import unpack_keys
+from kernels.vmap import refuse_vmap
 
 NAME = "latent_attention"
 FEW_KEYS = 16
@@ -84,6 +85,7 @@ def latent_attention(
     Raises TypeError (dtypes), ValueError (shapes, values), BackendError (a named backend that cannot run the
     call).
     """
+    refuse_vmap(NAME, q)
     low = autocast_dtype(q)
     if low is not None:
         q, k, v = q.to(low), k.to(low), v.to(low)
@@ -126,6 +128,7 @@ def explain(
 def plan(q: Tensor, k: Tensor, dropout_p: float, return_lse: bool) -> Plan:
     """What auto takes for this call, and what sdpa cannot do. The figures behind it are in
     kernels/README.md."""
+    refusals = {"triton": PLANNED_REASON}
     reasons = []
     if return_lse:
         reasons.append("torch's attention returns no log-sum-exp (return_lse=True)")
@@ -134,12 +137,14 @@ def plan(q: Tensor, k: Tensor, dropout_p: float, return_lse: bool) -> Plan:
     if k.shape[-3] == 0:
         reasons.append("there are no keys")
     if reasons:
-        return Plan("eager", "the fastest that can", {"sdpa": "; ".join(reasons)})
+        return Plan("eager", "the fastest that can", refusals | {"sdpa": "; ".join(reasons)})
     if q.device.type != "cpu":
-        return Plan("sdpa", f"torch's fused attention; not measured on {q.device.type} yet", {})
+        return Plan("sdpa", f"torch's fused attention; not measured on {q.device.type} yet", refusals)
     if q.shape[1] > 1 and k.shape[-3] <= FEW_KEYS:
-        return Plan("eager", f"measured faster on CPUs for several queries and up to {FEW_KEYS} keys", {})
-    return Plan("sdpa", f"measured faster on CPUs for one query and for more than {FEW_KEYS} keys", {})
+        return Plan(
+            "eager", f"measured faster on CPUs for several queries and up to {FEW_KEYS} keys", refusals
+        )
+    return Plan("sdpa", f"measured faster on CPUs for one query and for more than {FEW_KEYS} keys", refusals)
 
 
 def _run(

@@ -3,9 +3,9 @@
     expand_bias_table   table [(2wy-1)(2wx-1), h] -> bias [h, Np, Np], padded, scaled and in any of three dtypes
     bias_table_grad     partial gradients of the bias [G, h, Np, Np] -> gradient of the table
 
-Both run on Triton (bias_triton.py), on a GPU or in Triton's interpreter, and no backend uses them yet. NO GPU HAS RUN
-THEM: their numbers were checked in the interpreter only, their machine code by `python -m bench.aot`. The meaning is
-`expand_bias` of reference.py. Triton is imported at the first call, so that importing this file needs none.
+Both run on Triton (bias_triton.py), on a GPU or in Triton's interpreter. NO GPU HAS RUN THEM: their numbers were checked
+in the interpreter only, their machine code by `python -m bench.aot`. The meaning is `expand_bias` of reference.py. Triton
+is imported at the first call, so that importing this file needs none.
 """
 
 from __future__ import annotations

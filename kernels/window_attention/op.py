@@ -9,7 +9,8 @@ from torch import Tensor
 
 from kernels.autocast import autocast_dtype
 from kernels.backend import Choice, Plan, describe, resolve
-from kernels.window_attention import eager, reference, sdpa
+from kernels.vmap import refuse_vmap
+from kernels.window_attention import eager, reference, sdpa, triton_ops
 from kernels.window_attention.geometry import Grid
 
 NAME = "window_attention"
@@ -18,6 +19,7 @@ BACKEND_FUNCTIONS = {
     "reference": reference.window_attention,
     "eager": eager.window_attention,
     "sdpa": sdpa.window_attention,
+    "triton": triton_ops.window_attention,
 }
 
 
@@ -46,7 +48,7 @@ def window_attention(
     must be None. pad_kv: [2, h, d], key and value of the padding, which then takes part as in timm and
         torchvision, where the padded input went through the qkv layer: pass its key and value bias. Default:
         padding is masked, so that the result does not depend on how far a map happens to be padded.
-    backend: "auto", "reference", "eager" or "sdpa"; `kernels.explain` tells what auto takes.
+    backend: "auto", "reference", "eager", "sdpa" or "triton"; `kernels.explain` tells what auto takes.
 
     Returns [B, H, W, h * d] in qkv's dtype. Gradients: qkv, bias, logit_scale, pad_kv. Those three may be
     float32 beside half-precision qkv. Under autocast a float32 qkv is cast to autocast's dtype, as torch's
@@ -54,6 +56,7 @@ def window_attention(
     Raises TypeError (dtypes), ValueError (shapes, values), BackendError (a named backend that cannot run the
     call).
     """
+    refuse_vmap(NAME, qkv)
     low = autocast_dtype(qkv)
     if low is not None:
         qkv = qkv.to(low)
@@ -86,9 +89,14 @@ def explain(
 
 def plan(qkv: Tensor) -> Plan:
     """What auto takes for this call. The figures behind it are in kernels/README.md."""
+    why = triton_ops.refusal(qkv)
+    refusals = {} if why is None else {"triton": why}
     if qkv.device.type == "cpu":
-        return Plan("eager", "measured faster on CPUs at every shape that was tried", {})
-    return Plan("sdpa", f"torch's fused attention; not measured on {qkv.device.type} yet", {})
+        return Plan("eager", "measured faster on CPUs at every shape that was tried", refusals)
+    reason = f"torch's fused attention; not measured on {qkv.device.type} yet"
+    if why is None:
+        reason += ", where no kernel of ours has run: ask for triton by name"
+    return Plan("sdpa", reason, refusals)
 
 
 def _check(

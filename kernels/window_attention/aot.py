@@ -1,0 +1,128 @@
+"""Every form in which window attention's Triton kernels can be launched, with what its machine code must be like.
+
+A form is what `launch.Form` says, so the list follows the launchers: `launched` repeats their choices without tensors,
+and a test compares it with what they really launch. Importing this file imports Triton.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Iterator
+from itertools import product
+from typing import Any
+
+from kernels.aot import AotCase, Expects
+from kernels.window_attention.backward import (
+    bias_grad_kernel,
+    key_grad_kernel,
+    query_grad_kernel,
+    whole_backward_kernel,
+)
+from kernels.window_attention.forward import tiled_forward_kernel, whole_forward_kernel
+from kernels.window_attention.launch import Config, Form, configure, constants, fused_config
+
+DATA = {
+    "qkv",
+    "grad_out",
+    "out",
+    "pad_kv",
+    "grad_qkv",
+}  # pointers to the call's dtype; all others are to fp32
+
+HEAD_DIMS = (16, 32, 64, 128)
+
+
+def forms(arch: int) -> Iterator[tuple[str, Form]]:
+    """Each dtype with the forms that are compiled for it: every configuration, with the constants that need most.
+
+    N = 49 is one tile of 64, N = 196 three steps of 64 and a tail of 16. The other sizes, other tiles or tails of the
+    same code, and fp16, which differs from bf16 in a conversion, are there for a few head_dims.
+    """
+    both = (False, True)
+    for slots, head_dim, cosine, pads in product((49, 196), HEAD_DIMS, both, both):
+        yield "bf16", Form(slots, head_dim, True, cosine, pads, arch)
+    for slots, head_dim in product((16, 32, 81, 256), (16, 64)):
+        yield "bf16", Form(slots, head_dim, True, False, False, arch)
+    for slots, cosine in product((49, 196), both):
+        yield "fp16", Form(slots, 32, True, cosine, False, arch)
+    for slots, head_dim in product((16, 49), (32, 64, 128)):
+        yield "fp32", Form(slots, head_dim, False, True, False, arch)
+
+
+def aot_cases(arch: int) -> list[AotCase]:
+    """The cases, each once: forms share kernels."""
+    cases = {case.name + case.config: case for dtype, form in forms(arch) for case in launched(dtype, form)}
+    return list(cases.values())
+
+
+def launched(dtype: str, form: Form) -> Iterator[AotCase]:
+    """What one call in training launches. In inference, KEEP_LSE is off: less of the same code."""
+    common, fused = constants(form), fused_config(form) if form.whole else None
+    forward = configure("forward", form)
+    keep_lse = fused is None
+    if form.whole:
+        about = {"BLOCK": form.padded, "KEEP_LSE": keep_lse, **common}
+        yield _case(whole_forward_kernel, dtype, form, forward, about)
+    else:
+        about = _tiles(forward) | {"TAIL": form.padded % forward.keys, "KEEP_LSE": keep_lse, **common}
+        yield _case(tiled_forward_kernel, dtype, form, forward, about)
+    if fused is not None:
+        about = {"BLOCK": form.padded, "BIAS_GRAD": True, "LATE": fused.late, **common}
+        yield _case(whole_backward_kernel, dtype, form, fused, about)
+        return
+    for name, kernel in (
+        ("queries", query_grad_kernel),
+        ("keys", key_grad_kernel),
+        ("bias", bias_grad_kernel),
+    ):
+        config = configure(name, form)  # type: ignore[arg-type]
+        yield _case(kernel, dtype, form, config, _tiles(config) | common)
+
+
+def _tiles(config: Config) -> dict[str, int]:
+    return {"BLOCK_Q": config.queries, "BLOCK_K": config.keys}
+
+
+def _case(kernel: Any, dtype: str, form: Form, config: Config, about: dict[str, Any]) -> AotCase:
+    numbers = {
+        parameter.name: parameter.annotation_type
+        for parameter in kernel.params
+        if parameter.name not in about
+    }
+    pointers = {name for name, kind in numbers.items() if kind == "tensor" or not kind}
+    types = {name: f"*{dtype}" if name in DATA else "*fp32" for name in pointers}
+    wide = (
+        form.arch == 90 and _rows(kernel, about) >= 64
+    )  # sm_90's own instruction takes 64 rows of four warps
+    # A copy of 16 bytes by every thread takes a tile of this size; pads pass through registers.
+    copied = _columns(kernel, about) * form.block_d * 2 >= 16 * 32 * config.num_warps
+    spills = not form.half and form.block_d > 64 and kernel is query_grad_kernel
+    expects = Expects(
+        "tensor-core products of tiles" if form.half else "products of tiles in true fp32, unrolled",
+        tensor_cores=("HGMMA" if wide else "HMMA") if form.half else None,
+        async_copies=form.half and config.num_stages > 1 and copied and not form.pads_are_keys,
+        max_stack_bytes=32 if spills else 0,
+        max_local_accesses=16 if spills else 0,
+    )
+    what = ["cosine" if form.cosine else "dot", *(["pads"] if form.pads_are_keys else [])]
+    flags = [name.lower() for name in ("KEEP_LSE", "BIAS_GRAD", "LATE") if about.get(name)]
+    sizes = [f"{key.lower()} {about[key]}" for key in ("BLOCK", "BLOCK_Q", "BLOCK_K", "TAIL") if key in about]
+    return AotCase(
+        kernel=kernel,
+        config=", ".join([f"{dtype} D {form.head_dim}", *what, *sizes, *flags]),
+        signature=numbers | types,
+        constants=about,
+        divisible=frozenset(pointers - {"pad_kv"}) | ({"bias_stride", "padded"} & numbers.keys()),
+        num_warps=config.num_warps,
+        num_stages=config.num_stages,
+        expects=expects,
+    )
+
+
+def _rows(kernel: Any, about: dict[str, Any]) -> int:
+    """Of the tile of logits."""
+    return int(about.get("BLOCK") or about["BLOCK_K" if kernel is key_grad_kernel else "BLOCK_Q"])
+
+
+def _columns(kernel: Any, about: dict[str, Any]) -> int:
+    """Of the tile of logits: so many tokens are loaded at each step."""
+    return int(about.get("BLOCK") or about["BLOCK_Q" if kernel is key_grad_kernel else "BLOCK_K"])

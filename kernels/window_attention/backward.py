@@ -1,0 +1,565 @@
+"""Window attention, backward, in Triton: each kernel beside its launcher. Nothing is added atomically.
+
+    whole_backward_kernel   a window fits in one tile: recompute its logits, then all gradients at once; the bias gradient
+                            grows in registers while the program walks over windows, and is stored once per program
+
+and for larger windows three kernels, as in FlashAttention-2 (arXiv:2307.08691), each with what it owns in registers:
+
+    query_grad_kernel       dq, and delta = sum(dout * out), for a tile of queries, over all keys
+    key_grad_kernel         dk and dv for a tile of keys, over all queries
+    bias_grad_kernel        one tile of the bias gradient, over windows
+
+Every partial sum has a place of its own (a group's, a tile's), and torch or bias_triton.py adds them in a fixed order.
+With P = softmax(L), O = P V and L = m Q K^T + bias: dV = P^T dO, dL = P * (dO V^T - delta), dQ = m dL K, dK = m dL^T Q.
+For cosine attention Q and K stand for q / |q| and k / |k|, and the gradient continues through x / |x|.
+
+tiles.py has the legend, launch.py the choice. Importing this file imports Triton. NO GPU HAS RUN IT YET.
+"""
+
+from __future__ import annotations
+
+from typing import NamedTuple
+
+import torch
+import triton
+import triton.language as tl
+from torch import Tensor
+
+from kernels.window_attention.launch import Call, bias_stride, configure, fused_config
+from kernels.window_attention.tiles import (
+    LN_2,
+    SIZES,
+    corner_of,
+    inverse_norm,
+    load_rows,
+    locate,
+    product,
+    regions,
+    store_rows,
+    windows_before,
+    windows_of,
+    with_pads,
+)
+
+
+class Gradients(NamedTuple):
+    """What the launchers return; bias, multiplier and pads are partial sums, None where nobody asked."""
+
+    qkv: Tensor  # [B, H, W, 3, h, D]
+    bias: Tensor | None  # [G, h, Np, Np] fp32: of the bias itself, without log2 e
+    multiplier: Tensor | None  # [G, h] fp32: of the logarithm of the multiplier
+    pads: Tensor | None  # [G, 2, h, D] fp32
+
+
+@triton.jit
+def grad_of_unit(grad, rows, norm, multiplier):
+    """From the gradient to rows / |rows| (times multiplier) to that of rows, and sum(grad * unit rows) of each row.
+
+    norm is 1 / |row|. With u the unit row, d row = multiplier * norm * (g - u <u, g>).
+    """
+    along = tl.sum(grad * rows, 1) * norm * multiplier
+    return grad * (norm * multiplier)[:, None] - rows * (along * norm * norm)[:, None], along
+
+
+@triton.jit(do_not_specialize=SIZES, do_not_specialize_on_alignment=["pad_kv"])
+def whole_backward_kernel(
+    grad_out: tl.tensor,  # [B, H, W, h, D]
+    qkv: tl.tensor,  # [B, H, W, 3, h, D]
+    bias: tl.tensor,  # [h, BLOCK, BLOCK] fp32, times log2 e, -inf for keys from N on
+    multiplier: tl.tensor,  # [h] fp32: COSINE's multiplier, times log2 e
+    pad_kv: tl.tensor,  # [2, h, D]
+    grad_qkv: tl.tensor,  # [B, H, W, 3, h, D]
+    grad_bias: tl.tensor,  # [G, h, BLOCK, BLOCK] fp32
+    grad_multiplier: tl.tensor,  # [G, h] fp32
+    grad_pads: tl.tensor,  # [G, 2, h, D] fp32
+    batch: tl.int32,
+    height: tl.int32,
+    width: tl.int32,
+    rows: tl.int32,
+    columns: tl.int32,
+    wy: tl.int32,
+    wx: tl.int32,
+    sy: tl.int32,
+    sx: tl.int32,
+    heads: tl.int32,
+    bias_stride: tl.int32,
+    scale: tl.float32,  # times log2 e
+    group_size: tl.int32,
+    BLOCK: tl.constexpr,
+    HEAD_DIM: tl.constexpr,
+    BLOCK_D: tl.constexpr,
+    COSINE: tl.constexpr,
+    PADS_ARE_KEYS: tl.constexpr,
+    BIAS_GRAD: tl.constexpr,
+    LATE: tl.constexpr,  # store gradients at the end of a window's turn, not as they are produced
+) -> None:
+    """The windows of one group, for one head. Grid: groups * h, head fastest."""
+    head = tl.program_id(0) % heads
+    group = tl.program_id(0) // heads
+    first, last, at_bottom, at_right, down, across = windows_of(group, group_size, batch, rows, columns)
+    n = tl.arange(0, BLOCK)
+    query_region, key_region = regions(
+        n, at_bottom, at_right, height, width, rows, columns, wy, wx, sy, sx, PADS_ARE_KEYS
+    )
+    hidden = query_region[:, None] != key_region[None, :]
+    bias_tile = tl.load(bias + head * bias_stride + n[:, None] * BLOCK + n[None, :])
+    bias_tile = tl.where(hidden, float("-inf"), bias_tile)
+    if COSINE:
+        scale = tl.load(multiplier + head)
+    natural = scale * LN_2  # without log2 e
+
+    bias_acc = tl.zeros([BLOCK, BLOCK], tl.float32)
+    multiplier_acc = tl.zeros([BLOCK], tl.float32)
+    pad_k_acc = tl.zeros([BLOCK_D], tl.float32)
+    pad_v_acc = tl.zeros([BLOCK_D], tl.float32)
+    token_stride = 3 * heads * HEAD_DIM
+    for window in range(first, last):
+        sample, top, left = corner_of(window, at_bottom, at_right, down, across, rows, columns, wy, wx)
+        token, real = locate(n, top, left, height, width, wy, wx, sy, sx)
+        plane = sample.to(tl.int64) * (height * width)
+        q_start = qkv + plane * token_stride + head * HEAD_DIM
+        q = load_rows(q_start, token, token_stride, real, HEAD_DIM, BLOCK_D)
+        k = load_rows(q_start + heads * HEAD_DIM, token, token_stride, real, HEAD_DIM, BLOCK_D)
+        v = load_rows(q_start + 2 * heads * HEAD_DIM, token, token_stride, real, HEAD_DIM, BLOCK_D)
+        out_start = grad_out + plane * (heads * HEAD_DIM) + head * HEAD_DIM
+        d_out = load_rows(out_start, token, heads * HEAD_DIM, real, HEAD_DIM, BLOCK_D)
+        if PADS_ARE_KEYS:
+            k = with_pads(k, pad_kv + head * HEAD_DIM, n, wy * wx, real, HEAD_DIM, BLOCK_D)
+            v = with_pads(v, pad_kv + (heads + head) * HEAD_DIM, n, wy * wx, real, HEAD_DIM, BLOCK_D)
+
+        logits = product(q, tl.trans(k))
+        if COSINE:
+            q_norm, k_norm = inverse_norm(q), inverse_norm(k)
+            logits = logits * q_norm[:, None] * k_norm[None, :]
+        logits = logits * scale + bias_tile
+        largest = tl.max(logits, 1)
+        largest = tl.where(largest == float("-inf"), 0.0, largest)
+        weights = tl.exp2(logits - largest[:, None])
+        total = tl.sum(weights, 1)
+        weights = weights * (1.0 / tl.where(total == 0.0, 1.0, total))[:, None]
+
+        d_start = grad_qkv + plane * token_stride + head * HEAD_DIM
+        d_v = product(tl.trans(weights.to(d_out.dtype)), d_out)
+        if not LATE:
+            store_rows(d_start + 2 * heads * HEAD_DIM, token, token_stride, real, d_v, HEAD_DIM, BLOCK_D)
+        d_weights = product(d_out, tl.trans(v))
+        delta = tl.sum(weights * d_weights, 1)
+        d_logits = weights * (d_weights - delta[:, None])
+        if BIAS_GRAD:
+            bias_acc += d_logits
+
+        low = d_logits.to(q.dtype)
+        if COSINE:
+            d_q, along = grad_of_unit(product(low, (k * k_norm[:, None]).to(k.dtype)), q, q_norm, natural)
+            multiplier_acc += along
+        else:
+            d_q = product(low, k) * natural
+        if not LATE:
+            store_rows(d_start, token, token_stride, real, d_q, HEAD_DIM, BLOCK_D)
+        if COSINE:
+            d_k, _ = grad_of_unit(
+                product(tl.trans(low), (q * q_norm[:, None]).to(q.dtype)), k, k_norm, natural
+            )
+        else:
+            d_k = product(tl.trans(low), q) * natural
+        store_rows(d_start + heads * HEAD_DIM, token, token_stride, real, d_k, HEAD_DIM, BLOCK_D)
+        if LATE:
+            store_rows(d_start + 2 * heads * HEAD_DIM, token, token_stride, real, d_v, HEAD_DIM, BLOCK_D)
+            store_rows(d_start, token, token_stride, real, d_q, HEAD_DIM, BLOCK_D)
+        if PADS_ARE_KEYS:
+            pad = ((n < wy * wx) & ~real)[:, None]
+            pad_k_acc += tl.sum(tl.where(pad, d_k, 0.0), 0)
+            pad_v_acc += tl.sum(tl.where(pad, d_v, 0.0), 0)
+
+    place = group * heads + head
+    if BIAS_GRAD:
+        grad_start = grad_bias + place.to(tl.int64) * (BLOCK * BLOCK)
+        tl.store(grad_start + n[:, None] * BLOCK + n[None, :], bias_acc)
+    if COSINE:
+        tl.store(grad_multiplier + place, tl.sum(multiplier_acc, 0))
+    if PADS_ARE_KEYS:
+        d = tl.arange(0, BLOCK_D)
+        k_start = grad_pads + (group * 2 * heads + head) * HEAD_DIM
+        tl.store(k_start + d, pad_k_acc, mask=d < HEAD_DIM)
+        tl.store(k_start + heads * HEAD_DIM + d, pad_v_acc, mask=d < HEAD_DIM)
+
+
+@triton.jit(do_not_specialize=SIZES, do_not_specialize_on_alignment=["pad_kv"])
+def query_grad_kernel(
+    grad_out: tl.tensor,  # [B, H, W, h, D]
+    qkv: tl.tensor,  # [B, H, W, 3, h, D]
+    out: tl.tensor,  # [B, H, W, h, D]
+    bias: tl.tensor,  # [h, Np, Np] fp32, times log2 e, -inf for keys from N on
+    multiplier: tl.tensor,  # [h] fp32, times log2 e
+    pad_kv: tl.tensor,  # [2, h, D]
+    lse: tl.tensor,  # [windows, h, N] fp32, base 2
+    delta: tl.tensor,  # [windows, h, N] fp32, written
+    grad_qkv: tl.tensor,  # [B, H, W, 3, h, D], dq is written
+    grad_multiplier: tl.tensor,  # [windows * tiles, h] fp32
+    batch: tl.int32,
+    height: tl.int32,
+    width: tl.int32,
+    rows: tl.int32,
+    columns: tl.int32,
+    wy: tl.int32,
+    wx: tl.int32,
+    sy: tl.int32,
+    sx: tl.int32,
+    heads: tl.int32,
+    bias_stride: tl.int32,
+    padded: tl.int32,
+    scale: tl.float32,
+    BLOCK_Q: tl.constexpr,
+    BLOCK_K: tl.constexpr,
+    HEAD_DIM: tl.constexpr,
+    BLOCK_D: tl.constexpr,
+    COSINE: tl.constexpr,
+    PADS_ARE_KEYS: tl.constexpr,
+) -> None:
+    """BLOCK_Q queries of one window, for one head. Grid: windows * tiles * h, head fastest, then tile."""
+    head = tl.program_id(0) % heads
+    slots = wy * wx
+    tile = tl.program_id(0) // heads % tl.cdiv(slots, BLOCK_Q)
+    group = tl.program_id(0) // (heads * tl.cdiv(slots, BLOCK_Q))
+    window, _, at_bottom, at_right, down, across = windows_of(group, 1, batch, rows, columns)
+    sample, top, left = corner_of(window, at_bottom, at_right, down, across, rows, columns, wy, wx)
+    plane = sample.to(tl.int64) * (height * width)
+    token_stride = 3 * heads * HEAD_DIM
+    q_start = qkv + plane * token_stride + head * HEAD_DIM
+    bias_start = bias + head.to(tl.int64) * bias_stride
+    if COSINE:
+        scale = tl.load(multiplier + head)
+
+    qn = tile * BLOCK_Q + tl.arange(0, BLOCK_Q)
+    q_token, q_real = locate(qn, top, left, height, width, wy, wx, sy, sx)
+    q_region, _ = regions(
+        qn, at_bottom, at_right, height, width, rows, columns, wy, wx, sy, sx, PADS_ARE_KEYS
+    )
+    q = load_rows(q_start, q_token, token_stride, q_real, HEAD_DIM, BLOCK_D)
+    q_norm = inverse_norm(q)
+    place = plane * (heads * HEAD_DIM) + head * HEAD_DIM
+    d_out = load_rows(grad_out + place, q_token, heads * HEAD_DIM, q_real, HEAD_DIM, BLOCK_D)
+    result = load_rows(out + place, q_token, heads * HEAD_DIM, q_real, HEAD_DIM, BLOCK_D)
+    q_delta = tl.sum(d_out.to(tl.float32) * result.to(tl.float32), 1)
+    line = (group.to(tl.int64) * heads + head) * slots
+    tl.store(delta + line + qn, q_delta, mask=q_real)
+    q_lse = tl.load(lse + line + qn, mask=q_real, other=0.0)
+
+    acc = tl.zeros([BLOCK_Q, BLOCK_D], tl.float32)
+    for start in range(0, slots, BLOCK_K):
+        kn = start + tl.arange(0, BLOCK_K)
+        token, real = locate(kn, top, left, height, width, wy, wx, sy, sx)
+        k = load_rows(q_start + heads * HEAD_DIM, token, token_stride, real, HEAD_DIM, BLOCK_D)
+        v = load_rows(q_start + 2 * heads * HEAD_DIM, token, token_stride, real, HEAD_DIM, BLOCK_D)
+        if PADS_ARE_KEYS:
+            k = with_pads(k, pad_kv + head * HEAD_DIM, kn, slots, real, HEAD_DIM, BLOCK_D)
+            v = with_pads(v, pad_kv + (heads + head) * HEAD_DIM, kn, slots, real, HEAD_DIM, BLOCK_D)
+        logits = product(q, tl.trans(k))
+        if COSINE:
+            k_norm = inverse_norm(k)
+            logits = logits * q_norm[:, None] * k_norm[None, :]
+            k = (k * k_norm[:, None]).to(k.dtype)
+        inside = (qn < padded)[:, None] & (kn < padded)[None, :]
+        bias_tile = tl.load(bias_start + qn[:, None] * padded + kn[None, :], mask=inside, other=float("-inf"))
+        logits = logits * scale + bias_tile
+        if at_bottom + at_right > 0:
+            unused, k_region = regions(
+                kn, at_bottom, at_right, height, width, rows, columns, wy, wx, sy, sx, PADS_ARE_KEYS
+            )
+            logits = tl.where(q_region[:, None] == k_region[None, :], logits, float("-inf"))
+        weights = tl.exp2(logits - q_lse[:, None])
+        d_logits = weights * (product(d_out, tl.trans(v)) - q_delta[:, None])
+        acc += product(d_logits.to(k.dtype), k)
+
+    if COSINE:
+        acc, along = grad_of_unit(acc, q, q_norm, scale * LN_2)
+        # A pad query's weights may be infinite: it has no lse.
+        tl.store(grad_multiplier + tl.program_id(0), tl.sum(tl.where(q_real, along, 0.0), 0))
+    else:
+        acc = acc * (scale * LN_2)
+    d_start = grad_qkv + plane * token_stride + head * HEAD_DIM
+    store_rows(d_start, q_token, token_stride, q_real, acc, HEAD_DIM, BLOCK_D)
+
+
+@triton.jit(do_not_specialize=SIZES, do_not_specialize_on_alignment=["pad_kv"])
+def key_grad_kernel(
+    grad_out: tl.tensor,  # [B, H, W, h, D]
+    qkv: tl.tensor,  # [B, H, W, 3, h, D]
+    bias: tl.tensor,  # [h, Np, Np] fp32, times log2 e, -inf for keys from N on
+    multiplier: tl.tensor,  # [h] fp32, times log2 e
+    pad_kv: tl.tensor,  # [2, h, D]
+    lse: tl.tensor,  # [windows, h, N] fp32, base 2
+    delta: tl.tensor,  # [windows, h, N] fp32
+    grad_qkv: tl.tensor,  # [B, H, W, 3, h, D], dk and dv are written
+    grad_pads: tl.tensor,  # [windows * tiles, 2, h, D] fp32
+    batch: tl.int32,
+    height: tl.int32,
+    width: tl.int32,
+    rows: tl.int32,
+    columns: tl.int32,
+    wy: tl.int32,
+    wx: tl.int32,
+    sy: tl.int32,
+    sx: tl.int32,
+    heads: tl.int32,
+    bias_stride: tl.int32,
+    padded: tl.int32,
+    scale: tl.float32,
+    BLOCK_Q: tl.constexpr,
+    BLOCK_K: tl.constexpr,
+    HEAD_DIM: tl.constexpr,
+    BLOCK_D: tl.constexpr,
+    COSINE: tl.constexpr,
+    PADS_ARE_KEYS: tl.constexpr,
+) -> None:
+    """BLOCK_K keys of one window, for one head. Grid: windows * tiles * h, head fastest, then tile. Logits and all that
+    has their shape are transposed: [keys, queries]."""
+    head = tl.program_id(0) % heads
+    slots = wy * wx
+    tile = tl.program_id(0) // heads % tl.cdiv(slots, BLOCK_K)
+    group = tl.program_id(0) // (heads * tl.cdiv(slots, BLOCK_K))
+    window, _, at_bottom, at_right, down, across = windows_of(group, 1, batch, rows, columns)
+    sample, top, left = corner_of(window, at_bottom, at_right, down, across, rows, columns, wy, wx)
+    plane = sample.to(tl.int64) * (height * width)
+    token_stride = 3 * heads * HEAD_DIM
+    q_start = qkv + plane * token_stride + head * HEAD_DIM
+    bias_start = bias + head.to(tl.int64) * bias_stride
+    if COSINE:
+        scale = tl.load(multiplier + head)
+
+    kn = tile * BLOCK_K + tl.arange(0, BLOCK_K)
+    k_token, k_real = locate(kn, top, left, height, width, wy, wx, sy, sx)
+    _, k_region = regions(
+        kn, at_bottom, at_right, height, width, rows, columns, wy, wx, sy, sx, PADS_ARE_KEYS
+    )
+    k = load_rows(q_start + heads * HEAD_DIM, k_token, token_stride, k_real, HEAD_DIM, BLOCK_D)
+    v = load_rows(q_start + 2 * heads * HEAD_DIM, k_token, token_stride, k_real, HEAD_DIM, BLOCK_D)
+    if PADS_ARE_KEYS:
+        k = with_pads(k, pad_kv + head * HEAD_DIM, kn, slots, k_real, HEAD_DIM, BLOCK_D)
+        v = with_pads(v, pad_kv + (heads + head) * HEAD_DIM, kn, slots, k_real, HEAD_DIM, BLOCK_D)
+    k_norm = inverse_norm(k)
+
+    place = plane * (heads * HEAD_DIM) + head * HEAD_DIM
+    line = (group.to(tl.int64) * heads + head) * slots
+    d_k = tl.zeros([BLOCK_K, BLOCK_D], tl.float32)
+    d_v = tl.zeros([BLOCK_K, BLOCK_D], tl.float32)
+    for start in range(0, slots, BLOCK_Q):
+        qn = start + tl.arange(0, BLOCK_Q)
+        token, real = locate(qn, top, left, height, width, wy, wx, sy, sx)
+        q = load_rows(q_start, token, token_stride, real, HEAD_DIM, BLOCK_D)
+        d_out = load_rows(grad_out + place, token, heads * HEAD_DIM, real, HEAD_DIM, BLOCK_D)
+        # A pad query has no lse: with +inf its weights are 0.
+        q_lse = tl.load(lse + line + qn, mask=real, other=float("inf"))
+        q_delta = tl.load(delta + line + qn, mask=real, other=0.0)
+        logits = product(k, tl.trans(q))
+        if COSINE:
+            q_norm = inverse_norm(q)
+            logits = logits * k_norm[:, None] * q_norm[None, :]
+            q = (q * q_norm[:, None]).to(q.dtype)
+        inside = (kn < padded)[:, None] & (qn < padded)[None, :]
+        bias_tile = tl.load(bias_start + qn[None, :] * padded + kn[:, None], mask=inside, other=float("-inf"))
+        logits = logits * scale + bias_tile
+        if at_bottom + at_right > 0:
+            q_region, unused = regions(
+                qn, at_bottom, at_right, height, width, rows, columns, wy, wx, sy, sx, PADS_ARE_KEYS
+            )
+            logits = tl.where(k_region[:, None] == q_region[None, :], logits, float("-inf"))
+        weights = tl.exp2(logits - q_lse[None, :])
+        d_v += product(weights.to(d_out.dtype), d_out)
+        d_logits = weights * (product(v, tl.trans(d_out)) - q_delta[None, :])
+        d_k += product(d_logits.to(q.dtype), q)
+
+    if COSINE:
+        d_k, _ = grad_of_unit(d_k, k, k_norm, scale * LN_2)
+    else:
+        d_k = d_k * (scale * LN_2)
+    d_start = grad_qkv + plane * token_stride + head * HEAD_DIM
+    store_rows(d_start + heads * HEAD_DIM, k_token, token_stride, k_real, d_k, HEAD_DIM, BLOCK_D)
+    store_rows(d_start + 2 * heads * HEAD_DIM, k_token, token_stride, k_real, d_v, HEAD_DIM, BLOCK_D)
+    if PADS_ARE_KEYS:
+        pad = ((kn < slots) & ~k_real)[:, None]
+        d = tl.arange(0, BLOCK_D)
+        k_start = grad_pads + (tl.program_id(0) // heads * 2 * heads + head).to(tl.int64) * HEAD_DIM
+        tl.store(k_start + d, tl.sum(tl.where(pad, d_k, 0.0), 0), mask=d < HEAD_DIM)
+        tl.store(k_start + heads * HEAD_DIM + d, tl.sum(tl.where(pad, d_v, 0.0), 0), mask=d < HEAD_DIM)
+
+
+@triton.jit(do_not_specialize=SIZES, do_not_specialize_on_alignment=["pad_kv"])
+def bias_grad_kernel(
+    grad_out: tl.tensor,  # [B, H, W, h, D]
+    qkv: tl.tensor,  # [B, H, W, 3, h, D]
+    bias: tl.tensor,  # [h, Np, Np] fp32, times log2 e, -inf for keys from N on
+    multiplier: tl.tensor,  # [h] fp32, times log2 e
+    pad_kv: tl.tensor,  # [2, h, D]
+    lse: tl.tensor,  # [windows, h, N] fp32, base 2
+    delta: tl.tensor,  # [windows, h, N] fp32
+    grad_bias: tl.tensor,  # [G, h, Np, Np] fp32
+    batch: tl.int32,
+    height: tl.int32,
+    width: tl.int32,
+    rows: tl.int32,
+    columns: tl.int32,
+    wy: tl.int32,
+    wx: tl.int32,
+    sy: tl.int32,
+    sx: tl.int32,
+    heads: tl.int32,
+    bias_stride: tl.int32,
+    padded: tl.int32,
+    scale: tl.float32,
+    group_size: tl.int32,
+    BLOCK_Q: tl.constexpr,
+    BLOCK_K: tl.constexpr,
+    HEAD_DIM: tl.constexpr,
+    BLOCK_D: tl.constexpr,
+    COSINE: tl.constexpr,
+    PADS_ARE_KEYS: tl.constexpr,
+) -> None:
+    """One tile of the bias gradient, summed over the windows of one group. Grid: groups * query tiles * key tiles * h,
+    head fastest, then keys, then queries."""
+    head = tl.program_id(0) % heads
+    slots = wy * wx
+    q_tiles, k_tiles = tl.cdiv(slots, BLOCK_Q), tl.cdiv(slots, BLOCK_K)
+    kn = tl.program_id(0) // heads % k_tiles * BLOCK_K + tl.arange(0, BLOCK_K)
+    qn = tl.program_id(0) // (heads * k_tiles) % q_tiles * BLOCK_Q + tl.arange(0, BLOCK_Q)
+    group = tl.program_id(0) // (heads * k_tiles * q_tiles)
+    first, last, at_bottom, at_right, down, across = windows_of(group, group_size, batch, rows, columns)
+    token_stride = 3 * heads * HEAD_DIM
+    if COSINE:
+        scale = tl.load(multiplier + head)
+    before = windows_before(at_bottom, at_right, batch, rows, columns)
+    q_region, _ = regions(
+        qn, at_bottom, at_right, height, width, rows, columns, wy, wx, sy, sx, PADS_ARE_KEYS
+    )
+    _, k_region = regions(
+        kn, at_bottom, at_right, height, width, rows, columns, wy, wx, sy, sx, PADS_ARE_KEYS
+    )
+    inside = (qn < padded)[:, None] & (kn < padded)[None, :]
+    tile = qn[:, None] * padded + kn[None, :]
+    bias_tile = tl.load(bias + head.to(tl.int64) * bias_stride + tile, mask=inside, other=float("-inf"))
+    bias_tile = tl.where(q_region[:, None] == k_region[None, :], bias_tile, float("-inf"))
+
+    acc = tl.zeros([BLOCK_Q, BLOCK_K], tl.float32)
+    for window in range(first, last):
+        sample, top, left = corner_of(window, at_bottom, at_right, down, across, rows, columns, wy, wx)
+        q_token, q_real = locate(qn, top, left, height, width, wy, wx, sy, sx)
+        k_token, k_real = locate(kn, top, left, height, width, wy, wx, sy, sx)
+        plane = sample.to(tl.int64) * (height * width)
+        q_start = qkv + plane * token_stride + head * HEAD_DIM
+        q = load_rows(q_start, q_token, token_stride, q_real, HEAD_DIM, BLOCK_D)
+        k = load_rows(q_start + heads * HEAD_DIM, k_token, token_stride, k_real, HEAD_DIM, BLOCK_D)
+        v = load_rows(q_start + 2 * heads * HEAD_DIM, k_token, token_stride, k_real, HEAD_DIM, BLOCK_D)
+        out_start = grad_out + plane * (heads * HEAD_DIM) + head * HEAD_DIM
+        d_out = load_rows(out_start, q_token, heads * HEAD_DIM, q_real, HEAD_DIM, BLOCK_D)
+        if PADS_ARE_KEYS:
+            k = with_pads(k, pad_kv + head * HEAD_DIM, kn, slots, k_real, HEAD_DIM, BLOCK_D)
+            v = with_pads(v, pad_kv + (heads + head) * HEAD_DIM, kn, slots, k_real, HEAD_DIM, BLOCK_D)
+        line = ((before + window).to(tl.int64) * heads + head) * slots
+        q_lse = tl.load(lse + line + qn, mask=q_real, other=float("inf"))
+        q_delta = tl.load(delta + line + qn, mask=q_real, other=0.0)
+        logits = product(q, tl.trans(k))
+        if COSINE:
+            logits = logits * inverse_norm(q)[:, None] * inverse_norm(k)[None, :]
+        weights = tl.exp2(logits * scale + bias_tile - q_lse[:, None])
+        acc += weights * (product(d_out, tl.trans(v)) - q_delta[:, None])
+
+    place = (group * heads + head).to(tl.int64) * padded * padded
+    tl.store(grad_bias + place + tile, acc, mask=inside)
+
+
+def backward(
+    call: Call,
+    grad_out: Tensor,
+    qkv: Tensor,
+    out: Tensor,
+    lse: Tensor,
+    bias: Tensor,
+    multiplier: Tensor,
+    pad_kv: Tensor,
+    *,
+    bias_grad: bool,
+) -> Gradients:
+    """The gradients of `forward.forward`, whose results are out and lse; grad_out [B, H, W, h * D] is contiguous."""
+    grad_qkv = torch.empty_like(qkv)
+    with torch.cuda.device_of(qkv):
+        if call.form.fused_backward:
+            return _whole(call, grad_out, qkv, bias, multiplier, pad_kv, grad_qkv, bias_grad=bias_grad)
+        return _tiled(call, grad_out, qkv, out, lse, bias, multiplier, pad_kv, grad_qkv, bias_grad=bias_grad)
+
+
+def _whole(
+    call: Call,
+    grad_out: Tensor,
+    qkv: Tensor,
+    bias: Tensor,
+    multiplier: Tensor,
+    pad_kv: Tensor,
+    grad_qkv: Tensor,
+    *,
+    bias_grad: bool,
+) -> Gradients:
+    config = fused_config(call.form)
+    assert config is not None
+    heads, size = call.heads, call.group_size()
+    groups = call.groups(size)
+    grads = _empty_partials(call, qkv, bias_grad, groups, groups, groups)
+    whole_backward_kernel[(groups * heads,)](
+        grad_out, qkv, bias, multiplier, pad_kv, grad_qkv, *(bias if part is None else part for part in grads),
+        *call.sizes, bias_stride(bias), call.scale, size,
+        BLOCK=call.padded, BIAS_GRAD=bias_grad, LATE=config.late, **call.constants, **config.options,
+    )  # fmt: skip
+    return Gradients(grad_qkv, *grads)
+
+
+def _tiled(
+    call: Call,
+    grad_out: Tensor,
+    qkv: Tensor,
+    out: Tensor,
+    lse: Tensor,
+    bias: Tensor,
+    multiplier: Tensor,
+    pad_kv: Tensor,
+    grad_qkv: Tensor,
+    *,
+    bias_grad: bool,
+) -> Gradients:
+    heads, delta = call.heads, torch.empty_like(lse)
+    queries, keys, tile = (configure(kernel, call.form) for kernel in ("queries", "keys", "bias"))
+    q_programs = call.windows * triton.cdiv(call.slots, queries.queries)
+    k_programs = call.windows * triton.cdiv(call.slots, keys.keys)
+    tiles = triton.cdiv(call.slots, tile.queries) * triton.cdiv(call.slots, tile.keys)
+    size = call.group_size(tiles)
+    groups = call.groups(size)
+    grads = _empty_partials(call, qkv, bias_grad, groups, q_programs, k_programs)
+    d_bias, d_multiplier, d_pads = (bias if part is None else part for part in grads)
+    numbers = *call.sizes, bias_stride(bias), call.padded, call.scale
+    query_grad_kernel[(q_programs * heads,)](
+        grad_out, qkv, out, bias, multiplier, pad_kv, lse, delta, grad_qkv, d_multiplier, *numbers,
+        BLOCK_Q=queries.queries, BLOCK_K=queries.keys, **call.constants, **queries.options,
+    )  # fmt: skip
+    key_grad_kernel[(k_programs * heads,)](
+        grad_out, qkv, bias, multiplier, pad_kv, lse, delta, grad_qkv, d_pads, *numbers,
+        BLOCK_Q=keys.queries, BLOCK_K=keys.keys, **call.constants, **keys.options,
+    )  # fmt: skip
+    if bias_grad:
+        bias_grad_kernel[(groups * tiles * heads,)](
+            grad_out, qkv, bias, multiplier, pad_kv, lse, delta, d_bias, *numbers, size,
+            BLOCK_Q=tile.queries, BLOCK_K=tile.keys, **call.constants, **tile.options,
+        )  # fmt: skip
+    return Gradients(grad_qkv, *grads)
+
+
+def _empty_partials(
+    call: Call, like: Tensor, bias_grad: bool, groups: int, query_programs: int, key_programs: int
+) -> tuple[Tensor | None, Tensor | None, Tensor | None]:
+    """Room for the partial sums of the bias, the multiplier and the pads; None where there will be none."""
+
+    def room(wanted: bool, *shape: int) -> Tensor | None:
+        return like.new_empty(shape, dtype=torch.float32) if wanted else None
+
+    return (
+        room(bias_grad, groups, call.heads, call.padded, call.padded),
+        room(call.cosine, query_programs, call.heads),
+        room(call.pads_are_keys, key_programs, 2, call.heads, call.head_dim),
+    )

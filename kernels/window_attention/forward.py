@@ -1,0 +1,249 @@
+"""Window attention, forward, in Triton: two kernels, each beside its launcher.
+
+    whole_forward_kernel    a window fits in one tile (N <= 64): a program keeps one head's bias in registers and walks
+                            over windows; softmax in one go
+    tiled_forward_kernel    larger windows: a program has one tile of queries and walks over its window's keys, with the
+                            online softmax of FlashAttention (arXiv:2205.14135)
+
+tiles.py has the legend, launch.py the choice between the two. Importing this file imports Triton. NO GPU HAS RUN IT YET.
+"""
+
+from __future__ import annotations
+
+import torch
+import triton
+import triton.language as tl
+from torch import Tensor
+
+from kernels.window_attention.launch import Call, bias_stride, configure
+from kernels.window_attention.tiles import (
+    SIZES,
+    corner_of,
+    inverse_norm,
+    load_rows,
+    locate,
+    product,
+    regions,
+    store_rows,
+    windows_before,
+    windows_of,
+    with_pads,
+)
+
+
+@triton.jit(do_not_specialize=SIZES, do_not_specialize_on_alignment=["pad_kv"])
+def whole_forward_kernel(
+    qkv: tl.tensor,  # [B, H, W, 3, h, D]
+    bias: tl.tensor,  # [h, BLOCK, BLOCK] fp32, times log2 e, -inf for keys from N on
+    multiplier: tl.tensor,  # [h] fp32: COSINE's multiplier, times log2 e
+    pad_kv: tl.tensor,  # [2, h, D]: PADS_ARE_KEYS' key and value
+    out: tl.tensor,  # [B, H, W, h, D]
+    lse: tl.tensor,  # [windows, h, N] fp32: log2 of the sum of 2^logits, written if KEEP_LSE
+    batch: tl.int32,
+    height: tl.int32,
+    width: tl.int32,
+    rows: tl.int32,
+    columns: tl.int32,
+    wy: tl.int32,
+    wx: tl.int32,
+    sy: tl.int32,
+    sx: tl.int32,
+    heads: tl.int32,
+    bias_stride: tl.int32,  # from head to head: 0 where all share one
+    scale: tl.float32,  # times log2 e
+    group_size: tl.int32,
+    BLOCK: tl.constexpr,  # N, padded
+    HEAD_DIM: tl.constexpr,
+    BLOCK_D: tl.constexpr,
+    COSINE: tl.constexpr,
+    PADS_ARE_KEYS: tl.constexpr,
+    KEEP_LSE: tl.constexpr,  # for a backward in tiles
+) -> None:
+    """The windows of one group, for one head. Grid: groups * h, head fastest."""
+    head = tl.program_id(0) % heads
+    first, last, at_bottom, at_right, down, across = windows_of(
+        tl.program_id(0) // heads, group_size, batch, rows, columns
+    )
+    n = tl.arange(0, BLOCK)
+    query_region, key_region = regions(
+        n, at_bottom, at_right, height, width, rows, columns, wy, wx, sy, sx, PADS_ARE_KEYS
+    )
+    hidden = query_region[:, None] != key_region[None, :]
+    bias_tile = tl.load(bias + head * bias_stride + n[:, None] * BLOCK + n[None, :])
+    bias_tile = tl.where(hidden, float("-inf"), bias_tile)
+    if COSINE:
+        scale = tl.load(multiplier + head)
+
+    token_stride = 3 * heads * HEAD_DIM
+    for window in range(first, last):
+        sample, top, left = corner_of(window, at_bottom, at_right, down, across, rows, columns, wy, wx)
+        token, real = locate(n, top, left, height, width, wy, wx, sy, sx)
+        plane = sample.to(tl.int64) * (height * width)
+        q_start = qkv + plane * token_stride + head * HEAD_DIM
+        q = load_rows(q_start, token, token_stride, real, HEAD_DIM, BLOCK_D)
+        k = load_rows(q_start + heads * HEAD_DIM, token, token_stride, real, HEAD_DIM, BLOCK_D)
+        v = load_rows(q_start + 2 * heads * HEAD_DIM, token, token_stride, real, HEAD_DIM, BLOCK_D)
+        if PADS_ARE_KEYS:
+            k = with_pads(k, pad_kv + head * HEAD_DIM, n, wy * wx, real, HEAD_DIM, BLOCK_D)
+            v = with_pads(v, pad_kv + (heads + head) * HEAD_DIM, n, wy * wx, real, HEAD_DIM, BLOCK_D)
+
+        logits = product(q, tl.trans(k))
+        if COSINE:
+            logits = logits * inverse_norm(q)[:, None] * inverse_norm(k)[None, :]
+        logits = logits * scale + bias_tile
+        largest = tl.max(logits, 1)
+        largest = tl.where(largest == float("-inf"), 0.0, largest)  # a pad query may see nothing
+        weights = tl.exp2(logits - largest[:, None])
+        total = tl.sum(weights, 1)
+        total = tl.where(total == 0.0, 1.0, total)
+        result = product(weights.to(v.dtype), v) * (1.0 / total)[:, None]
+        store_rows(
+            out + plane * (heads * HEAD_DIM) + head * HEAD_DIM,
+            token,
+            heads * HEAD_DIM,
+            real,
+            result,
+            HEAD_DIM,
+            BLOCK_D,
+        )
+        if KEEP_LSE:
+            number = windows_before(at_bottom, at_right, batch, rows, columns) + window
+            line = (number.to(tl.int64) * heads + head) * (wy * wx)
+            tl.store(lse + line + n, largest + tl.log2(total), mask=n < wy * wx)
+
+
+@triton.jit(do_not_specialize=SIZES, do_not_specialize_on_alignment=["pad_kv"])
+def tiled_forward_kernel(
+    qkv: tl.tensor,  # [B, H, W, 3, h, D]
+    bias: tl.tensor,  # [h, Np, Np] fp32, times log2 e, -inf for keys from N on
+    multiplier: tl.tensor,  # [h] fp32: COSINE's multiplier, times log2 e
+    pad_kv: tl.tensor,  # [2, h, D]
+    out: tl.tensor,  # [B, H, W, h, D]
+    lse: tl.tensor,  # [windows, h, N] fp32: log2 of the sum of 2^logits, for the backward
+    batch: tl.int32,
+    height: tl.int32,
+    width: tl.int32,
+    rows: tl.int32,
+    columns: tl.int32,
+    wy: tl.int32,
+    wx: tl.int32,
+    sy: tl.int32,
+    sx: tl.int32,
+    heads: tl.int32,
+    bias_stride: tl.int32,
+    padded: tl.int32,  # Np = steps * BLOCK_K + TAIL
+    scale: tl.float32,
+    steps: tl.int32,
+    BLOCK_Q: tl.constexpr,
+    BLOCK_K: tl.constexpr,
+    TAIL: tl.constexpr,  # keys of a last, smaller step; 0: none
+    HEAD_DIM: tl.constexpr,
+    BLOCK_D: tl.constexpr,
+    COSINE: tl.constexpr,
+    PADS_ARE_KEYS: tl.constexpr,
+    KEEP_LSE: tl.constexpr,  # for a backward in tiles
+) -> None:
+    """BLOCK_Q queries of one window, for one head. Grid: windows * tiles * h, head fastest, then tile."""
+    head = tl.program_id(0) % heads
+    tiles = tl.cdiv(wy * wx, BLOCK_Q)
+    tile = tl.program_id(0) // heads % tiles
+    group = tl.program_id(0) // (heads * tiles)  # of one window
+    window, _, at_bottom, at_right, down, across = windows_of(group, 1, batch, rows, columns)
+    sample, top, left = corner_of(window, at_bottom, at_right, down, across, rows, columns, wy, wx)
+    plane = sample.to(tl.int64) * (height * width)
+    token_stride = 3 * heads * HEAD_DIM
+    q_start = qkv + plane * token_stride + head * HEAD_DIM
+    bias_start = bias + head.to(tl.int64) * bias_stride
+    if COSINE:
+        scale = tl.load(multiplier + head)
+
+    qn = tile * BLOCK_Q + tl.arange(0, BLOCK_Q)
+    q_token, q_real = locate(qn, top, left, height, width, wy, wx, sy, sx)
+    q_region, _ = regions(
+        qn, at_bottom, at_right, height, width, rows, columns, wy, wx, sy, sx, PADS_ARE_KEYS
+    )
+    q = load_rows(q_start, q_token, token_stride, q_real, HEAD_DIM, BLOCK_D)
+    q_norm = inverse_norm(q)
+
+    acc = tl.zeros([BLOCK_Q, BLOCK_D], tl.float32)
+    largest = tl.full([BLOCK_Q], float("-inf"), tl.float32)
+    total = tl.zeros([BLOCK_Q], tl.float32)
+    for step in range(steps):
+        kn = step * BLOCK_K + tl.arange(0, BLOCK_K)
+        acc, largest, total = attend(
+            acc, largest, total, q, q_norm, qn, q_region, kn, q_start, token_stride, bias_start, padded, pad_kv,
+            head, heads, at_bottom, at_right, top, left, height, width, rows, columns, wy, wx, sy, sx, scale,
+            HEAD_DIM, BLOCK_D, COSINE, PADS_ARE_KEYS,
+        )  # fmt: skip
+    if TAIL > 0:
+        kn = steps * BLOCK_K + tl.arange(0, TAIL)
+        acc, largest, total = attend(
+            acc, largest, total, q, q_norm, qn, q_region, kn, q_start, token_stride, bias_start, padded, pad_kv,
+            head, heads, at_bottom, at_right, top, left, height, width, rows, columns, wy, wx, sy, sx, scale,
+            HEAD_DIM, BLOCK_D, COSINE, PADS_ARE_KEYS,
+        )  # fmt: skip
+
+    total = tl.where(total == 0.0, 1.0, total)  # a pad query may see nothing
+    store_rows(
+        out + plane * (heads * HEAD_DIM) + head * HEAD_DIM,
+        q_token, heads * HEAD_DIM, q_real, acc * (1.0 / total)[:, None], HEAD_DIM, BLOCK_D,
+    )  # fmt: skip
+    if KEEP_LSE:
+        line = (group.to(tl.int64) * heads + head) * (wy * wx)
+        tl.store(lse + line + qn, largest + tl.log2(total), mask=qn < wy * wx)
+
+
+@triton.jit
+def attend(
+    acc, largest, total, q, q_norm, qn, q_region, kn, q_start, token_stride, bias_start, padded, pad_kv,
+    head, heads, at_bottom, at_right, top, left, height, width, rows, columns, wy, wx, sy, sx, scale,
+    HEAD_DIM: tl.constexpr, BLOCK_D: tl.constexpr, COSINE: tl.constexpr, PADS_ARE_KEYS: tl.constexpr,
+):  # fmt: skip
+    """One step of the online softmax: the keys in slots `kn`."""
+    token, real = locate(kn, top, left, height, width, wy, wx, sy, sx)
+    k = load_rows(q_start + heads * HEAD_DIM, token, token_stride, real, HEAD_DIM, BLOCK_D)
+    v = load_rows(q_start + 2 * heads * HEAD_DIM, token, token_stride, real, HEAD_DIM, BLOCK_D)
+    if PADS_ARE_KEYS:
+        k = with_pads(k, pad_kv + head * HEAD_DIM, kn, wy * wx, real, HEAD_DIM, BLOCK_D)
+        v = with_pads(v, pad_kv + (heads + head) * HEAD_DIM, kn, wy * wx, real, HEAD_DIM, BLOCK_D)
+    logits = product(q, tl.trans(k))
+    if COSINE:
+        logits = logits * q_norm[:, None] * inverse_norm(k)[None, :]
+    bias_tile = tl.load(
+        bias_start + qn[:, None] * padded + kn[None, :], mask=(qn < padded)[:, None], other=0.0
+    )
+    logits = logits * scale + bias_tile
+    if at_bottom + at_right > 0:
+        _, k_region = regions(
+            kn, at_bottom, at_right, height, width, rows, columns, wy, wx, sy, sx, PADS_ARE_KEYS
+        )
+        logits = tl.where(q_region[:, None] == k_region[None, :], logits, float("-inf"))
+
+    new = tl.maximum(largest, tl.max(logits, 1))
+    shown = tl.where(new == float("-inf"), 0.0, new)  # where nothing was visible yet, not -inf - -inf
+    weights = tl.exp2(logits - shown[:, None])
+    decay = tl.exp2(largest - shown)
+    acc = acc * decay[:, None] + product(weights.to(v.dtype), v)
+    return acc, new, total * decay + tl.sum(weights, 1)
+
+
+def forward(call: Call, qkv: Tensor, bias: Tensor, multiplier: Tensor, pad_kv: Tensor, lse: Tensor) -> Tensor:
+    """qkv [B, H, W, 3, h, D] contiguous -> [B, H, W, h * D]. bias, multiplier and pad_kv are as the kernels take them;
+    lse is written unless it is empty."""
+    batch, height, width, _, heads, head_dim = qkv.shape
+    out = qkv.new_empty((batch, height, width, heads * head_dim))
+    config, keep_lse = configure("forward", call.form), lse.numel() > 0
+    with torch.cuda.device_of(qkv):
+        if call.form.whole:
+            size = call.group_size()
+            whole_forward_kernel[(call.groups(size) * heads,)](
+                qkv, bias, multiplier, pad_kv, out, lse, *call.sizes, bias_stride(bias), call.scale, size,
+                BLOCK=call.padded, KEEP_LSE=keep_lse, **call.constants, **config.options,
+            )  # fmt: skip
+            return out
+        tiled_forward_kernel[(call.windows * triton.cdiv(call.slots, config.queries) * heads,)](
+            qkv, bias, multiplier, pad_kv, out, lse, *call.sizes, bias_stride(bias), call.padded, call.scale,
+            call.padded // config.keys, BLOCK_Q=config.queries, BLOCK_K=config.keys, TAIL=call.padded % config.keys,
+            KEEP_LSE=keep_lse, **call.constants, **config.options,
+        )  # fmt: skip
+    return out

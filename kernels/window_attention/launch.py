@@ -1,0 +1,222 @@
+"""How a call to the Triton kernels is cut into programs: tiles, groups of windows, warps. No Triton is imported here.
+
+Legend in tiles.py.
+"""
+
+from __future__ import annotations
+
+from dataclasses import dataclass
+from functools import cached_property, lru_cache
+from typing import Any, Literal, NamedTuple
+
+import torch
+from torch import Tensor
+
+from kernels.aot import LAUNCH_OPTIONS
+from kernels.window_attention.geometry import Grid
+
+LOG2_E = 1.4426950408889634  # the kernels' softmax works with powers of 2: a GPU has an instruction for those
+MAX_HEAD_DIM = 128
+PROGRAMS_PER_SM = (
+    4  # of kernels that walk over windows: enough to fill a GPU, few enough to keep the bias in registers
+)
+INTERPRETED_SMS = 2
+
+
+class Config(NamedTuple):
+    """Tile and compilation of one kernel. Where a window is one tile, `queries` and `keys` are not used."""
+
+    queries: int
+    keys: int
+    num_warps: int
+    num_stages: int
+    late: bool = False  # the fused backward: see LATE there
+
+    @property
+    def options(self) -> dict[str, Any]:
+        """The launch options."""
+        return {"num_warps": self.num_warps, "num_stages": self.num_stages, **LAUNCH_OPTIONS}
+
+
+@dataclass(frozen=True)
+class Form:
+    """What the choice of a configuration depends on: everything but the sizes of batch and map."""
+
+    slots: int  # N
+    head_dim: int
+    half: bool  # float16 or bfloat16
+    cosine: bool
+    pads_are_keys: bool
+    arch: int  # 80 or 90
+
+    @property
+    def block_d(self) -> int:
+        """head_dim, padded."""
+        return power_of_two(self.head_dim)
+
+    @property
+    def whole(self) -> bool:
+        """Whether a window is one tile in the forward: all logits of a head are in registers at once."""
+        return self.slots <= (64 if self.half else 32) and self.block_d <= 64
+
+    @property
+    def fused_backward(self) -> bool:
+        """Whether one kernel does the backward of a whole window: where that takes no more registers than there are."""
+        return self.whole and fused_config(self) is not None
+
+    @property
+    def padded(self) -> int:
+        """Np: N up to a power of two where a window is one tile, else up to whole steps and a power of two."""
+        if self.whole:
+            return power_of_two(self.slots)
+        step = configure("forward", self).keys
+        rest = self.slots % step
+        return self.slots - rest + (power_of_two(rest) if rest else 0)
+
+
+def power_of_two(size: int) -> int:
+    """The next power of two, at least 16: the smallest tile that tensor cores take."""
+    return max(16, 1 << (size - 1).bit_length())
+
+
+@dataclass(frozen=True)
+class Call:
+    """One call: its sizes, and what follows from them."""
+
+    grid: Grid
+    batch: int
+    heads: int
+    head_dim: int
+    dtype: torch.dtype
+    cosine: bool
+    pads_are_keys: bool
+    scale: float  # as the kernels want it: times log2 e
+    device: torch.device
+
+    @cached_property
+    def form(self) -> Form:
+        """What configurations depend on."""
+        half, arch = self.dtype.itemsize == 2, _processor(self.device)[0]
+        return Form(self.slots, self.head_dim, half, self.cosine, self.pads_are_keys, arch)
+
+    @property
+    def slots(self) -> int:
+        """N."""
+        return self.grid.slots
+
+    @property
+    def windows(self) -> int:
+        """Of all samples."""
+        return self.batch * self.grid.windows
+
+    @property
+    def padded(self) -> int:
+        """Np."""
+        return self.form.padded
+
+    @property
+    def sizes(self) -> tuple[int, ...]:
+        """The numbers that every kernel takes, in its order: batch, height, width, rows, columns, wy, wx, sy, sx, h."""
+        grid = self.grid
+        return (
+            self.batch,
+            grid.height,
+            grid.width,
+            grid.rows,
+            grid.columns,
+            *grid.window,
+            *grid.shift,
+            self.heads,
+        )
+
+    @property
+    def constants(self) -> dict[str, Any]:
+        """The constants that every kernel takes."""
+        return constants(self.form)
+
+    def group_size(self, tiles: int = 1) -> int:
+        """Windows to a group, where a program has one head and one of `tiles` tiles of each window in its group."""
+        groups = -(-PROGRAMS_PER_SM * _processor(self.device)[1] // (self.heads * tiles))
+        return max(1, -(-self.windows // groups))
+
+    def groups(self, size: int) -> int:
+        """How many groups of at most `size` windows there are; those of one group have the same mask. See
+        `tiles.windows_of`."""
+        rows, columns = self.grid.rows - 1, self.grid.columns - 1
+        return sum(-(-self.batch * kind // size) for kind in (rows * columns, rows, columns, 1))
+
+
+def constants(form: Form) -> dict[str, Any]:
+    """The constants that every kernel takes."""
+    return {
+        "HEAD_DIM": form.head_dim,
+        "BLOCK_D": form.block_d,
+        "COSINE": form.cosine,
+        "PADS_ARE_KEYS": form.pads_are_keys,
+    }
+
+
+def bias_stride(bias: Tensor) -> int:
+    """From one head's expanded bias to the next: 0 where all heads share one."""
+    return 0 if len(bias) == 1 else bias.stride(0)
+
+
+@lru_cache
+def _processor(device: torch.device) -> tuple[int, int]:
+    """Which of the configurations fit (80, 90), and how many multiprocessors there are."""
+    if device.type != "cuda":
+        return 80, INTERPRETED_SMS
+    found = torch.cuda.get_device_properties(device)
+    return 90 if found.major >= 9 else 80, found.multi_processor_count
+
+
+# ---- the configurations: the largest tiles that compile without spilling registers (`python -m bench.aot` holds them to
+# it); none was ever timed. head_dim counts as the next power of two, 16 to 128
+
+
+def fused_config(form: Form) -> Config | None:
+    """For whole_backward_kernel; None where it would spill, so that the tiled kernels do it."""
+    if form.block_d > 32 or form.pads_are_keys or not form.half:
+        return None
+    warps = power_of_two(form.slots) // 16
+    if form.arch >= 90:
+        return Config(0, 0, warps, 2)
+    if form.block_d == 16:
+        return Config(0, 0, warps, 2, late=True)
+    return None if form.cosine else Config(0, 0, warps, 3, late=True)
+
+
+def configure(kernel: Literal["forward", "queries", "keys", "bias"], form: Form) -> Config:
+    """For the forward (whole or tiled) and for the three kernels of the tiled backward."""
+    if form.whole and kernel == "forward":
+        return Config(0, 0, power_of_two(form.slots) // 16, 3)
+    if not form.half:  # no tensor cores: products are unrolled, so the tiles are small
+        side = 32 if form.block_d <= 64 else 16
+        return Config(side, side, 8, 1)
+    new, cosine, pads = form.arch >= 90, form.cosine, form.pads_are_keys
+    match kernel, form.block_d:
+        case "forward", 128:
+            return Config(64, 32, 4, 3) if new and not pads else Config(32, 32, 4, 1 if pads else 2)
+        case "queries", 128:
+            return Config(32, 16, 4, 2) if pads else Config(64 if new or not cosine else 32, 32, 4, 2)
+        case "keys", 128:
+            return Config(16 if cosine or pads else 32, 32, 4, 1 if pads else 2)
+        case "bias", 128:
+            return Config(32, 32 if pads else 64, 4, 1)
+        case "forward", _:
+            return Config(64, 64, 4, 3)
+        case "queries", 64:
+            return Config(64, 64 if new and not pads else 32, 4, 2)
+        case "keys", 64:
+            return Config(32, 32 if pads else 64, 4, 2 if pads or new else 1)
+        case "bias", 64:
+            return (
+                Config(64, 64, 4, 1) if pads else Config(64 if new else 32, 64, 4, 1 if new and cosine else 2)
+            )
+        case "queries", _:
+            small = pads and (form.block_d == 16 or not cosine)
+            return Config(32 if small and cosine else 64, 32 if small else 64, 4, 2)
+        case "keys", _:
+            return Config(32, 64, 4, 2)
+        case _:
+            return Config(64, 64, 4, 1 if pads else 2)

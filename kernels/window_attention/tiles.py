@@ -1,0 +1,155 @@
+"""What the Triton kernels of window attention share: which windows a program has, where their tokens lie, who sees whom.
+
+Legend: a map H x W of each of B samples, cut into ny x nx windows of N = wy * wx slots after a roll by (-sy, -sx);
+h heads of D numbers. qkv is [B, H, W, 3, h, D]. Slot n of a window is its row n // wx and column n % wx. The meaning of
+all this is geometry.py; here it is index arithmetic, and no index or mask is ever in memory.
+
+Importing this file imports Triton.
+"""
+
+from __future__ import annotations
+
+import triton
+import triton.language as tl
+
+# Numbers whose divisibility makes no better code: a form of its own for each would be compiled for nothing.
+SIZES = [
+    "batch",
+    "height",
+    "width",
+    "rows",
+    "columns",
+    "wy",
+    "wx",
+    "sy",
+    "sx",
+    "heads",
+    "group_size",
+    "steps",
+]
+LN_2: tl.constexpr = tl.constexpr(0.6931471805599453)  # from the softmax's powers of 2 to the gradient
+
+
+@triton.jit
+def windows_of(group, size, batch, rows, columns):
+    """The windows that a group has: `first` to `last`, numbered within one of four kinds.
+
+    Interior windows, those of the last column, those of the last row, and the last corner have different masks, so a
+    group has one kind only: its program then makes the mask once. The groups of the four kinds follow one another,
+    each with at most `size` windows (launch.groups counts them). Returns first, last, and for `locate`, whether they
+    are at the bottom and at the right (0 or 1), and the height and width of the rectangle in which the kind is numbered.
+    """
+    interior = tl.cdiv(batch * (rows - 1) * (columns - 1), size)
+    right = interior + tl.cdiv(batch * (rows - 1), size)
+    bottom = right + tl.cdiv(batch * (columns - 1), size)
+    at_bottom = (group >= right).to(tl.int32)
+    at_right = ((group >= interior) & (group < right)).to(tl.int32) + (group >= bottom).to(tl.int32)
+    begin = tl.where(
+        at_bottom == 1, tl.where(at_right == 1, bottom, right), tl.where(at_right == 1, interior, 0)
+    )
+    down = tl.where(at_bottom == 1, 1, rows - 1)
+    across = tl.where(at_right == 1, 1, columns - 1)
+    first = (group - begin) * size
+    last = tl.minimum(first + size, batch * down * across)
+    return first, last, at_bottom, at_right, down, across
+
+
+@triton.jit
+def corner_of(window, at_bottom, at_right, down, across, rows, columns, wy, wx):
+    """Sample, and the rolled map's row and column, of the first slot of a window that `windows_of` numbered."""
+    sample = window // (down * across)
+    within = window % (down * across)
+    top = (at_bottom * (rows - 1) + within // across) * wy
+    left = (at_right * (columns - 1) + within % across) * wx
+    return sample, top, left
+
+
+@triton.jit
+def windows_before(at_bottom, at_right, batch, rows, columns):
+    """How many windows the kinds before this one have, in the order of `windows_of`."""
+    interior = batch * (rows - 1) * (columns - 1)
+    right = interior + batch * (rows - 1)
+    bottom = right + batch * (columns - 1)
+    return tl.where(
+        at_bottom == 1, tl.where(at_right == 1, bottom, right), tl.where(at_right == 1, interior, 0)
+    )
+
+
+@triton.jit
+def locate(n, top, left, height, width, wy, wx, sy, sx):
+    """int32 token y * W + x of each slot n of the window at (top, left), and whether the slot holds one.
+
+    The roll wraps at the map's own size; slots beyond it, or beyond the window, hold nothing.
+    """
+    row = n // wx
+    column = n % wx
+    y = top + row
+    x = left + column
+    real = (row < wy) & (y < height) & (x < width)
+    y += sy
+    x += sx
+    y = tl.where(y >= height, y - height, y)
+    x = tl.where(x >= width, x - width, x)
+    return y * width + x, real
+
+
+@triton.jit
+def regions(
+    n, at_bottom, at_right, height, width, rows, columns, wy, wx, sy, sx, PADS_ARE_KEYS: tl.constexpr
+):
+    """int32 region of each slot n as a query and as a key: they see each other where these are equal.
+
+    In the last row of windows, what the roll took from the top is a region of its own, and likewise at the right.
+    Padding is no key, unless PADS_ARE_KEYS.
+    """
+    row = n // wx
+    column = n % wx
+    region = 2 * at_bottom * (row >= wy - sy) + at_right * (column >= wx - sx)
+    key = region
+    if not PADS_ARE_KEYS:
+        pad = at_bottom * (row >= height - (rows - 1) * wy) + at_right * (
+            column >= width - (columns - 1) * wx
+        )
+        key = tl.where(pad > 0, -1, region)
+    return region, key
+
+
+@triton.jit
+def load_rows(start, index, stride, real, HEAD_DIM: tl.constexpr, BLOCK_D: tl.constexpr):
+    """[len(index), BLOCK_D]: rows of HEAD_DIM numbers from start + index * stride; 0 where not `real`."""
+    d = tl.arange(0, BLOCK_D)
+    mask = real[:, None]
+    if BLOCK_D != HEAD_DIM:
+        mask = mask & (d < HEAD_DIM)[None, :]
+    return tl.load(start + (index * stride)[:, None] + d[None, :], mask=mask, other=0.0)
+
+
+@triton.jit
+def store_rows(start, index, stride, real, value, HEAD_DIM: tl.constexpr, BLOCK_D: tl.constexpr):
+    """The inverse of `load_rows`, in the type that `start` points to."""
+    d = tl.arange(0, BLOCK_D)
+    mask = real[:, None]
+    if BLOCK_D != HEAD_DIM:
+        mask = mask & (d < HEAD_DIM)[None, :]
+    tl.store(start + (index * stride)[:, None] + d[None, :], value.to(start.dtype.element_ty), mask=mask)
+
+
+@triton.jit
+def with_pads(rows, pad, n, slots, real, HEAD_DIM: tl.constexpr, BLOCK_D: tl.constexpr):
+    """`rows` [., BLOCK_D] with the vector at `pad` in those of padding: slots of the window that hold no token."""
+    d = tl.arange(0, BLOCK_D)
+    vector = tl.load(pad + d, mask=d < HEAD_DIM, other=0.0).to(rows.dtype)
+    return tl.where(((n < slots) & ~real)[:, None], vector[None, :], rows)
+
+
+@triton.jit
+def inverse_norm(rows):
+    """1 / max(|row|, 1e-12), fp32, as torch.nn.functional.normalize."""
+    wide = rows.to(tl.float32)
+    return 1.0 / tl.maximum(tl.sqrt(tl.sum(wide * wide, 1)), 1e-12)
+
+
+@triton.jit
+def product(left, right):
+    """left @ right in fp32: tensor cores for half types, true fp32 (not TF32) for fp32."""
+    return tl.dot(left, right, input_precision="ieee")

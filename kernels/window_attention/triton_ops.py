@@ -1,0 +1,240 @@
+"""Window attention on Triton, as two operators that torch.compile does not look into: one for each pass.
+
+    auroraio::window_attention_forward     bias expanded (bias_triton.py), then forward.py
+    auroraio::window_attention_backward    bias expanded again, then backward.py; partial sums added
+
+NO GPU HAS RUN THEM YET: numbers were checked in Triton's interpreter, machine code by `python -m bench.aot`. Triton is
+imported at the first call.
+"""
+
+from __future__ import annotations
+
+from typing import Any
+
+import torch
+import torch.nn.functional as F
+from torch import Tensor
+
+from kernels.backend import triton_refusal
+from kernels.window_attention.bias import bias_table_grad, expand_bias_table
+from kernels.window_attention.geometry import Grid, remember
+from kernels.window_attention.launch import LOG2_E, MAX_HEAD_DIM, Call
+from kernels.window_attention.reference import MAX_LOGIT_SCALE, logit_multiplier
+
+MAX_OFFSET = 2**31  # offsets within one sample are 32-bit
+
+
+def refusal(qkv: Tensor) -> str | None:
+    """Why the kernels cannot run this call; None where they can."""
+    if (why := triton_refusal(qkv.device)) is not None:
+        return why
+    if qkv.dtype == torch.float64:
+        return "it computes in float32 at most, got float64"
+    if qkv.shape[-1] > MAX_HEAD_DIM:
+        return f"head_dim must be from 1 to {MAX_HEAD_DIM}, got {qkv.shape[-1]}"
+    if qkv[:1].numel() >= MAX_OFFSET:
+        return f"one sample of qkv must have fewer than 2^31 numbers, got {qkv[:1].numel():,}"
+    return None
+
+
+def window_attention(
+    qkv: Tensor,
+    bias: Tensor | None,
+    logit_scale: Tensor | None,
+    pad_kv: Tensor | None,
+    grid: Grid,
+    scale: float,
+) -> Tensor:
+    """qkv [B, H, W, 3, h, d] -> [B, H, W, h * d]; see reference.py for the meaning."""
+    if not grid.padded:
+        pad_kv = None  # there is no padding whose gradient it could have
+    inputs = (qkv, bias, logit_scale, pad_kv)
+    training = torch.is_grad_enabled() and any(t is not None and t.requires_grad for t in inputs)
+    out: Tensor = _forward(*inputs, *grid.window, *grid.shift, scale, training)[0]
+    return out
+
+
+# ---- operators
+
+
+@torch.library.custom_op("auroraio::window_attention_forward", mutates_args=())
+def _forward(
+    qkv: Tensor,
+    bias: Tensor | None,
+    logit_scale: Tensor | None,
+    pad_kv: Tensor | None,
+    wy: int,
+    wx: int,
+    sy: int,
+    sx: int,
+    scale: float,
+    training: bool,
+) -> tuple[Tensor, Tensor]:
+    """out [B, H, W, h * d], and lse [B * nW, h, N] fp32 where `training` in tiles needs it, else empty."""
+    call = _call(qkv, logit_scale, pad_kv, wy, wx, sy, sx, scale)
+    if qkv.numel() == 0:
+        return _fake_forward(qkv, bias, logit_scale, pad_kv, wy, wx, sy, sx, scale, training)
+    from kernels.window_attention.forward import forward
+
+    qkv = _aligned(qkv)
+    lse = qkv.new_empty(_lse_shape(call, training), dtype=torch.float32)
+    return forward(call, qkv, *_operands(call, qkv, bias, logit_scale, pad_kv), lse), lse
+
+
+@_forward.register_fake
+def _fake_forward(
+    qkv: Tensor,
+    bias: Tensor | None,
+    logit_scale: Tensor | None,
+    pad_kv: Tensor | None,
+    wy: int,
+    wx: int,
+    sy: int,
+    sx: int,
+    scale: float,
+    training: bool,
+) -> tuple[Tensor, Tensor]:
+    batch, height, width, _, heads, head_dim = qkv.shape
+    call = _call(qkv, logit_scale, pad_kv, wy, wx, sy, sx, scale)
+    out = qkv.new_empty((batch, height, width, heads * head_dim))
+    return out, qkv.new_empty(_lse_shape(call, training), dtype=torch.float32)
+
+
+@torch.library.custom_op("auroraio::window_attention_backward", mutates_args=())
+def _backward(
+    grad: Tensor,
+    qkv: Tensor,
+    out: Tensor,
+    lse: Tensor,
+    bias: Tensor | None,
+    logit_scale: Tensor | None,
+    pad_kv: Tensor | None,
+    wy: int,
+    wx: int,
+    sy: int,
+    sx: int,
+    scale: float,
+    bias_grad: bool,
+) -> tuple[Tensor, Tensor, Tensor, Tensor]:
+    """Gradients of qkv, bias, logit_scale and pad_kv; empty for what is None, and for the bias unless `bias_grad`."""
+    call = _call(qkv, logit_scale, pad_kv, wy, wx, sy, sx, scale)
+    if qkv.numel() == 0:
+        grads = _fake_backward(
+            grad, qkv, out, lse, bias, logit_scale, pad_kv, wy, wx, sy, sx, scale, bias_grad
+        )
+        for part in grads:
+            part.zero_()
+        return grads
+    from kernels.window_attention.backward import backward
+
+    qkv = _aligned(qkv)
+    operands = _operands(call, qkv, bias, logit_scale, pad_kv)
+    grads = backward(call, _aligned(grad), qkv, out, lse, *operands, bias_grad=bias_grad)
+    d_bias, d_scale, d_pads = (qkv.new_empty(0) for _ in range(3))  # results may not share memory
+    if bias is not None and grads.bias is not None:
+        if bias.dim() == 2:
+            d_bias = bias_table_grad(grads.bias, (wy, wx)).to(bias.dtype)
+        else:
+            d_bias = grads.bias.sum(0)[:, : call.slots, : call.slots].to(bias.dtype).contiguous()
+    if logit_scale is not None and grads.multiplier is not None:
+        # The gradient of log(multiplier), which is the clamped logit_scale.
+        d_scale = (grads.multiplier.sum(0) * (logit_scale <= MAX_LOGIT_SCALE)).to(logit_scale.dtype)
+    if pad_kv is not None and grads.pads is not None:
+        d_pads = grads.pads.sum(0).to(pad_kv.dtype)
+    return grads.qkv, d_bias, d_scale, d_pads
+
+
+@_backward.register_fake
+def _fake_backward(
+    grad: Tensor,
+    qkv: Tensor,
+    out: Tensor,
+    lse: Tensor,
+    bias: Tensor | None,
+    logit_scale: Tensor | None,
+    pad_kv: Tensor | None,
+    wy: int,
+    wx: int,
+    sy: int,
+    sx: int,
+    scale: float,
+    bias_grad: bool,
+) -> tuple[Tensor, Tensor, Tensor, Tensor]:
+    d_bias, d_scale, d_pads = (
+        qkv.new_empty(0) if part is None else part.new_empty(part.shape)
+        for part in (bias if bias_grad else None, logit_scale, pad_kv)
+    )
+    return qkv.new_empty(qkv.shape), d_bias, d_scale, d_pads
+
+
+def _setup_context(ctx: Any, inputs: tuple[Any, ...], output: tuple[Tensor, Tensor]) -> None:
+    qkv, bias, logit_scale, pad_kv, *ctx.numbers, _ = inputs
+    ctx.mark_non_differentiable(output[1])
+    ctx.save_for_backward(qkv, bias, logit_scale, pad_kv, *output)
+
+
+def _autograd(ctx: Any, grad: Tensor, _: Tensor) -> tuple[Tensor | None, ...]:
+    qkv, bias, logit_scale, pad_kv, out, lse = ctx.saved_tensors
+    bias_grad = bias is not None and ctx.needs_input_grad[1]
+    found = _backward(grad, qkv, out, lse, bias, logit_scale, pad_kv, *ctx.numbers, bias_grad)
+    wanted = (True, bias_grad, logit_scale is not None, pad_kv is not None)
+    return *(one if want else None for one, want in zip(found, wanted, strict=True)), *[None] * 6
+
+
+_forward.register_autograd(_autograd, setup_context=_setup_context)
+
+
+# ---- what the launchers need
+
+
+def _call(
+    qkv: Tensor,
+    logit_scale: Tensor | None,
+    pad_kv: Tensor | None,
+    wy: int,
+    wx: int,
+    sy: int,
+    sx: int,
+    scale: float,
+) -> Call:
+    batch, height, width, _, heads, head_dim = qkv.shape
+    grid = Grid(height, width, (wy, wx), (sy, sx))
+    cosine, pads_are_keys = logit_scale is not None, pad_kv is not None
+    return Call(grid, batch, heads, head_dim, qkv.dtype, cosine, pads_are_keys, scale * LOG2_E, qkv.device)
+
+
+def _lse_shape(call: Call, training: bool) -> tuple[int, ...]:
+    return (call.windows, call.heads, call.slots) if training and not call.form.fused_backward else (0,)
+
+
+def _aligned(tensor: Tensor) -> Tensor:
+    """Contiguous, from an address that 16-byte loads can take."""
+    tensor = tensor.contiguous()
+    return tensor.clone() if tensor.data_ptr() % 16 else tensor
+
+
+def _operands(
+    call: Call, qkv: Tensor, bias: Tensor | None, logit_scale: Tensor | None, pad_kv: Tensor | None
+) -> tuple[Tensor, Tensor, Tensor]:
+    """bias, multiplier and pad_kv as the kernels take them; something stands for what they will not look at."""
+    if bias is None:
+        expanded = remember(qkv, _no_bias, call.slots, call.padded)
+    elif bias.dim() == 2:
+        expanded = expand_bias_table(bias.detach(), call.grid.window, padded=call.padded, multiplier=LOG2_E)
+    else:
+        more = call.padded - call.slots
+        expanded = F.pad(
+            F.pad(bias.detach().float() * LOG2_E, (0, more), value=float("-inf")), (0, 0, 0, more)
+        )
+    multiplier = expanded
+    if logit_scale is not None:
+        multiplier = logit_multiplier(logit_scale.detach(), torch.float32) * LOG2_E
+    pads = qkv if pad_kv is None else pad_kv.detach().to(qkv.dtype).contiguous()
+    return expanded, multiplier, pads
+
+
+def _no_bias(slots: int, padded: int, device: torch.device) -> Tensor:
+    """[1, Np, Np]: hides padded keys, from every head alike."""
+    bias = torch.zeros(1, padded, padded, device=device)
+    bias[:, :, slots:] = float("-inf")
+    return bias
