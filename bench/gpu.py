@@ -2,6 +2,7 @@
 
     machine    what this is, and which optional packages are absent
     tests      those marked gpu, and the kernels' own
+    sanitizer  some of them again under compute-sanitizer (memcheck, racecheck), where the CUDA toolkit has it
     aot        every Triton configuration compiled for sm_80 and sm_90
     <subject>  the benchmark, one process for each subject, so that a crash of one leaves the others
     report     one page of all that was measured
@@ -16,6 +17,8 @@ from __future__ import annotations
 
 import argparse
 import json
+import re
+import shutil
 import subprocess
 import sys
 import time
@@ -35,7 +38,10 @@ ROOT = Path(__file__).resolve().parent.parent
 SUMMARY = "sections.json"
 SHORT, FULL = 10.0, 60.0  # minutes
 # Of the whole time, what a section may take at most. The subjects share what tests and aot leave.
-MOST = {"tests": 0.25, "aot": 0.15}
+MOST = {"tests": 0.25, "sanitizer": 0.05, "aot": 0.15}
+# The tests that go through compute-sanitizer, which is some hundred times slower: every Triton kernel, on little data.
+SANITIZED = ("test_kernels_window_triton.py", "exact and cuda and (pads-are-keys or head-dim-64)")
+GPU_TEST = re.compile(r"mark\.gpu|on_each_device")  # what a file with tests for a GPU has in it
 CLOSING = 15.0  # seconds kept for the report
 GRACE = 30.0  # seconds that a subject's process may take beyond its share, for a task that it has begun
 OUT_OF_TIME = 3  # exit status of a subject's process that did not begin all of its tasks
@@ -98,6 +104,7 @@ class Program:
         print(f"profile {self.profile.name}: {self.profile.machine}")
         self.machine()
         self.tests()
+        self.sanitizer()
         aot = [sys.executable, "-m", "bench.aot", "--json", str(self.out / "aot.json")]
         self.process("aot", aot, MOST["aot"] * self.seconds)
         self.subjects()
@@ -140,22 +147,42 @@ class Program:
 
     def tests(self) -> None:
         """The kernels' tests and all that are marked gpu."""
-        missing = [
-            name for name in ("pytest", "pytest_benchmark", "pytest_timeout") if not machine.there(name)
-        ]
-        if "pytest" in missing:
+        if not machine.there("pytest"):
             self.add(Section("tests", "skipped", 0.0, "pytest is not installed: pip install -e '.[test]'"))
             return
-        # pyproject.toml has options of the two plugins, which pytest refuses where they are absent
-        plain = ["-c", "/dev/null", "--rootdir", str(ROOT)] if missing else []
         files = sorted((ROOT / "tests").glob("test_*.py"))
         if self.rehearsed:
             chosen = [str(file) for file in files if file.name.startswith("test_kernels_")]
         else:  # these files alone: others import what may be absent here
-            chosen = [str(file) for file in files if "mark.gpu" in file.read_text(encoding="utf-8")]
+            chosen = [str(file) for file in files if GPU_TEST.search(file.read_text(encoding="utf-8"))]
             chosen += ["-m", "gpu"]
-        command = [sys.executable, "-m", "pytest", "-q", *plain, *chosen]
-        self.process("tests", command, MOST["tests"] * self.seconds)
+        self.process("tests", [*_pytest(), *chosen], MOST["tests"] * self.seconds)
+
+    def sanitizer(self) -> None:
+        """Reads and writes that are out of bounds, and races in shared memory."""
+        tool = shutil.which("compute-sanitizer")
+        if tool is None or self.rehearsed or not machine.there("pytest"):
+            why = (
+                "a rehearsal has no GPU"
+                if self.rehearsed
+                else "needs pytest and compute-sanitizer on the PATH"
+            )
+            self.add(Section("sanitizer", "skipped", 0.0, why))
+            return
+        file, some = SANITIZED
+        for check in ("memcheck", "racecheck"):
+            command = [
+                tool,
+                "--tool",
+                check,
+                "--error-exitcode",
+                "1",
+                *_pytest(),
+                str(ROOT / "tests" / file),
+                "-k",
+                some,
+            ]
+            self.process(f"sanitizer-{check}", command, MOST["sanitizer"] * self.seconds)
 
     def subjects(self) -> None:
         """A process for each; each gets its tasks' share of what the earlier ones left."""
@@ -207,6 +234,18 @@ class Program:
             return
         write_report(run, self.out, headline=self.profile.headline)
         self.add(Section("report", "ok", 0.0, f"{len(run.rows)} rows"))
+
+
+def _pytest() -> list[str]:
+    """The command, without options of plugins that are absent here: pyproject.toml has some, and pytest refuses them."""
+    missing = not (machine.there("pytest_benchmark") and machine.there("pytest_timeout"))
+    return [
+        sys.executable,
+        "-m",
+        "pytest",
+        "-q",
+        *(["-c", "/dev/null", "--rootdir", str(ROOT)] if missing else []),
+    ]
 
 
 def measure(profile: Profile, subject: str, out: Path, seconds: float, rehearsed: bool) -> int:

@@ -38,9 +38,8 @@ def on_each_device(test: Callable[..., None]) -> Any:
 
     @functools.wraps(test)
     def run(device: str, **arguments: Any) -> None:
-        if device == "cuda":
-            call(test.__module__, test.__name__, device, arguments)
-        elif message := worker.submit(call, test.__module__, test.__name__, device, arguments).result():
+        asked = (test.__module__, test.__name__, device, arguments)
+        if message := call(*asked) if device == "cuda" else worker.submit(call, *asked).result():
             pytest.skip(message)
 
     no_gpu = pytest.mark.skipif(not torch.cuda.is_available(), reason="needs a CUDA device")
@@ -61,6 +60,8 @@ def call(module: str, name: str, device: str, arguments: dict[str, Any]) -> str:
     torch.use_deterministic_algorithms(True)
     try:
         getattr(importlib.import_module(module), name).__wrapped__(device=device, **arguments)
+    except pytest.skip.Exception as skip:
+        return str(skip)
     finally:
         torch.use_deterministic_algorithms(False)
     return ""

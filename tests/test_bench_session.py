@@ -157,6 +157,25 @@ def test_the_gpu_program_is_bounded_and_leaves_what_it_measured(tmp_path: Path) 
     assert json.loads((tmp_path / "machine.json").read_text())["absent"].keys() >= {"flash_attn"}
 
 
+def test_the_gpu_program_asks_the_sanitizer(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    """Both checks, on tests that there are; and a machine without the tool is told so."""
+    program = Program(PROFILES["cpu"], tmp_path, 100.0, rehearsed=False)
+    monkeypatch.setenv("PATH", str(tmp_path))
+    program.sanitizer()
+    assert program.done[-1].status == "skipped" and "compute-sanitizer on the PATH" in program.done[-1].note
+    tool = tmp_path / "compute-sanitizer"
+    tool.write_text(
+        "#!/bin/sh\necho $@ | /usr/bin/cut -d' ' -f1-4\nshift 4\nexec $1 $2 $3 --collect-only -q $5 -k \"$7\"\n"
+    )
+    tool.chmod(0o755)
+    program.sanitizer()
+    for check, section in zip(("memcheck", "racecheck"), program.done[1:], strict=True):
+        log = (tmp_path / f"sanitizer-{check}.log").read_text()
+        assert section.name == f"sanitizer-{check}" and section.status == "ok", log
+        assert log.startswith(f"--tool {check} --error-exitcode 1\n")
+        assert "test_exact[cuda-pads-are-keys" in log and "interpreter" not in log
+
+
 BARE = """
 import sys
 sys.modules |= dict.fromkeys(("PIL", "sentencepiece", "jinja2", "markupsafe", "timm", "transformers", "torchvision"))

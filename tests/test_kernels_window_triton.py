@@ -136,17 +136,19 @@ def test_exact(device: str, name: str, dtype: torch.dtype) -> None:
     check(*some(**CALLS[name], dtype=dtype, device=device))
 
 
-@on_each_device
-def test_exact_in_bf16(device: str) -> None:
-    """On a GPU: the interpreter has no true bfloat16."""
-    if device == "cuda":
-        for call in CALLS.values():
-            check(*some(**call, dtype=torch.bfloat16, device=device))
+@pytest.mark.gpu
+@pytest.mark.skipif(
+    not torch.cuda.is_available(), reason="needs a CUDA device: the interpreter has no true bfloat16"
+)
+@pytest.mark.parametrize("name", CALLS)
+def test_exact_in_bf16(name: str) -> None:
+    check(*some(**CALLS[name], dtype=torch.bfloat16, device="cuda"))
 
 
 @on_each_device
 def test_any_shape(device: str) -> None:
     """What hypothesis draws: maps, windows, shifts, heads, dtypes and flags in any combination."""
+    pytest.importorskip("hypothesis", reason="needs hypothesis: pip install hypothesis")
     from hypothesis import HealthCheck, Phase, given, settings
     from hypothesis import strategies as st
 
