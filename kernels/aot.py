@@ -59,7 +59,8 @@ class AotCase:
 def cases(arch: int) -> list[AotCase]:
     """Every case of every kernel on compute capability `arch` (80, 90). Imports Triton, so it raises ImportError
     where there is none."""
-    from kernels.window_attention import aot as window_aot
-    from kernels.window_attention import bias_triton
+    from kernels.latent_attention import aot as latent
+    from kernels.window_attention import aot as window
+    from kernels.window_attention import bias_triton as bias
 
-    return [*bias_triton.aot_cases(arch), *window_aot.aot_cases(arch)]
+    return [*bias.aot_cases(arch), *window.aot_cases(arch), *latent.aot_cases(arch)]

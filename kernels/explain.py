@@ -36,10 +36,6 @@ def explain(fn: Callable[..., Any], *args: Any, **kwargs: Any) -> Choice:
 def available_backends() -> dict[str, dict[str, str | None]]:
     """function -> backend -> None where it can run on this machine, else why it cannot."""
     device = torch.device("cuda" if torch.cuda.is_available() else "cpu")
-    of_window = {"triton": triton_refusal(device)}
-    of_latent = {"triton": PLANNED_REASON}
-    backends = dict.fromkeys(BACKENDS) | dict.fromkeys(PLANNED, PLANNED_REASON)
-    return {
-        window.NAME: backends | of_window,
-        latent.NAME: backends | of_latent,
-    }
+    backends = dict.fromkeys(BACKENDS) | {"triton": triton_refusal(device)}
+    backends |= dict.fromkeys(PLANNED, PLANNED_REASON)
+    return {fn.__name__: dict(backends) for fn in EXPLAINERS}

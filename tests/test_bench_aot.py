@@ -168,6 +168,29 @@ def test_window_launches_are_the_listed_ones(arch: int, monkeypatch: pytest.Monk
     assert launches(arch, monkeypatch, launch_all) == listed(window_aot.aot_cases(arch))
 
 
+@pytest.mark.parametrize("arch", ARCHS)
+def test_latent_launches_are_the_listed_ones(arch: int, monkeypatch: pytest.MonkeyPatch) -> None:
+    """Forward and backward of every form, in one part and in several."""
+    from kernels.latent_attention import aot as latent_aot
+    from kernels.latent_attention import forward, launch, triton_ops
+
+    for module in (launch, forward):
+        monkeypatch.setattr(module, "processor", lambda device: (arch, 108))
+    dtypes = {"bf16": torch.bfloat16, "fp16": torch.float16, "fp32": torch.float32}
+
+    def launch_all() -> None:
+        for dtype, form, several in latent_aot.forms(arch):
+            monkeypatch.setattr(forward, "splits", lambda *_, parts=3 if several else 1: parts)
+            q, k, v = (torch.zeros(30, 2, d, dtype=dtypes[dtype]) for d in (form.dqk, form.dqk, form.dv))
+            mask = torch.zeros(1, 30, dtype=torch.uint8) if form.masked else None
+            seed = torch.tensor(1) if form.dropout else None
+            rest = (torch.tensor([0]), torch.tensor([30]), mask, seed, 30, 0.5, 0.1)
+            out, lse = triton_ops._forward(q[None], k, v, *rest)
+            triton_ops._backward(out, lse, out, lse, q[None], k, v, *rest)
+
+    assert launches(arch, monkeypatch, launch_all) == listed(latent_aot.aot_cases(arch))
+
+
 # ---- planted kernels
 
 

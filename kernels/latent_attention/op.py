@@ -2,14 +2,15 @@
 
 from __future__ import annotations
 
+from contextlib import nullcontext
 from typing import Literal, overload
 
 import torch
 from torch import Tensor
 
 from kernels.autocast import autocast_dtype
-from kernels.backend import PLANNED_REASON, Choice, Plan, describe, resolve
-from kernels.latent_attention import eager, reference, sdpa
+from kernels.backend import Choice, Plan, describe, resolve
+from kernels.latent_attention import eager, reference, sdpa, triton_ops
 from kernels.latent_attention.dropout import seed_tensor
 from kernels.latent_attention.packing import unpack_keys
 from kernels.vmap import refuse_vmap
@@ -76,7 +77,7 @@ def latent_attention(
     dropout_p: share of the probabilities that is dropped, the others grow by 1 / (1 - dropout_p); for
         training only: pass 0 in evaluation. What is dropped depends on seed and on places alone (see
         dropout.py); seed None draws one from torch's default generator.
-    backend: "auto", "reference", "eager" or "sdpa"; `kernels.explain` tells what auto takes.
+    backend: "auto", "reference", "eager", "sdpa" or "triton"; `kernels.explain` tells what auto takes.
 
     Returns out [B, M, h, dv], and with return_lse also the natural log of each row's sum of exponentials,
     [B, h, M], float32 (float64 for float64 inputs), before dropout. A row with no visible key gives 0, lse
@@ -90,19 +91,14 @@ def latent_attention(
     if low is not None:
         q, k, v = q.to(low), k.to(low), v.to(low)
     _check(q, k, v, key_lengths, cu_seqlens_k, key_mask, dropout_p)
-    backend = resolve(NAME, backend, plan(q, k, dropout_p, return_lse))
+    backend = resolve(NAME, backend, plan(q, k, v, dropout_p, return_lse))
     scale = q.shape[-1] ** -0.5 if scale is None else scale
     drop = seed_tensor(seed, q.device) if dropout_p > 0 else None
-    visible = key_mask
-    if key_lengths is not None:
-        visible = torch.arange(k.shape[1], device=k.device) < key_lengths[:, None]
-    if low is None:
-        out, lse = _run(backend, q, k, v, visible, cu_seqlens_k, scale, dropout_p, drop, return_lse)
-    else:
-        with torch.autocast(
-            q.device.type, enabled=False
-        ):  # from here on, dtypes are this function's business
-            out, lse = _run(backend, q, k, v, visible, cu_seqlens_k, scale, dropout_p, drop, return_lse)
+    with torch.autocast(q.device.type, enabled=False) if low else nullcontext():
+        # From here on, dtypes are this function's business.
+        out, lse = _run(
+            backend, q, k, v, key_lengths, cu_seqlens_k, key_mask, scale, dropout_p, drop, return_lse
+        )
     return out if lse is None else (out, lse)
 
 
@@ -122,13 +118,14 @@ def explain(
 ) -> Choice:
     """`kernels.explain(latent_attention, ...)`."""
     _check(q, k, v, key_lengths, cu_seqlens_k, key_mask, dropout_p)
-    return describe(NAME, backend, plan(q, k, dropout_p, return_lse))
+    return describe(NAME, backend, plan(q, k, v, dropout_p, return_lse))
 
 
-def plan(q: Tensor, k: Tensor, dropout_p: float, return_lse: bool) -> Plan:
-    """What auto takes for this call, and what sdpa cannot do. The figures behind it are in
+def plan(q: Tensor, k: Tensor, v: Tensor, dropout_p: float, return_lse: bool) -> Plan:
+    """What auto takes for this call, and what the others cannot do. The figures behind it are in
     kernels/README.md."""
-    refusals = {"triton": PLANNED_REASON}
+    why = triton_ops.refusal(q, v)
+    refusals = {} if why is None else {"triton": why}
     reasons = []
     if return_lse:
         reasons.append("torch's attention returns no log-sum-exp (return_lse=True)")
@@ -137,9 +134,12 @@ def plan(q: Tensor, k: Tensor, dropout_p: float, return_lse: bool) -> Plan:
     if k.shape[-3] == 0:
         reasons.append("there are no keys")
     if reasons:
-        return Plan("eager", "the fastest that can", refusals | {"sdpa": "; ".join(reasons)})
+        return Plan("eager", "the fastest that was measured", refusals | {"sdpa": "; ".join(reasons)})
     if q.device.type != "cpu":
-        return Plan("sdpa", f"torch's fused attention; not measured on {q.device.type} yet", refusals)
+        reason = f"torch's fused attention; not measured on {q.device.type} yet"
+        if why is None:
+            reason += ", where no kernel of ours has run: ask for triton by name"
+        return Plan("sdpa", reason, refusals)
     if q.shape[1] > 1 and k.shape[-3] <= FEW_KEYS:
         return Plan(
             "eager", f"measured faster on CPUs for several queries and up to {FEW_KEYS} keys", refusals
@@ -152,13 +152,22 @@ def _run(
     q: Tensor,
     k: Tensor,
     v: Tensor,
-    visible: Tensor | None,
+    key_lengths: Tensor | None,
     offsets: Tensor | None,
+    key_mask: Tensor | None,
     scale: float,
     dropout_p: float,
     seed: Tensor | None,
     return_lse: bool,
 ) -> tuple[Tensor, Tensor | None]:
+    if backend == "triton":
+        out, lse = triton_ops.latent_attention(
+            q, k, v, key_lengths, offsets, key_mask, scale, dropout_p, seed
+        )
+        return out, lse if return_lse else None
+    visible = key_mask
+    if key_lengths is not None:
+        visible = torch.arange(k.shape[1], device=k.device) < key_lengths[:, None]
     if backend == "reference":
         out, lse = reference.latent_attention(q, k, v, visible, offsets, scale, dropout_p, seed)
         return out, lse if return_lse else None

@@ -15,16 +15,14 @@ import triton
 import triton.language as tl
 from torch import Tensor
 
+from kernels.triton_parts import load_rows, product, store_rows
 from kernels.window_attention.launch import Call, bias_stride, configure
 from kernels.window_attention.tiles import (
     SIZES,
     corner_of,
     inverse_norm,
-    load_rows,
     locate,
-    product,
     regions,
-    store_rows,
     windows_before,
     windows_of,
     with_pads,

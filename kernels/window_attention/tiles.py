@@ -27,7 +27,6 @@ SIZES = [
     "group_size",
     "steps",
 ]
-LN_2: tl.constexpr = tl.constexpr(0.6931471805599453)  # from the softmax's powers of 2 to the gradient
 
 
 @triton.jit
@@ -115,26 +114,6 @@ def regions(
 
 
 @triton.jit
-def load_rows(start, index, stride, real, HEAD_DIM: tl.constexpr, BLOCK_D: tl.constexpr):
-    """[len(index), BLOCK_D]: rows of HEAD_DIM numbers from start + index * stride; 0 where not `real`."""
-    d = tl.arange(0, BLOCK_D)
-    mask = real[:, None]
-    if BLOCK_D != HEAD_DIM:
-        mask = mask & (d < HEAD_DIM)[None, :]
-    return tl.load(start + (index * stride)[:, None] + d[None, :], mask=mask, other=0.0)
-
-
-@triton.jit
-def store_rows(start, index, stride, real, value, HEAD_DIM: tl.constexpr, BLOCK_D: tl.constexpr):
-    """The inverse of `load_rows`, in the type that `start` points to."""
-    d = tl.arange(0, BLOCK_D)
-    mask = real[:, None]
-    if BLOCK_D != HEAD_DIM:
-        mask = mask & (d < HEAD_DIM)[None, :]
-    tl.store(start + (index * stride)[:, None] + d[None, :], value.to(start.dtype.element_ty), mask=mask)
-
-
-@triton.jit
 def with_pads(rows, pad, n, slots, real, HEAD_DIM: tl.constexpr, BLOCK_D: tl.constexpr):
     """`rows` [., BLOCK_D] with the vector at `pad` in those of padding: slots of the window that hold no token."""
     d = tl.arange(0, BLOCK_D)
@@ -147,9 +126,3 @@ def inverse_norm(rows):
     """1 / max(|row|, 1e-12), fp32, as torch.nn.functional.normalize."""
     wide = rows.to(tl.float32)
     return 1.0 / tl.maximum(tl.sqrt(tl.sum(wide * wide, 1)), 1e-12)
-
-
-@triton.jit
-def product(left, right):
-    """left @ right in fp32: tensor cores for half types, true fp32 (not TF32) for fp32."""
-    return tl.dot(left, right, input_precision="ieee")
