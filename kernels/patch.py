@@ -178,7 +178,9 @@ def _refusal(module: nn.Module, families: Mapping[type, type[Accelerated]]) -> s
             return f"it has no {path}; another version of the library may have none"
     for path in family.skipped:
         inner = module.get_submodule(path)
-        if type(inner).__module__ != library.__module__:
+        if type(inner).__module__ != library.__module__ and not type(inner).__module__.startswith(
+            "torch.nn."
+        ):
             return f"its {path} is a {_kind(type(inner))}, not the library's own"
         if hooked(inner):
             return f"its {path} has a hook, which would no longer be called"

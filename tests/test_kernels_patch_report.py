@@ -204,6 +204,19 @@ def test_hooks_inside_the_attention_are_called(library: str, calls: list[str]) -
     assert len(calls) == 2 * LAYERS - 1
 
 
+def test_hooks_on_the_softmax_are_called(calls: list[str]) -> None:
+    """Attention maps are usually taken from there."""
+    model, x = small("timm")
+    layer = model.get_submodule(list(accelerate(model).replaced)[1])
+    maps: list[torch.Size] = []
+    layer.attn.softmax.register_forward_hook(lambda _module, _args, out: maps.append(out.shape))
+    with pytest.warns(UserWarning, match="a hook on its 'attn.softmax' waits for windows"):
+        outcome(model, x)
+    assert len(maps) == 1 and len(calls) == LAYERS - 1
+    restore(model)
+    assert "attn.softmax has a hook" in str(accelerate(model))
+
+
 def test_hooks_on_projections_are_called_and_the_kernel_runs(calls: list[str]) -> None:
     model, x = small("transformers", "2")
     layer = model.get_submodule(list(accelerate(model).replaced)[1])
@@ -239,6 +252,21 @@ def test_adapters_in_the_projections_take_part(library: str, version: str, calls
     accelerate(model)
     got = outcome(model, x)
     torch.testing.assert_close(got, want, rtol=1e-9, atol=1e-12)
+    assert len(calls) == LAYERS
+
+
+@pytest.mark.parametrize("options", [{"qkv_bias": False}, {"qkv_bias": True, "separate": True}], ids=str)
+def test_hooks_on_the_qkv_layer_of_timm_v2(options: dict[str, bool], calls: list[str]) -> None:
+    """timm calls that layer where it has no bias, or keeps it apart."""
+    separate = options.pop("separate", False)
+    model, x = small("timm", "2", **options)
+    for module in model.modules():
+        if hasattr(module, "qkv_bias_separate"):
+            module.qkv_bias_separate = separate
+            module.qkv.register_forward_hook(lambda _module, _args, out: out + 0.1 * out.roll(1, -1))
+    want = outcome(model, x)
+    accelerate(model)
+    torch.testing.assert_close(outcome(model, x), want, rtol=1e-9, atol=1e-12)
     assert len(calls) == LAYERS
 
 

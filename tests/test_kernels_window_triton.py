@@ -18,7 +18,7 @@ from interpreter import on_each_device
 from torch import Tensor
 
 from bench.numerics import FEW, RELATIVE, judge
-from kernels import explain, window_attention
+from kernels import WindowAttention, explain, window_attention
 from kernels.backend import BackendError
 from kernels.window_attention import launch, reference
 
@@ -185,6 +185,71 @@ def test_any_shape(device: str) -> None:
 
 
 @on_each_device
+def test_exact_with_the_tiles_of_sm_90(device: str) -> None:
+    """The interpreter takes sm_80's configurations; those of Hopper are other code (LATE) and other tiles."""
+    with mock.patch.object(launch, "_processor", lambda _: (90, 2)):
+        for name in ("shifted", "many-heads", "hidden-pads", "two-slots"):
+            check(*some(**CALLS[name], dtype=HALF, device=device))
+        check(*some((8, 8), 2, 32, 4, 2, cosine=True, dtype=HALF, device=device))
+
+
+@on_each_device
+def test_a_full_bias_of_any_strides(device: str) -> None:
+    """Of a size that needs no padding: what a permuted table lookup, or a transpose, gives."""
+    for dtype, window in ((HALF, 4), (SINGLE, 8)):
+        tensors, numbers = some((window, window), 2, 16, window, bias="full", dtype=dtype, device=device)
+        permuted = tensors["bias"].permute(1, 2, 0).contiguous().permute(2, 0, 1)
+        for bias in (permuted, tensors["bias"].mT):
+            check(tensors | {"bias": bias}, numbers)
+
+
+@on_each_device
+def test_a_query_that_may_see_nothing(device: str) -> None:
+    """A row of -inf in the bias gives 0 and gradients 0, whole or in tiles."""
+    for dtype in (HALF, SINGLE):
+        tensors, numbers = some((6, 6), 1, 16, 6, bias="full", dtype=dtype, device=device)
+        tensors["bias"][:, 3] = float("-inf")
+        results = run(tensors, numbers, torch.randn(1, 6, 6, 16, device=device), "triton")
+        assert all(part.isfinite().all() for part in results.values())
+        assert not results["out"].view(36, 16)[3].any() and not results["qkv"].view(36, 3, 16)[3, 0].any()
+
+
+@on_each_device
+def test_padding_that_a_map_does_not_need(device: str) -> None:
+    """pad_kv where the window divides the map: a gradient of zeros, not none."""
+    tensors, numbers = some((8, 4), 1, 16, 4, 2, pads=True, dtype=HALF, device=device)
+    results = run(tensors, numbers, torch.randn(1, 8, 4, 16, device=device), "triton")
+    assert not results["pad_kv"].any() and results["pad_kv"].dtype == HALF
+
+
+@on_each_device
+def test_a_model_learns_the_same(device: str) -> None:
+    """Two layers, shifted and not, trained by Triton and by the reference: losses agree, then weights."""
+    losses, weights = [], []
+    for backend in ("triton", "reference"):
+        torch.manual_seed(0)
+        layers = [
+            WindowAttention(
+                16, 1, window=4, shift=shift, position_bias="continuous", cosine=True, backend=backend
+            )
+            for shift in (0, 2)
+        ]
+        model = torch.nn.Sequential(*layers).to(device)
+        x, y = torch.randn(2, 1, 6, 8, 16, device=device)
+        optimizer = torch.optim.SGD(model.parameters(), lr=0.5)
+        for _ in range(4):
+            loss = (model(x) - y).square().mean()
+            loss.backward()
+            optimizer.step()
+            optimizer.zero_grad()
+            losses.append(loss.item())
+        weights.append(torch.nn.utils.parameters_to_vector(model.parameters()).detach())
+    assert losses[3] < losses[0]
+    assert losses[:4] == pytest.approx(losses[4:], rel=1e-4)
+    torch.testing.assert_close(*weights, rtol=1e-3, atol=1e-5)
+
+
+@on_each_device
 def test_same_bits_every_time(device: str) -> None:
     """For whole windows and for tiled ones, with every partial sum that there is."""
     for dtype, name in ((HALF, "more-pads-than-shift"), (HALF, "pads-are-keys")):
@@ -306,16 +371,43 @@ def test_refuses_what_it_cannot_do(device: str) -> None:
     huge = torch.zeros((), device=device).expand(2, 4096, 4096, 3, 1, 64)
     with pytest.raises(BackendError, match=r"fewer than 2\^31 numbers, got 3,221,225,472"):
         window_attention(huge, window=4, backend="triton")
-    with pytest.raises(NotImplementedError, match="vmap is not supported"):
-        torch.func.vmap(lambda one: window_attention(one, window=4, backend="triton"))(qkv[None])
-
-
-@pytest.mark.parametrize("backend", ["auto", "reference", "eager", "sdpa"])
-def test_vmap_is_refused_everywhere(backend: str) -> None:
-    with pytest.raises(NotImplementedError, match="window_attention: torch.func.vmap is not supported"):
-        torch.func.vmap(lambda one: window_attention(one, window=4, backend=backend))(
-            torch.zeros(2, 1, 4, 4, 3, 1, 8)
+    with pytest.raises(BackendError, match="a window must have fewer than 46,341 slots, got 46,400"):
+        window_attention(
+            torch.zeros((), device=device).expand(1, 232, 200, 3, 1, 1), window=(232, 200), backend="triton"
         )
+
+
+@on_each_device
+def test_transforms_are_refused(device: str) -> None:
+    """torch.func.vmap by every backend, over any argument and at any depth; its derivatives and forward mode by all but
+    the reference."""
+    qkv, table = torch.randn(2, 1, 4, 4, 3, 1, 16, device=device), torch.randn(2, 49, 1, device=device)
+    for backend in ("auto", "reference", "eager", "sdpa", "triton"):
+
+        def attend(qkv: Tensor, table: Tensor, backend: str = backend) -> Tensor:
+            return window_attention(qkv, table, window=4, backend=backend).sum()
+
+        with pytest.raises(NotImplementedError, match="window_attention: torch.func.vmap is not supported"):
+            torch.func.vmap(attend, in_dims=(0, None))(qkv, table[0])
+        with pytest.raises(NotImplementedError, match="window_attention: torch.func.vmap is not supported"):
+            torch.func.vmap(attend, in_dims=(None, 0))(qkv[0], table)
+        with pytest.raises(
+            NotImplementedError, match="not supported|are supported by backend 'reference' only"
+        ):
+            torch.func.vmap(torch.func.grad(attend), in_dims=(0, None))(qkv, table[0])
+        if backend == "reference":
+            assert torch.func.grad(attend)(qkv[0], table[0]).shape == qkv[0].shape
+            continue
+        with pytest.raises(
+            NotImplementedError, match="derivatives are supported by backend 'reference' only"
+        ):
+            torch.func.grad(attend)(qkv[0], table[0])
+        with torch.autograd.forward_ad.dual_level():
+            dual = torch.autograd.forward_ad.make_dual(qkv[0], torch.ones_like(qkv[0]))
+            with pytest.raises(
+                NotImplementedError, match="forward-mode derivatives are supported by backend"
+            ):
+                attend(dual, table[0])
 
 
 def test_a_machine_without_it_is_told(monkeypatch: pytest.MonkeyPatch) -> None:

@@ -33,7 +33,7 @@ class SwinBlock(Accelerated):
         "attn.relative_position_bias_table",
     )
     dropout_at = "attn.attn_drop.p"
-    skipped = ("attn",)
+    skipped = ("attn", "attn.softmax", "attn.attn_drop")
     attn: Any
     window_size: Any
     shift_size: Any
@@ -55,7 +55,7 @@ class SwinV2Block(SwinBlock):
     """timm.models.swin_transformer_v2.SwinTransformerV2Block on window_attention."""
 
     needs = (*BOTH, "attn.q_bias", "attn.k_bias", "attn.v_bias", "attn.logit_scale", "attn.cpb_mlp",
-             "attn.relative_coords_table")  # fmt: skip
+             "attn.relative_coords_table", "attn.qkv_bias_separate")  # fmt: skip
 
     def _attn(self, x: Tensor) -> Tensor:
         if self.takes_library_path():
@@ -64,5 +64,9 @@ class SwinV2Block(SwinBlock):
         if attn.q_bias is not None:
             bias = torch.cat((attn.q_bias, attn.k_bias, attn.v_bias))
         table = continuous_table(attn.cpb_mlp, attn.relative_coords_table, attn.num_heads)
-        qkv = F.linear(x, attn.qkv.weight, bias)
+        # timm calls its qkv layer, which may have a hook or an adapter, in these cases alone.
+        if bias is None or attn.qkv_bias_separate:
+            qkv = attn.qkv(x) if bias is None else attn.qkv(x) + bias
+        else:
+            qkv = F.linear(x, attn.qkv.weight, bias)
         return self._attend(qkv, bias, table, logit_scale=attn.logit_scale.flatten())

@@ -67,7 +67,7 @@ class OlderSwinLayer(Layer):
 
     needs = (*OLDER, "attention.self.relative_position_bias_table")
     dropout_at = "attention.self.dropout.p"
-    skipped = ("attention", "attention.self")
+    skipped = ("attention", "attention.self", "attention.self.dropout")
 
     def forward(
         self,
@@ -98,7 +98,7 @@ class Swinv2Layer(Layer):
     needs = (*OLDER, "attention.self.continuous_position_bias_mlp", "attention.self.relative_coords_table",
              "attention.self.logit_scale")  # fmt: skip
     dropout_at = "attention.self.dropout.p"
-    skipped = ("attention", "attention.self")
+    skipped = ("attention", "attention.self", "attention.self.dropout")
 
     def forward(
         self, hidden_states: Tensor, input_dimensions: Any, output_attentions: bool = False

@@ -89,11 +89,11 @@ def splits(programs: int, steps: int, slots: int) -> int:
 
 @lru_cache
 def processor(device: torch.device) -> tuple[int, int]:
-    """Which of the configurations fit (80, 90), and how many multiprocessors there are."""
+    """Whose configurations fit, sm_80's or sm_90's, and how many multiprocessors there are."""
     if device.type != "cuda":
         return 80, INTERPRETED_SMS
     found = torch.cuda.get_device_properties(device)
-    return 90 if found.major >= 9 else 80, found.multi_processor_count
+    return 90 if found.major == 9 else 80, found.multi_processor_count
 
 
 # ---- the configurations: large tiles that compile without spilling registers (`python -m bench.aot` holds them to it);

@@ -13,7 +13,7 @@ from kernels.backend import Choice, Plan, describe, resolve
 from kernels.latent_attention import eager, reference, sdpa, triton_ops
 from kernels.latent_attention.dropout import seed_tensor
 from kernels.latent_attention.packing import unpack_keys
-from kernels.vmap import refuse_vmap
+from kernels.transforms import refuse_transforms
 
 NAME = "latent_attention"
 FEW_KEYS = 16
@@ -86,7 +86,7 @@ def latent_attention(
     Raises TypeError (dtypes), ValueError (shapes, values), BackendError (a named backend that cannot run the
     call).
     """
-    refuse_vmap(NAME, q)
+    refuse_transforms(NAME, backend, q, k, v)
     low = autocast_dtype(q)
     if low is not None:
         q, k, v = q.to(low), k.to(low), v.to(low)

@@ -42,6 +42,8 @@ def forms(arch: int) -> Iterator[tuple[str, Form]]:
         yield "bf16", Form(slots, head_dim, True, cosine, pads, arch)
     for slots, head_dim in product((16, 32, 81, 256), (16, 64)):
         yield "bf16", Form(slots, head_dim, True, False, False, arch)
+    for slots, head_dim in ((49, 24), (196, 24), (196, 48), (196, 96)):
+        yield "bf16", Form(slots, head_dim, True, True, False, arch)
     for slots, cosine in product((49, 196), both):
         yield "fp16", Form(slots, 32, True, cosine, False, arch)
     for slots, head_dim in product((16, 49), (32, 64, 128)):
@@ -56,7 +58,8 @@ def aot_cases(arch: int) -> list[AotCase]:
 
 def launched(dtype: str, form: Form) -> Iterator[AotCase]:
     """What one call in training launches. In inference, KEEP_LSE is off: less of the same code."""
-    common, fused = constants(form), fused_config(form) if form.whole else None
+    fused = fused_config(form) if form.whole else None
+    common = constants(form) | {"PADS_ARE_KEYS": form.pads_are_keys}
     forward = configure("forward", form)
     keep_lse = fused is None
     if form.whole:
@@ -66,7 +69,7 @@ def launched(dtype: str, form: Form) -> Iterator[AotCase]:
         about = _tiles(forward) | {"TAIL": form.padded % forward.keys, "KEEP_LSE": keep_lse, **common}
         yield _case(tiled_forward_kernel, dtype, form, forward, about)
     if fused is not None:
-        about = {"BLOCK": form.padded, "BIAS_GRAD": True, "LATE": fused.late, **common}
+        about = {"BLOCK": form.padded, "BIAS_GRAD": True, "LATE": fused.late, **constants(form)}
         yield _case(whole_backward_kernel, dtype, form, fused, about)
         return
     for name, kernel in (

@@ -1,7 +1,8 @@
 """Window attention, backward, in Triton: each kernel beside its launcher. Nothing is added atomically.
 
-    whole_backward_kernel   a window fits in one tile: recompute its logits, then all gradients at once; the bias gradient
-                            grows in registers while the program walks over windows, and is stored once per program
+    whole_backward_kernel   a window fits in one tile, and no pads are keys: recompute its logits, then all gradients at
+                            once; the bias gradient grows in registers while the program walks over windows, and is
+                            stored once per program
 
 and for larger windows three kernels, as in FlashAttention-2 (arXiv:2307.08691), each with what it owns in registers:
 
@@ -58,17 +59,15 @@ def grad_of_unit(grad, rows, norm, multiplier):
     return grad * (norm * multiplier)[:, None] - rows * (along * norm * norm)[:, None], along
 
 
-@triton.jit(do_not_specialize=SIZES, do_not_specialize_on_alignment=["pad_kv"])
+@triton.jit(do_not_specialize=SIZES)
 def whole_backward_kernel(
     grad_out: tl.tensor,  # [B, H, W, h, D]
     qkv: tl.tensor,  # [B, H, W, 3, h, D]
     bias: tl.tensor,  # [h, BLOCK, BLOCK] fp32, times log2 e, -inf for keys from N on
     multiplier: tl.tensor,  # [h] fp32: COSINE's multiplier, times log2 e
-    pad_kv: tl.tensor,  # [2, h, D]
     grad_qkv: tl.tensor,  # [B, H, W, 3, h, D]
     grad_bias: tl.tensor,  # [G, h, BLOCK, BLOCK] fp32
     grad_multiplier: tl.tensor,  # [G, h] fp32
-    grad_pads: tl.tensor,  # [G, 2, h, D] fp32
     batch: tl.int32,
     height: tl.int32,
     width: tl.int32,
@@ -86,7 +85,6 @@ def whole_backward_kernel(
     HEAD_DIM: tl.constexpr,
     BLOCK_D: tl.constexpr,
     COSINE: tl.constexpr,
-    PADS_ARE_KEYS: tl.constexpr,
     BIAS_GRAD: tl.constexpr,
     LATE: tl.constexpr,  # store gradients at the end of a window's turn, not as they are produced
 ) -> None:
@@ -96,7 +94,7 @@ def whole_backward_kernel(
     first, last, at_bottom, at_right, down, across = windows_of(group, group_size, batch, rows, columns)
     n = tl.arange(0, BLOCK)
     query_region, key_region = regions(
-        n, at_bottom, at_right, height, width, rows, columns, wy, wx, sy, sx, PADS_ARE_KEYS
+        n, at_bottom, at_right, height, width, rows, columns, wy, wx, sy, sx, False
     )
     hidden = query_region[:, None] != key_region[None, :]
     bias_tile = tl.load(bias + head * bias_stride + n[:, None] * BLOCK + n[None, :])
@@ -107,8 +105,6 @@ def whole_backward_kernel(
 
     bias_acc = tl.zeros([BLOCK, BLOCK], tl.float32)
     multiplier_acc = tl.zeros([BLOCK], tl.float32)
-    pad_k_acc = tl.zeros([BLOCK_D], tl.float32)
-    pad_v_acc = tl.zeros([BLOCK_D], tl.float32)
     token_stride = 3 * heads * HEAD_DIM
     for window in range(first, last):
         sample, top, left = corner_of(window, at_bottom, at_right, down, across, rows, columns, wy, wx)
@@ -120,9 +116,6 @@ def whole_backward_kernel(
         v = load_rows(q_start + 2 * heads * HEAD_DIM, token, token_stride, real, HEAD_DIM, BLOCK_D)
         out_start = grad_out + plane * (heads * HEAD_DIM) + head * HEAD_DIM
         d_out = load_rows(out_start, token, heads * HEAD_DIM, real, HEAD_DIM, BLOCK_D)
-        if PADS_ARE_KEYS:
-            k = with_pads(k, pad_kv + head * HEAD_DIM, n, wy * wx, real, HEAD_DIM, BLOCK_D)
-            v = with_pads(v, pad_kv + (heads + head) * HEAD_DIM, n, wy * wx, real, HEAD_DIM, BLOCK_D)
 
         logits = product(q, tl.trans(k))
         if COSINE:
@@ -163,10 +156,6 @@ def whole_backward_kernel(
         if LATE:
             store_rows(d_start + 2 * heads * HEAD_DIM, token, token_stride, real, d_v, HEAD_DIM, BLOCK_D)
             store_rows(d_start, token, token_stride, real, d_q, HEAD_DIM, BLOCK_D)
-        if PADS_ARE_KEYS:
-            pad = ((n < wy * wx) & ~real)[:, None]
-            pad_k_acc += tl.sum(tl.where(pad, d_k, 0.0), 0)
-            pad_v_acc += tl.sum(tl.where(pad, d_v, 0.0), 0)
 
     place = group * heads + head
     if BIAS_GRAD:
@@ -174,11 +163,6 @@ def whole_backward_kernel(
         tl.store(grad_start + n[:, None] * BLOCK + n[None, :], bias_acc)
     if COSINE:
         tl.store(grad_multiplier + place, tl.sum(multiplier_acc, 0))
-    if PADS_ARE_KEYS:
-        d = tl.arange(0, BLOCK_D)
-        k_start = grad_pads + (group * 2 * heads + head) * HEAD_DIM
-        tl.store(k_start + d, pad_k_acc, mask=d < HEAD_DIM)
-        tl.store(k_start + heads * HEAD_DIM + d, pad_v_acc, mask=d < HEAD_DIM)
 
 
 @triton.jit(do_not_specialize=SIZES, do_not_specialize_on_alignment=["pad_kv"])
@@ -240,7 +224,7 @@ def query_grad_kernel(
     q_delta = tl.sum(d_out.to(tl.float32) * result.to(tl.float32), 1)
     line = (group.to(tl.int64) * heads + head) * slots
     tl.store(delta + line + qn, q_delta, mask=q_real)
-    q_lse = tl.load(lse + line + qn, mask=q_real, other=0.0)
+    q_lse = tl.load(lse + line + qn, mask=q_real, other=float("inf"))  # its weights are 0
 
     acc = tl.zeros([BLOCK_Q, BLOCK_D], tl.float32)
     for start in range(0, slots, BLOCK_K):
@@ -270,8 +254,7 @@ def query_grad_kernel(
 
     if COSINE:
         acc, along = grad_of_unit(acc, q, q_norm, scale * LN_2)
-        # A pad query's weights may be infinite: it has no lse.
-        tl.store(grad_multiplier + tl.program_id(0), tl.sum(tl.where(q_real, along, 0.0), 0))
+        tl.store(grad_multiplier + tl.program_id(0), tl.sum(along, 0))
     else:
         acc = acc * (scale * LN_2)
     d_start = grad_qkv + plane * token_stride + head * HEAD_DIM
@@ -345,7 +328,6 @@ def key_grad_kernel(
         token, real = locate(qn, top, left, height, width, wy, wx, sy, sx)
         q = load_rows(q_start, token, token_stride, real, HEAD_DIM, BLOCK_D)
         d_out = load_rows(grad_out + place, token, heads * HEAD_DIM, real, HEAD_DIM, BLOCK_D)
-        # A pad query has no lse: with +inf its weights are 0.
         q_lse = tl.load(lse + line + qn, mask=real, other=float("inf"))
         q_delta = tl.load(delta + line + qn, mask=real, other=0.0)
         logits = product(k, tl.trans(q))
@@ -480,7 +462,7 @@ def backward(
     grad_qkv = torch.empty_like(qkv)
     with torch.cuda.device_of(qkv):
         if call.form.fused_backward:
-            return _whole(call, grad_out, qkv, bias, multiplier, pad_kv, grad_qkv, bias_grad=bias_grad)
+            return _whole(call, grad_out, qkv, bias, multiplier, grad_qkv, bias_grad=bias_grad)
         return _tiled(call, grad_out, qkv, out, lse, bias, multiplier, pad_kv, grad_qkv, bias_grad=bias_grad)
 
 
@@ -490,7 +472,6 @@ def _whole(
     qkv: Tensor,
     bias: Tensor,
     multiplier: Tensor,
-    pad_kv: Tensor,
     grad_qkv: Tensor,
     *,
     bias_grad: bool,
@@ -499,13 +480,13 @@ def _whole(
     assert config is not None
     heads, size = call.heads, call.group_size()
     groups = call.groups(size)
-    grads = _empty_partials(call, qkv, bias_grad, groups, groups, groups)
+    d_bias, d_multiplier, _ = _empty_partials(call, qkv, bias_grad, groups, groups, 0)
     whole_backward_kernel[(groups * heads,)](
-        grad_out, qkv, bias, multiplier, pad_kv, grad_qkv, *(bias if part is None else part for part in grads),
+        grad_out, qkv, bias, multiplier, grad_qkv, *(bias if part is None else part for part in (d_bias, d_multiplier)),
         *call.sizes, bias_stride(bias), call.scale, size,
         BLOCK=call.padded, BIAS_GRAD=bias_grad, LATE=config.late, **call.constants, **config.options,
     )  # fmt: skip
-    return Gradients(grad_qkv, *grads)
+    return Gradients(grad_qkv, d_bias, d_multiplier, None)
 
 
 def _tiled(
@@ -533,16 +514,16 @@ def _tiled(
     numbers = *call.sizes, bias_stride(bias), call.padded, call.scale
     query_grad_kernel[(q_programs * heads,)](
         grad_out, qkv, out, bias, multiplier, pad_kv, lse, delta, grad_qkv, d_multiplier, *numbers,
-        BLOCK_Q=queries.queries, BLOCK_K=queries.keys, **call.constants, **queries.options,
+        BLOCK_Q=queries.queries, BLOCK_K=queries.keys, PADS_ARE_KEYS=call.pads_are_keys, **call.constants, **queries.options,
     )  # fmt: skip
     key_grad_kernel[(k_programs * heads,)](
         grad_out, qkv, bias, multiplier, pad_kv, lse, delta, grad_qkv, d_pads, *numbers,
-        BLOCK_Q=keys.queries, BLOCK_K=keys.keys, **call.constants, **keys.options,
+        BLOCK_Q=keys.queries, BLOCK_K=keys.keys, PADS_ARE_KEYS=call.pads_are_keys, **call.constants, **keys.options,
     )  # fmt: skip
     if bias_grad:
         bias_grad_kernel[(groups * tiles * heads,)](
             grad_out, qkv, bias, multiplier, pad_kv, lse, delta, d_bias, *numbers, size,
-            BLOCK_Q=tile.queries, BLOCK_K=tile.keys, **call.constants, **tile.options,
+            BLOCK_Q=tile.queries, BLOCK_K=tile.keys, PADS_ARE_KEYS=call.pads_are_keys, **call.constants, **tile.options,
         )  # fmt: skip
     return Gradients(grad_qkv, *grads)
 

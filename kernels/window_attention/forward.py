@@ -36,7 +36,7 @@ def whole_forward_kernel(
     multiplier: tl.tensor,  # [h] fp32: COSINE's multiplier, times log2 e
     pad_kv: tl.tensor,  # [2, h, D]: PADS_ARE_KEYS' key and value
     out: tl.tensor,  # [B, H, W, h, D]
-    lse: tl.tensor,  # [windows, h, N] fp32: log2 of the sum of 2^logits, written if KEEP_LSE
+    lse: tl.tensor,  # [windows, h, N] fp32: log2 of the sum of 2^logits, +inf of none; written if KEEP_LSE
     batch: tl.int32,
     height: tl.int32,
     width: tl.int32,
@@ -93,7 +93,8 @@ def whole_forward_kernel(
         largest = tl.where(largest == float("-inf"), 0.0, largest)  # a pad query may see nothing
         weights = tl.exp2(logits - largest[:, None])
         total = tl.sum(weights, 1)
-        total = tl.where(total == 0.0, 1.0, total)
+        nothing = total == 0.0
+        total = tl.where(nothing, 1.0, total)
         result = product(weights.to(v.dtype), v) * (1.0 / total)[:, None]
         store_rows(
             out + plane * (heads * HEAD_DIM) + head * HEAD_DIM,
@@ -107,7 +108,9 @@ def whole_forward_kernel(
         if KEEP_LSE:
             number = windows_before(at_bottom, at_right, batch, rows, columns) + window
             line = (number.to(tl.int64) * heads + head) * (wy * wx)
-            tl.store(lse + line + n, largest + tl.log2(total), mask=n < wy * wx)
+            tl.store(
+                lse + line + n, tl.where(nothing, float("inf"), largest + tl.log2(total)), mask=n < wy * wx
+            )
 
 
 @triton.jit(do_not_specialize=SIZES, do_not_specialize_on_alignment=["pad_kv"])
@@ -117,7 +120,7 @@ def tiled_forward_kernel(
     multiplier: tl.tensor,  # [h] fp32: COSINE's multiplier, times log2 e
     pad_kv: tl.tensor,  # [2, h, D]
     out: tl.tensor,  # [B, H, W, h, D]
-    lse: tl.tensor,  # [windows, h, N] fp32: log2 of the sum of 2^logits, for the backward
+    lse: tl.tensor,  # [windows, h, N] fp32: log2 of the sum of 2^logits, +inf of none; written if KEEP_LSE
     batch: tl.int32,
     height: tl.int32,
     width: tl.int32,
@@ -181,14 +184,17 @@ def tiled_forward_kernel(
             HEAD_DIM, BLOCK_D, COSINE, PADS_ARE_KEYS,
         )  # fmt: skip
 
-    total = tl.where(total == 0.0, 1.0, total)  # a pad query may see nothing
+    nothing = total == 0.0  # a pad query may see nothing
+    total = tl.where(nothing, 1.0, total)
     store_rows(
         out + plane * (heads * HEAD_DIM) + head * HEAD_DIM,
         q_token, heads * HEAD_DIM, q_real, acc * (1.0 / total)[:, None], HEAD_DIM, BLOCK_D,
     )  # fmt: skip
     if KEEP_LSE:
         line = (group.to(tl.int64) * heads + head) * (wy * wx)
-        tl.store(lse + line + qn, largest + tl.log2(total), mask=qn < wy * wx)
+        tl.store(
+            lse + line + qn, tl.where(nothing, float("inf"), largest + tl.log2(total)), mask=qn < wy * wx
+        )
 
 
 @triton.jit
@@ -236,12 +242,12 @@ def forward(call: Call, qkv: Tensor, bias: Tensor, multiplier: Tensor, pad_kv: T
             size = call.group_size()
             whole_forward_kernel[(call.groups(size) * heads,)](
                 qkv, bias, multiplier, pad_kv, out, lse, *call.sizes, bias_stride(bias), call.scale, size,
-                BLOCK=call.padded, KEEP_LSE=keep_lse, **call.constants, **config.options,
+                BLOCK=call.padded, KEEP_LSE=keep_lse, PADS_ARE_KEYS=call.pads_are_keys, **call.constants, **config.options,
             )  # fmt: skip
             return out
         tiled_forward_kernel[(call.windows * triton.cdiv(call.slots, config.queries) * heads,)](
             qkv, bias, multiplier, pad_kv, out, lse, *call.sizes, bias_stride(bias), call.padded, call.scale,
             call.padded // config.keys, BLOCK_Q=config.queries, BLOCK_K=config.keys, TAIL=call.padded % config.keys,
-            KEEP_LSE=keep_lse, **call.constants, **config.options,
+            KEEP_LSE=keep_lse, PADS_ARE_KEYS=call.pads_are_keys, **call.constants, **config.options,
         )  # fmt: skip
     return out

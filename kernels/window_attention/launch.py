@@ -55,6 +55,11 @@ class Form:
         return power_of_two(self.head_dim)
 
     @property
+    def tight(self) -> bool:
+        """Whether masks or pads take registers, so that tiles have to be smaller."""
+        return self.pads_are_keys or self.head_dim != self.block_d
+
+    @property
     def whole(self) -> bool:
         """Whether a window is one tile in the forward: all logits of a head are in registers at once."""
         return self.slots <= (64 if self.half else 32) and self.block_d <= 64
@@ -148,12 +153,7 @@ class Call:
 
 def constants(form: Form) -> dict[str, Any]:
     """The constants that every kernel takes."""
-    return {
-        "HEAD_DIM": form.head_dim,
-        "BLOCK_D": form.block_d,
-        "COSINE": form.cosine,
-        "PADS_ARE_KEYS": form.pads_are_keys,
-    }
+    return {"HEAD_DIM": form.head_dim, "BLOCK_D": form.block_d, "COSINE": form.cosine}
 
 
 def bias_stride(bias: Tensor) -> int:
@@ -163,11 +163,11 @@ def bias_stride(bias: Tensor) -> int:
 
 @lru_cache
 def _processor(device: torch.device) -> tuple[int, int]:
-    """Which of the configurations fit (80, 90), and how many multiprocessors there are."""
+    """Whose configurations fit, sm_80's or sm_90's, and how many multiprocessors there are."""
     if device.type != "cuda":
         return 80, INTERPRETED_SMS
     found = torch.cuda.get_device_properties(device)
-    return 90 if found.major >= 9 else 80, found.multi_processor_count
+    return 90 if found.major == 9 else 80, found.multi_processor_count
 
 
 # ---- the configurations: the largest tiles that compile without spilling registers (`python -m bench.aot` holds them to
@@ -176,7 +176,7 @@ def _processor(device: torch.device) -> tuple[int, int]:
 
 def fused_config(form: Form) -> Config | None:
     """For whole_backward_kernel; None where it would spill, so that the tiled kernels do it."""
-    if form.block_d > 32 or form.pads_are_keys or not form.half:
+    if form.block_d > 32 or form.tight or not form.half:
         return None
     warps = power_of_two(form.slots) // 16
     if form.arch >= 90:
@@ -193,30 +193,32 @@ def configure(kernel: Literal["forward", "queries", "keys", "bias"], form: Form)
     if not form.half:  # no tensor cores: products are unrolled, so the tiles are small
         side = 32 if form.block_d <= 64 else 16
         return Config(side, side, 8, 1)
-    new, cosine, pads = form.arch >= 90, form.cosine, form.pads_are_keys
+    new, cosine, tight = form.arch >= 90, form.cosine, form.tight
     match kernel, form.block_d:
         case "forward", 128:
-            return Config(64, 32, 4, 3) if new and not pads else Config(32, 32, 4, 1 if pads else 2)
+            return Config(64, 32, 4, 3) if new and not tight else Config(32, 32, 4, 1 if tight else 2)
         case "queries", 128:
-            return Config(32, 16, 4, 2) if pads else Config(64 if new or not cosine else 32, 32, 4, 2)
+            return Config(32, 16, 4, 2) if tight else Config(64 if new or not cosine else 32, 32, 4, 2)
         case "keys", 128:
-            return Config(16 if cosine or pads else 32, 32, 4, 1 if pads else 2)
+            return Config(16 if cosine or tight else 32, 32, 4, 1 if tight else 2)
         case "bias", 128:
-            return Config(32, 32 if pads else 64, 4, 1)
+            return Config(32, 32 if tight else 64, 4, 1)
         case "forward", _:
             return Config(64, 64, 4, 3)
         case "queries", 64:
-            return Config(64, 64 if new and not pads else 32, 4, 2)
+            return Config(64, 64 if new and not tight else 32, 4, 2)
         case "keys", 64:
-            return Config(32, 32 if pads else 64, 4, 2 if pads or new else 1)
+            return Config(32, 32 if tight else 64, 4, 2 if tight or new else 1)
         case "bias", 64:
             return (
-                Config(64, 64, 4, 1) if pads else Config(64 if new else 32, 64, 4, 1 if new and cosine else 2)
+                Config(64, 64, 4, 1)
+                if tight
+                else Config(64 if new else 32, 64, 4, 1 if new and cosine else 2)
             )
         case "queries", _:
-            small = pads and (form.block_d == 16 or not cosine)
+            small = tight and (form.block_d == 16 or not cosine)
             return Config(32 if small and cosine else 64, 32 if small else 64, 4, 2)
         case "keys", _:
             return Config(32, 64, 4, 2)
         case _:
-            return Config(64, 64, 4, 1 if pads else 2)
+            return Config(64, 64, 4, 1 if tight else 2)

@@ -9,7 +9,7 @@ from torch import Tensor
 
 from kernels.autocast import autocast_dtype
 from kernels.backend import Choice, Plan, describe, resolve
-from kernels.vmap import refuse_vmap
+from kernels.transforms import refuse_transforms
 from kernels.window_attention import eager, reference, sdpa, triton_ops
 from kernels.window_attention.geometry import Grid
 
@@ -56,12 +56,12 @@ def window_attention(
     Raises TypeError (dtypes), ValueError (shapes, values), BackendError (a named backend that cannot run the
     call).
     """
-    refuse_vmap(NAME, qkv)
+    refuse_transforms(NAME, backend, qkv, bias, logit_scale, pad_kv)
     low = autocast_dtype(qkv)
     if low is not None:
         qkv = qkv.to(low)
     grid = _check(qkv, bias, window, shift, scale, logit_scale, pad_kv)
-    run = BACKEND_FUNCTIONS[resolve(NAME, backend, plan(qkv))]
+    run = BACKEND_FUNCTIONS[resolve(NAME, backend, plan(qkv, grid))]
     scale = qkv.shape[-1] ** -0.5 if scale is None else scale
     if low is None:
         return run(qkv, bias, logit_scale, pad_kv, grid, scale)
@@ -83,13 +83,13 @@ def explain(
     backend: str = "auto",
 ) -> Choice:
     """`kernels.explain(window_attention, ...)`."""
-    _check(qkv, bias, window, shift, scale, logit_scale, pad_kv)
-    return describe(NAME, backend, plan(qkv))
+    grid = _check(qkv, bias, window, shift, scale, logit_scale, pad_kv)
+    return describe(NAME, backend, plan(qkv, grid))
 
 
-def plan(qkv: Tensor) -> Plan:
+def plan(qkv: Tensor, grid: Grid) -> Plan:
     """What auto takes for this call. The figures behind it are in kernels/README.md."""
-    why = triton_ops.refusal(qkv)
+    why = triton_ops.refusal(qkv, grid.slots)
     refusals = {} if why is None else {"triton": why}
     if qkv.device.type == "cpu":
         return Plan("eager", "measured faster on CPUs at every shape that was tried", refusals)

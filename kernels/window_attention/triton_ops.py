@@ -9,6 +9,7 @@ imported at the first call.
 
 from __future__ import annotations
 
+import math
 from typing import Any
 
 import torch
@@ -21,10 +22,10 @@ from kernels.window_attention.geometry import Grid, remember
 from kernels.window_attention.launch import LOG2_E, MAX_HEAD_DIM, Call
 from kernels.window_attention.reference import MAX_LOGIT_SCALE, logit_multiplier
 
-MAX_OFFSET = 2**31  # offsets within one sample are 32-bit
+MAX_OFFSET = 2**31  # offsets within one sample, and within one head's bias, are 32-bit
 
 
-def refusal(qkv: Tensor) -> str | None:
+def refusal(qkv: Tensor, slots: int) -> str | None:
     """Why the kernels cannot run this call; None where they can."""
     if (why := triton_refusal(qkv.device)) is not None:
         return why
@@ -32,6 +33,8 @@ def refusal(qkv: Tensor) -> str | None:
         return "it computes in float32 at most, got float64"
     if qkv.shape[-1] > MAX_HEAD_DIM:
         return f"head_dim must be from 1 to {MAX_HEAD_DIM}, got {qkv.shape[-1]}"
+    if slots * slots >= MAX_OFFSET:
+        return f"a window must have fewer than {math.isqrt(MAX_OFFSET) + 1:,} slots, got {slots:,}"
     if qkv[:1].numel() >= MAX_OFFSET:
         return f"one sample of qkv must have fewer than 2^31 numbers, got {qkv[:1].numel():,}"
     return None
@@ -46,8 +49,6 @@ def window_attention(
     scale: float,
 ) -> Tensor:
     """qkv [B, H, W, 3, h, d] -> [B, H, W, h * d]; see reference.py for the meaning."""
-    if not grid.padded:
-        pad_kv = None  # there is no padding whose gradient it could have
     inputs = (qkv, bias, logit_scale, pad_kv)
     training = torch.is_grad_enabled() and any(t is not None and t.requires_grad for t in inputs)
     out: Tensor = _forward(*inputs, *grid.window, *grid.shift, scale, training)[0]
@@ -138,9 +139,9 @@ def _backward(
             d_bias = grads.bias.sum(0)[:, : call.slots, : call.slots].to(bias.dtype).contiguous()
     if logit_scale is not None and grads.multiplier is not None:
         # The gradient of log(multiplier), which is the clamped logit_scale.
-        d_scale = (grads.multiplier.sum(0) * (logit_scale <= MAX_LOGIT_SCALE)).to(logit_scale.dtype)
-    if pad_kv is not None and grads.pads is not None:
-        d_pads = grads.pads.sum(0).to(pad_kv.dtype)
+        d_scale = (grads.multiplier.sum(0) * (logit_scale.float() <= MAX_LOGIT_SCALE)).to(logit_scale.dtype)
+    if pad_kv is not None:  # without padding it has no part in the result
+        d_pads = torch.zeros_like(pad_kv) if grads.pads is None else grads.pads.sum(0).to(pad_kv.dtype)
     return grads.qkv, d_bias, d_scale, d_pads
 
 
@@ -169,8 +170,10 @@ def _fake_backward(
 
 def _setup_context(ctx: Any, inputs: tuple[Any, ...], output: tuple[Tensor, Tensor]) -> None:
     qkv, bias, logit_scale, pad_kv, *ctx.numbers, _ = inputs
-    ctx.mark_non_differentiable(output[1])
-    ctx.save_for_backward(qkv, bias, logit_scale, pad_kv, *output)
+    out, lse = output
+    ctx.mark_non_differentiable(lse)
+    # A backward in one kernel has no lse, and does not read out.
+    ctx.save_for_backward(qkv, bias, logit_scale, pad_kv, out if lse.numel() else lse, lse)
 
 
 def _autograd(ctx: Any, grad: Tensor, _: Tensor) -> tuple[Tensor | None, ...]:
@@ -199,7 +202,7 @@ def _call(
 ) -> Call:
     batch, height, width, _, heads, head_dim = qkv.shape
     grid = Grid(height, width, (wy, wx), (sy, sx))
-    cosine, pads_are_keys = logit_scale is not None, pad_kv is not None
+    cosine, pads_are_keys = logit_scale is not None, pad_kv is not None and grid.padded
     return Call(grid, batch, heads, head_dim, qkv.dtype, cosine, pads_are_keys, scale * LOG2_E, qkv.device)
 
 
@@ -223,9 +226,10 @@ def _operands(
         expanded = expand_bias_table(bias.detach(), call.grid.window, padded=call.padded, multiplier=LOG2_E)
     else:
         more = call.padded - call.slots
+        expanded = F.pad(bias.detach().float() * LOG2_E, (0, more), value=float("-inf"))
         expanded = F.pad(
-            F.pad(bias.detach().float() * LOG2_E, (0, more), value=float("-inf")), (0, 0, 0, more)
-        )
+            expanded, (0, 0, 0, more)
+        ).contiguous()  # F.pad keeps the strides of what it need not pad
     multiplier = expanded
     if logit_scale is not None:
         multiplier = logit_multiplier(logit_scale.detach(), torch.float32) * LOG2_E
