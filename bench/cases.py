@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from bench.peers.accelerated import AttentionCase, ModelCase
 from bench.peers.latent import LatentCase
 from bench.peers.layers import BlockCase, CrossCase
 from bench.peers.loading import LoaderCase
@@ -23,6 +24,28 @@ def stage(kind: type[WindowCase], size: str, number: int, batch: int) -> WindowC
     )  # fmt: skip
 
 
+SWIN_HEADS = {"t": 3, "b": 4, "l": 6}  # in the first stage, of 32 channels each
+
+
+def swin(letter: str, number: int, batch: int, *, version: int = 1, window: int = 7) -> WindowCase:
+    """Stage `number` (1 to 4) of Swin-T, -B or -L at 8 windows in the first stage's height and width (224 pixels with
+    window 7), as its shifted blocks see it; version 2 has cosine attention."""
+    heads = SWIN_HEADS[letter] * 2 ** (number - 1)
+    side = 8 * window // 2 ** (number - 1)
+    return WindowCase(
+        f"swin{'v2' * (version == 2)}-{letter}-window{window}-stage{number}", batch, side, side, heads, 32, window,
+        window // 2 if side > window else 0, cosine=version == 2,
+    )  # fmt: skip
+
+
+def attention(version: int, window: int, batch: int, side: int, heads: int) -> AttentionCase:
+    """timm's shifted attention layer of either version, heads of 32."""
+    return AttentionCase(
+        f"swin{'v2' * (version == 2)}-window{window}-batch{batch}", batch, side, side, heads, 32, window, window // 2,
+        cosine=version == 2,
+    )  # fmt: skip
+
+
 ODD = WindowCase("odd-map-29x23", 1, 29, 23, 4, 32, 7, 3)  # padding in both directions
 
 CPU_WINDOWS = (
@@ -31,6 +54,7 @@ CPU_WINDOWS = (
     stage(WindowCase, "small", 1, 1),
     stage(WindowCase, "base", 3, 2),
     ODD,
+    swin("t", 3, 2),
 )
 GPU_WINDOWS = (
     stage(WindowCase, "tiny", 1, 512),
@@ -41,6 +65,18 @@ GPU_WINDOWS = (
     stage(WindowCase, "xl", 1, 4),
     stage(WindowCase, "xl", 3, 16),
     WindowCase("odd-map-115x97", 16, 115, 97, 8, 32, 14, 7),
+    swin("t", 1, 128),
+    swin("t", 3, 128),
+    swin("b", 1, 64),
+    swin("b", 2, 64),
+    swin("b", 3, 64),
+    swin("b", 4, 64),
+    swin("l", 1, 32),
+    swin("l", 3, 64),
+    swin("b", 1, 64, version=2, window=8),
+    swin("b", 3, 64, version=2, window=8),
+    swin("b", 1, 16, version=2, window=16),
+    swin("b", 3, 64, version=2, window=16),
 )
 # Perceiver's sizes: latents x heads over what one modality, or several packed together, give.
 CPU_LATENTS = (
@@ -65,5 +101,25 @@ GPU_CROSSES = (
 )
 CPU_STEPS = (StepCase("tiny", 32), StepCase("small", 2))
 GPU_STEPS = (StepCase("tiny", 512), StepCase("small", 128))
+# One picture each for the gates: there nothing is so large that the allocator asks the system for memory again and again,
+# which comes and goes from process to process. CPUs without bfloat16 instructions are slow in it: smaller maps.
+CPU_ATTENTIONS = tuple(attention(v, w, n, 28, 3) for n in (1, 8) for v in (1, 2) for w in (7, 14))
+CPU_ATTENTIONS_BF16 = (
+    attention(1, 7, 1, 14, 3),
+    attention(1, 14, 1, 28, 1),
+    attention(2, 7, 1, 14, 3),
+    attention(2, 14, 1, 28, 1),
+)
+GPU_ATTENTIONS = (
+    attention(1, 7, 64, 56, 4),
+    attention(1, 14, 64, 28, 8),
+    attention(2, 8, 64, 64, 4),
+    attention(2, 16, 16, 64, 4),
+)
+CPU_MODELS = (ModelCase("swin_tiny_patch4_window7_224", 224, 1),)
+GPU_MODELS = (
+    ModelCase("swin_base_patch4_window7_224", 224, 64),
+    ModelCase("swinv2_base_window8_256", 256, 48),
+)
 CPU_LOADERS = (LoaderCase(32, 64, 24), LoaderCase(32, 224, 64))
 GPU_LOADERS = (LoaderCase(64, 224, 64), LoaderCase(64, 448, 64))

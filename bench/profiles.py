@@ -14,6 +14,7 @@ import torch
 
 from bench import cases
 from bench.peers import loading
+from bench.peers.accelerated import ACCELERATED_ATTENTION, ACCELERATED_STEP
 from bench.peers.latent import LATENT_ATTENTION
 from bench.peers.layers import PERCEIVER_CROSS_ATTENTION, SWIN_BLOCK
 from bench.peers.step import TRAINING_STEP
@@ -92,6 +93,9 @@ def _cpu_tasks() -> tuple[Task, ...]:
         *_tasks(LATENT_ATTENTION, "cpu", cases.CPU_LATENTS[:1], (TRAINING,), (BF16,)),
         *_tasks(PERCEIVER_CROSS_ATTENTION, "cpu", cases.CPU_CROSSES, (TRAINING,), (FP32,)),
         *_tasks(TRAINING_STEP, "cpu", cases.CPU_STEPS, (STEP,), (FP32,)),
+        *_tasks(ACCELERATED_ATTENTION, "cpu", cases.CPU_ATTENTIONS, (TRAINING,), (FP32,)),
+        *_tasks(ACCELERATED_ATTENTION, "cpu", cases.CPU_ATTENTIONS_BF16, (TRAINING,), (BF16,)),
+        *_tasks(ACCELERATED_STEP, "cpu", cases.CPU_MODELS, (STEP,), (FP32,)),
         *map(_loader_task, cases.CPU_LOADERS),
     )
 
@@ -104,6 +108,8 @@ def _gpu_tasks() -> tuple[Task, ...]:
         *_tasks(SWIN_BLOCK, "cuda", cases.GPU_BLOCKS, (TRAINING,), (BF16,)),
         *_tasks(PERCEIVER_CROSS_ATTENTION, "cuda", cases.GPU_CROSSES, (TRAINING,), (BF16,)),
         *_tasks(TRAINING_STEP, "cuda", cases.GPU_STEPS, (STEP,), (BF16,)),
+        *_tasks(ACCELERATED_ATTENTION, "cuda", cases.GPU_ATTENTIONS, both, (BF16,)),
+        *_tasks(ACCELERATED_STEP, "cuda", cases.GPU_MODELS, (STEP,), (BF16,)),
         *map(_loader_task, cases.GPU_LOADERS),
     )
 
@@ -115,6 +121,14 @@ CPU_GATES = (
     Gate("latent_attention", "perceiver-tiny/forward/float32", "auto", "plain", 0.76),
     Gate("latent_attention", "perceiver-tiny/training/float32", "auto", "plain", 1.07),
     Gate("swin_block", "tiny-64px-stage1/training/float32", "aurora", "timm", 1.00),
+    Gate("accelerated_attention", "swin-window7-batch1/training/float32", "accelerated", "timm", 1.01),
+    Gate("accelerated_attention", "swin-window14-batch1/training/float32", "accelerated", "timm", 0.85),
+    Gate("accelerated_attention", "swinv2-window7-batch1/training/float32", "accelerated", "timm", 0.91),
+    Gate("accelerated_attention", "swinv2-window14-batch1/training/float32", "accelerated", "timm", 0.82),
+    Gate("accelerated_attention", "swin-window7-batch1/training/bfloat16", "accelerated", "timm", 1.03),
+    Gate("accelerated_attention", "swin-window14-batch1/training/bfloat16", "accelerated", "timm", 1.03),
+    Gate("accelerated_attention", "swinv2-window7-batch1/training/bfloat16", "accelerated", "timm", 1.03),
+    Gate("accelerated_attention", "swinv2-window14-batch1/training/bfloat16", "accelerated", "timm", 1.03),
 )
 
 # No GPU may find "auto" slower than the textbook. Tighter limits come with the first kernels that a GPU has run.

@@ -21,6 +21,7 @@ from bench import measure, numerics
 from bench.machine import cache_bytes
 from bench.record import Accuracy, Paired, Row, median_interval
 from bench.work import Work
+from kernels.backend import BackendError
 
 Function = Callable[..., Tensor]
 FORWARD, TRAINING, STEP = "forward", "training", "step"
@@ -172,7 +173,7 @@ def _check(
             found = results(attempt.function, inputs, problem)
             slack = 1.0 if attempt.row.ours else OTHERS_SLACK
             verdicts = numerics.judge(found, plain, exact, problem.dtype, slack, subject.depth)
-        except Absent as why:
+        except (Absent, BackendError) as why:
             attempt.row = replace(attempt.row, status="absent", note=str(why))
         except Exception as error:  # a peer that breaks is a result too; ours fail their test by it
             attempt.row = replace(attempt.row, status="failed", note=f"{type(error).__name__}: {error}"[:400])

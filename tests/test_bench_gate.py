@@ -36,6 +36,7 @@ def some(subject: str) -> Any:
     return replace(CPU, gates=tuple(g for g in CPU_GATES if g.subject == subject))
 
 
+@pytest.mark.slow
 def test_ten_clean_reruns_pass(timm) -> None:
     """Whatever else the machine does: this suite runs in several processes."""
     failed = [str(v) for _ in range(10) for v in gate.run(CPU, BUDGET / 5)[1] if not v.holds]

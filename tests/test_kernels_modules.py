@@ -13,11 +13,23 @@ import torch
 from torch import Tensor, nn
 
 from kernels import WindowAttention, window_attention
+from kernels.accelerated.attend import continuous_table
 from kernels.backend import BackendError
 from kernels.modules import log_spaced_coords
 
 ROOT = Path(__file__).resolve().parent.parent
 V2: dict[str, Any] = {"cosine": True, "position_bias": "continuous"}
+
+
+@pytest.mark.parametrize("dtype", [torch.float64, torch.float32, torch.bfloat16, torch.float16], ids=str)
+def test_a_continuous_position_bias_is_not_rounded_to_half(dtype: torch.dtype) -> None:
+    """Of up to 16: bfloat16 would be off by 1/32 there, in a logit."""
+    raw = torch.linspace(-4, 4, 25 * 3, dtype=dtype).view(
+        1, 5, 5, 3
+    )  # what an MLP that is the identity makes
+    table = continuous_table(nn.Identity(), raw, 3)
+    assert table.dtype == (dtype if dtype == torch.float64 else torch.float32)
+    torch.testing.assert_close(table, (16 / (1 + (-raw.double()).exp())).view(25, 3).to(table.dtype))
 
 
 def timm_block(

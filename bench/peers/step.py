@@ -7,6 +7,7 @@ features of both with timm's in fp64.
 from __future__ import annotations
 
 import copy
+from collections.abc import Mapping
 from dataclasses import dataclass
 from functools import cache
 
@@ -73,14 +74,18 @@ def _timm_model(case: StepCase) -> nn.Module:
 @cache
 def _flops(size: str) -> float:
     case = StepCase(size, 1)
+    return training_flops(_timm_model(case), case.inputs("cpu", torch.float32, 0))
+
+
+def training_flops(model: nn.Module, inputs: Mapping[str, Tensor]) -> float:
+    """What torch's counter finds in one forward and backward."""
     with FlopCounterMode(display=False) as counter:
-        model = _timm_model(case)
-        model(case.inputs("cpu", torch.float32, 0)["images"]).float().square().mean().backward()
-        model.zero_grad()
+        model(*inputs.values()).square().mean().backward()
+    model.zero_grad()
     return float(counter.get_total_flops())
 
 
-class _Trained(Autocast):
+class Trained(Autocast):
     """The encoder's last map [B, 8C, H, W] when called; `step` is what is timed."""
 
     def __init__(self, encoder: nn.Module, device: str, dtype: torch.dtype) -> None:
@@ -105,7 +110,7 @@ class _LastMap(nn.Module):
         return self.encoder(images)[3]
 
 
-class _Features(nn.Module):
+class Features(nn.Module):
     """timm's forward_features: stem, stages, last norm."""
 
     def __init__(self, model: nn.Module) -> None:
@@ -121,11 +126,11 @@ def _aurora(case: StepCase, device: str, dtype: torch.dtype) -> Function:
     theirs = _timm_model(case)
     encoder = SwinEncoder(config_from_timm(theirs))
     load_timm(encoder, theirs.state_dict())
-    return _Trained(_LastMap(encoder), device, dtype)
+    return Trained(_LastMap(encoder), device, dtype)
 
 
 def _timm(case: StepCase, device: str, dtype: torch.dtype) -> Function:
-    return _Trained(_Features(copy.deepcopy(_timm_model(case))), device, dtype)
+    return Trained(Features(copy.deepcopy(_timm_model(case))), device, dtype)
 
 
 TRAINING_STEP = Subject(

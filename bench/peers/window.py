@@ -1,26 +1,28 @@
-"""Window attention on a packed qkv map: this project's backends, the textbook, and FlexAttention."""
+"""Window attention on a packed qkv map: this project's backends, the textbook, FlexAttention, and timm."""
 
 from __future__ import annotations
 
 import math
 from dataclasses import dataclass
 from functools import cache
+from typing import Any, cast
 
 import torch
 import torch.nn.functional as F
-from torch import Tensor
+from torch import Tensor, nn
 from torch.nn.attention.flex_attention import create_block_mask, flex_attention
 
 from bench import work
 from bench.measure import random_like
-from bench.peers.compiling import compiled
+from bench.peers.compiling import compiled, compiled_for_gpu
 from bench.subject import TRAINING, Absent, Function, Peer, Subject
 from kernels import window_attention
 
 
 @dataclass(frozen=True)
 class WindowCase:
-    """SwinV2's attention (cosine, a learnable scale per head, a bias table) on a map of height x width tokens."""
+    """SwinV2's attention (cosine, a learnable scale per head, a bias table) on a map of height x width tokens; without
+    `cosine` Swin's, of scaled dot products."""
 
     name: str
     batch: int
@@ -30,6 +32,12 @@ class WindowCase:
     head_dim: int
     window: int
     shift: int
+    cosine: bool = True
+
+    @property
+    def scale(self) -> float:
+        """Of the dot products, without `cosine`: not the usual one, so that whoever ignores it is found out."""
+        return 1.5 * self.head_dim**-0.5
 
     @property
     def slots(self) -> int:
@@ -40,22 +48,22 @@ class WindowCase:
     def shape(self) -> str:
         """For readers."""
         heads = f"{self.heads} head{'s' * (self.heads > 1)} of {self.head_dim}"
-        return f"{self.batch} x {self.height}x{self.width} tokens, {heads}, window {self.window}, shift {self.shift}"
+        dots = "" if self.cosine else ", dot products"
+        return f"{self.batch} x {self.height}x{self.width} tokens, {heads}, window {self.window}, shift {self.shift}{dots}"
 
     def inputs(self, device: str, dtype: torch.dtype, seed: int) -> dict[str, Tensor]:
-        """qkv [B, H, W, 3, h, d] in the dtype; bias table [(2w-1)^2, h] and logit scales [h] in fp32 as a model has
-        them (fp64 for fp64)."""
+        """qkv [B, H, W, 3, h, d] in the dtype; bias table [(2w-1)^2, h] and, with `cosine`, logit scales [h] in fp32
+        as a model has them (fp64 for fp64)."""
         small = torch.float64 if dtype == torch.float64 else torch.float32
         qkv = torch.empty(
             self.batch, self.height, self.width, 3, self.heads, self.head_dim, device=device, dtype=dtype
         )
         table = torch.empty((2 * self.window - 1) ** 2, self.heads, device=device, dtype=small)
         scale = torch.empty(self.heads, device=device, dtype=small)
-        return {
-            "qkv": random_like(qkv, 3 * seed),
-            "bias": random_like(table, 3 * seed + 1),
-            "logit_scale": math.log(10) + 0.3 * random_like(scale, 3 * seed + 2),
-        }
+        found = {"qkv": random_like(qkv, 3 * seed), "bias": random_like(table, 3 * seed + 1)}
+        if self.cosine:
+            found["logit_scale"] = math.log(10) + 0.3 * random_like(scale, 3 * seed + 2)
+        return found
 
     def work(self, mode: str, dtype: torch.dtype) -> work.Work:
         """See work.window_attention."""
@@ -66,10 +74,11 @@ class WindowCase:
 
 def _ours(backend: str) -> Peer:
     def build(case: WindowCase, device: str, dtype: torch.dtype) -> Function:
-        def attend(qkv: Tensor, bias: Tensor, logit_scale: Tensor) -> Tensor:
+        def attend(qkv: Tensor, bias: Tensor, logit_scale: Tensor | None = None) -> Tensor:
             return window_attention(
-                qkv, bias, window=case.window, shift=case.shift, logit_scale=logit_scale, backend=backend
-            )
+                qkv, bias, window=case.window, shift=case.shift, scale=None if case.cosine else case.scale,
+                logit_scale=logit_scale, backend=backend,
+            )  # fmt: skip
 
         return attend
 
@@ -130,19 +139,26 @@ def _unit(x: Tensor) -> Tensor:
     return F.normalize(x.float() if x.dtype != torch.float64 else x, dim=-1).to(x.dtype)
 
 
+def _multiplier(logit_scale: Tensor, dtype: torch.dtype) -> Tensor:
+    """Of the cosines, [h, 1, 1]."""
+    return logit_scale.clamp(max=math.log(100)).exp()[:, None, None].to(dtype)
+
+
 def _plain(case: WindowCase, device: str, dtype: torch.dtype) -> Function:
-    region = _regions(case, device)
+    region, pairs = _regions(case, device), _pair_index(case.window, device)
     hidden = (region[:, :, None] != region[:, None]) & (
         region[:, :, None] >= 0
     )  # a pad query sees all: no 0 / 0
     masked = bool(hidden.any())
     mask = torch.zeros(hidden.shape, device=device, dtype=dtype).masked_fill(hidden, float("-inf"))
 
-    def attend(qkv: Tensor, bias: Tensor, logit_scale: Tensor) -> Tensor:
+    def attend(qkv: Tensor, bias: Tensor, logit_scale: Tensor | None = None) -> Tensor:
         q, k, v = _partition(_padded(qkv, case), case.window).permute(2, 0, 3, 1, 4).unbind(0)  # [P, h, N, d]
-        scale = logit_scale.clamp(max=math.log(100)).exp()[:, None, None].to(dtype)
-        logits = _unit(q) @ _unit(k).mT * scale
-        logits = logits + bias[_pair_index(case.window, device)].permute(2, 0, 1).to(dtype)
+        if logit_scale is None:
+            logits = (q * case.scale) @ k.mT
+        else:
+            logits = _unit(q) @ _unit(k).mT * _multiplier(logit_scale, dtype)
+        logits = logits + bias[pairs].permute(2, 0, 1).to(dtype)
         if masked:
             windows = len(mask)
             logits = (logits.unflatten(0, (-1, windows)) + mask[:, None]).flatten(0, 1)
@@ -167,21 +183,57 @@ def _flex(case: WindowCase, device: str, dtype: torch.dtype) -> Function:
         mask = create_block_mask(visible, windows * case.batch, None, case.slots, case.slots, device=device)
     attention = compiled(flex_attention, device)
 
-    def attend(qkv: Tensor, bias: Tensor, logit_scale: Tensor) -> Tensor:
+    def attend(qkv: Tensor, bias: Tensor, logit_scale: Tensor | None = None) -> Tensor:
         if device == "cpu" and qkv.requires_grad:
             raise Absent("FlexAttention has no backward on a CPU")
         q, k, v = _partition(_padded(qkv, case), case.window).permute(2, 0, 3, 1, 4).unbind(0)
-        scale = logit_scale.clamp(max=math.log(100)).exp()[:, None, None].to(dtype)
+        if logit_scale is None:
+            q = q * case.scale
+        else:
+            q, k = _unit(q) * _multiplier(logit_scale, dtype), _unit(k)
         expanded = bias[pairs].permute(2, 0, 1).contiguous()
 
         def add_bias(score: Tensor, _b: Tensor, h: Tensor, i: Tensor, j: Tensor) -> Tensor:
             return score + expanded[h, i, j]
 
         out = attention(
-            (_unit(q) * scale).contiguous(), _unit(k).contiguous(), v.contiguous(),
-            score_mod=add_bias, block_mask=mask, scale=1.0,
-        )  # fmt: skip
+            q.contiguous(), k.contiguous(), v.contiguous(), score_mod=add_bias, block_mask=mask, scale=1.0
+        )
         return _unpadded(out.transpose(1, 2).flatten(2), case)
+
+    return attend
+
+
+def _compiled(case: WindowCase, device: str, dtype: torch.dtype) -> Function:
+    return compiled_for_gpu(_plain(case, device, dtype), device)
+
+
+def _timm(case: WindowCase, device: str, dtype: torch.dtype) -> Function:
+    """timm's roll, windows, mask and attention, whose projections are left out."""
+    if case.cosine:
+        raise Absent("timm's cosine attention has no form without its projections; swin_block has it whole")
+    if case.height % case.window or case.width % case.window:
+        raise Absent("timm lets its padding take part")
+    try:
+        from timm.models.swin_transformer import SwinTransformerBlock, window_partition, window_reverse
+    except ImportError as error:
+        raise Absent(f"timm is not installed ({error})") from None
+    size, window, shift = (case.height, case.width), (case.window, case.window), (case.shift, case.shift)
+    block = SwinTransformerBlock(
+        case.heads * case.head_dim, size, case.heads, window_size=case.window, shift_size=case.shift
+    ).to(device, dtype)
+    mask, attention = block.attn_mask, cast(Any, block.attn)
+    attention.qkv, attention.proj, attention.scale = nn.Identity(), nn.Identity(), case.scale
+    del attention.relative_position_bias_table  # a parameter, in whose place the call's table comes
+
+    def attend(qkv: Tensor, bias: Tensor) -> Tensor:
+        attention.relative_position_bias_table = bias.to(dtype)
+        x = qkv.flatten(3)
+        x = x.roll((-case.shift, -case.shift), (1, 2)) if case.shift else x
+        out = attention(window_partition(x, window).flatten(1, 2), mask)  # [B * nW, N, h * d]
+        out = window_reverse(out.unflatten(1, window), window, *size)
+        result: Tensor = out.roll(shift, (1, 2)) if case.shift else out
+        return result
 
     return attend
 
@@ -189,9 +241,11 @@ def _flex(case: WindowCase, device: str, dtype: torch.dtype) -> Function:
 WINDOW_ATTENTION = Subject(
     "window_attention",
     (
-        *map(_ours, ("auto", "reference", "eager", "sdpa")),
+        *map(_ours, ("auto", "reference", "eager", "sdpa", "triton")),
         Peer("plain", _plain),
+        Peer("compiled", _compiled, note="the textbook, compiled; compile time is not counted"),
         Peer("flex", _flex, note="compiled; compile time is not counted"),
+        Peer("timm", _timm),
     ),
     exact="reference",
     plain=("plain", "reference"),

@@ -19,6 +19,7 @@ import torch
 from torch import Tensor, nn
 
 from kernels.window_attention.op import window_attention
+from kernels.window_attention.reference import compute_dtype
 
 
 def attend(
@@ -63,8 +64,18 @@ def shift_where_uncovered(x: Tensor, window: Sequence[int], shift: Sequence[int]
 
 
 def continuous_table(mlp: nn.Module, coords: Tensor, heads: int) -> Tensor:
-    """SwinV2's position bias (arXiv:2111.09883, section 3.3) for every relative position: [(2wy-1) * (2wx-1), h]."""
-    return 16 * torch.sigmoid(mlp(coords).view(-1, heads))
+    """SwinV2's position bias (arXiv:2111.09883, section 3.3) for every relative position: [(2wy-1) * (2wx-1), h].
+
+    fp32 for half types: it reaches 16, where bfloat16 would be off by 1/32, and is added to logits.
+    """
+    return 16 * torch.sigmoid(_in_compute_dtype(mlp(coords).view(-1, heads)))
+
+
+torch.fx.wrap("_in_compute_dtype")  # one call in a graph that is traced before dtypes are known
+
+
+def _in_compute_dtype(raw: Tensor) -> Tensor:
+    return raw.to(compute_dtype(raw))
 
 
 def _padded(qkv: Tensor, pad: Tensor, wy: int, wx: int) -> Tensor:

@@ -94,8 +94,7 @@ def _backward(ctx: Any, grad: Tensor) -> tuple[Tensor, Tensor | None, Tensor | N
     d_packed = torch.empty_like(packed)
     d_q, d_k, d_v = d_packed.unbind(0)
     _product(weights.mT, d_out, d_v)
-    d_weights = _product(d_out, v.mT)
-    d_logits = torch._softmax_backward_data(d_weights, weights, -1, weights.dtype)
+    d_logits = _softmax_backward(_product(d_out, v.mT), weights)
     _product(d_logits, k, d_q)
     _product(d_logits.mT, q, d_k)
 
@@ -143,6 +142,13 @@ def _softmax(logits: Tensor) -> Tensor:
     if torch.compiler.is_compiling():
         return logits.softmax(-1)
     return torch.softmax(logits, -1, out=logits)
+
+
+def _softmax_backward(grad: Tensor, weights: Tensor) -> Tensor:
+    """The gradient of the logits from that of their softmax, which it may overwrite, as above."""
+    if torch.compiler.is_compiling():
+        return torch._softmax_backward_data(grad, weights, -1, weights.dtype)
+    return torch._softmax_backward_data(grad, weights, -1, weights.dtype, grad_input=grad)
 
 
 def _add_masks(logits: Tensor, grid: Grid, mask_pads: bool) -> None:
