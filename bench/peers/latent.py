@@ -145,7 +145,7 @@ def _flash(case: LatentCase, device: str, dtype: torch.dtype) -> Function:
 LATENT_ATTENTION = Subject(
     "latent_attention",
     (
-        *map(_ours, ("auto", "reference", "eager", "sdpa")),
+        *map(_ours, ("auto", "reference", "eager", "sdpa", "triton")),
         Peer("plain", _plain),
         Peer("flex", _flex, note="compiled; compile time is not counted"),
         Peer("flash_attn", _flash, note="ragged keys are packed in the call"),

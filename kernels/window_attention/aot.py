@@ -98,7 +98,7 @@ def _case(kernel: Any, dtype: str, form: Form, config: Config, about: dict[str, 
     )  # sm_90's own instruction takes 64 rows of four warps
     # A copy of 16 bytes by every thread takes a tile of this size; pads pass through registers.
     copied = _columns(kernel, about) * form.block_d * 2 >= 16 * 32 * config.num_warps
-    spills = not form.half and form.block_d > 64 and kernel is query_grad_kernel
+    spills = not form.half and form.block_d >= 64 and kernel is query_grad_kernel
     expects = Expects(
         "tensor-core products of tiles" if form.half else "products of tiles in true fp32, unrolled",
         tensor_cores=("HGMMA" if wide else "HMMA") if form.half else None,

@@ -210,14 +210,13 @@ def configure(kernel: Literal["forward", "queries", "keys", "bias"], form: Form)
         case "keys", 64:
             return Config(32, 32 if tight else 64, 4, 2 if tight or new else 1)
         case "bias", 64:
-            return (
-                Config(64, 64, 4, 1)
-                if tight
-                else Config(64 if new else 32, 64, 4, 1 if new and cosine else 2)
-            )
+            if tight:
+                return Config(64 if new else 32, 64, 4, 1)
+            return Config(64 if new else 32, 64, 4, 1 if new and cosine else 2)
         case "queries", _:
-            small = tight and (form.block_d == 16 or not cosine)
-            return Config(32 if small and cosine else 64, 32 if small else 64, 4, 2)
+            if tight and form.block_d == 16 and cosine:
+                return Config(32, 64, 4, 2)
+            return Config(64, 32 if tight and (form.block_d == 16 or not cosine) else 64, 4, 2)
         case "keys", _:
             return Config(32, 64, 4, 2)
         case _:
