@@ -144,7 +144,7 @@ def test_window_launches_are_the_listed_ones(arch: int, monkeypatch: pytest.Monk
     from kernels.window_attention import aot as window_aot
     from kernels.window_attention import launch, triton_ops
 
-    monkeypatch.setattr(launch, "_processor", lambda device: (arch, 108))
+    monkeypatch.setattr(launch, "processor", lambda device: (arch, 108))
     monkeypatch.setattr(
         triton_ops,
         "expand_bias_table",
@@ -172,10 +172,9 @@ def test_window_launches_are_the_listed_ones(arch: int, monkeypatch: pytest.Monk
 def test_latent_launches_are_the_listed_ones(arch: int, monkeypatch: pytest.MonkeyPatch) -> None:
     """Forward and backward of every form, in one part and in several."""
     from kernels.latent_attention import aot as latent_aot
-    from kernels.latent_attention import forward, launch, triton_ops
+    from kernels.latent_attention import forward, triton_ops
 
-    for module in (launch, forward):
-        monkeypatch.setattr(module, "processor", lambda device: (arch, 108))
+    monkeypatch.setattr(forward, "processor", lambda device: (arch, 108))
     dtypes = {"bf16": torch.bfloat16, "fp16": torch.float16, "fp32": torch.float32}
 
     def launch_all() -> None:

@@ -187,7 +187,7 @@ def test_any_shape(device: str) -> None:
 @on_each_device
 def test_exact_with_the_tiles_of_sm_90(device: str) -> None:
     """The interpreter takes sm_80's configurations; those of Hopper are other code (LATE) and other tiles."""
-    with mock.patch.object(launch, "_processor", lambda _: (90, 2)):
+    with mock.patch.object(launch, "processor", lambda _: (90, 2)):
         for name in ("shifted", "many-heads", "hidden-pads", "two-slots"):
             check(*some(**CALLS[name], dtype=HALF, device=device))
         check(*some((8, 8), 2, 32, 4, 2, cosine=True, dtype=HALF, device=device))
@@ -267,8 +267,7 @@ def test_any_number_of_groups(device: str) -> None:
     grad = torch.randn(3, 10, 14, 16, device=device)
     results = []
     for processors in (1, 7, 1000):
-        launch._processor.cache_clear()
-        with mock.patch.object(launch, "_processor", lambda _, n=processors: (80, n)):
+        with mock.patch.object(launch, "processor", lambda _, n=processors: (80, n)):
             results.append(run(tensors, numbers, grad, "triton"))
     for result in results[1:]:
         assert torch.equal(result["out"], results[0]["out"]) and torch.equal(result["qkv"], results[0]["qkv"])

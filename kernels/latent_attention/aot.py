@@ -12,7 +12,8 @@ from typing import Any
 from kernels.aot import AotCase, Expects
 from kernels.latent_attention.backward import key_grad_kernel, query_grad_kernel
 from kernels.latent_attention.forward import COMBINE, combine_kernel, latent_forward_kernel
-from kernels.latent_attention.launch import Config, Form, configure
+from kernels.latent_attention.launch import Form, configure
+from kernels.launch import Config
 
 DATA = {"q", "k", "v", "grad_out"}  # pointers to the call's dtype
 RESULTS = {"out", "grad_q", "grad_k", "grad_v"}  # likewise, or to fp32 where there are several parts

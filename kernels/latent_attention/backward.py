@@ -18,8 +18,9 @@ import triton.language as tl
 from torch import Tensor
 
 from kernels.latent_attention.forward import Call, numbers, optional
-from kernels.latent_attention.launch import LOG2_E, configure
+from kernels.latent_attention.launch import configure
 from kernels.latent_attention.tiles import SIZES, kept, part_of
+from kernels.launch import LOG2_E
 from kernels.triton_parts import LN_2, load_rows, product, store_rows
 
 

@@ -16,8 +16,9 @@ import triton
 import triton.language as tl
 from torch import Tensor
 
-from kernels.latent_attention.launch import BLOCKS_PER_SM, LOG2_E, Config, Form, configure, processor, splits
+from kernels.latent_attention.launch import BLOCKS_PER_SM, Form, configure, splits
 from kernels.latent_attention.tiles import SIZES, kept, part_of
+from kernels.launch import LOG2_E, Config, processor
 from kernels.triton_parts import LN_2, load_rows, product, store_rows
 
 COMBINE = Config(queries=16, keys=0, num_warps=4, num_stages=1)  # rows of the result to a program

@@ -7,32 +7,13 @@ samples where they are packed).
 from __future__ import annotations
 
 from dataclasses import dataclass
-from functools import lru_cache
-from typing import Any, Literal, NamedTuple
+from typing import Any, Literal
 
-import torch
+from kernels.launch import Config, power_of_two
 
-from kernels.aot import LAUNCH_OPTIONS
-
-LOG2_E = 1.4426950408889634  # the kernels' softmax works with powers of 2: a GPU has an instruction for those
 MAX_HEAD_DIM = 256
 MAX_SPLITS = 128
-INTERPRETED_SMS = 2
 BLOCKS_PER_SM = 1  # of the kernels below, mostly, by their registers
-
-
-class Config(NamedTuple):
-    """Tile and compilation of one kernel."""
-
-    queries: int
-    keys: int
-    num_warps: int
-    num_stages: int
-
-    @property
-    def options(self) -> dict[str, Any]:
-        """The launch options."""
-        return {"num_warps": self.num_warps, "num_stages": self.num_stages, **LAUNCH_OPTIONS}
 
 
 @dataclass(frozen=True)
@@ -64,11 +45,6 @@ class Form:
         }
 
 
-def power_of_two(size: int) -> int:
-    """The next power of two, at least 16: the smallest tile that tensor cores take."""
-    return max(16, 1 << (size - 1).bit_length())
-
-
 def splits(programs: int, steps: int, slots: int) -> int:
     """Into how many parts the keys (or queries) of a program are split, so that whole waves of `slots` programs are full.
 
@@ -85,15 +61,6 @@ def splits(programs: int, steps: int, slots: int) -> int:
     choices = range(1, max(1, min(MAX_SPLITS, steps // 4)) + 1)
     best = min(map(waste, choices))
     return next(parts for parts in choices if waste(parts) <= 1.1 * best)
-
-
-@lru_cache
-def processor(device: torch.device) -> tuple[int, int]:
-    """Whose configurations fit, sm_80's or sm_90's, and how many multiprocessors there are."""
-    if device.type != "cuda":
-        return 80, INTERPRETED_SMS
-    found = torch.cuda.get_device_properties(device)
-    return 90 if found.major == 9 else 80, found.multi_processor_count
 
 
 # ---- the configurations: large tiles that compile without spilling registers (`python -m bench.aot` holds them to it);

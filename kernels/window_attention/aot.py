@@ -11,6 +11,7 @@ from itertools import product
 from typing import Any
 
 from kernels.aot import AotCase, Expects
+from kernels.launch import Config
 from kernels.window_attention.backward import (
     bias_grad_kernel,
     key_grad_kernel,
@@ -18,7 +19,7 @@ from kernels.window_attention.backward import (
     whole_backward_kernel,
 )
 from kernels.window_attention.forward import tiled_forward_kernel, whole_forward_kernel
-from kernels.window_attention.launch import Config, Form, configure, constants, fused_config
+from kernels.window_attention.launch import Form, configure, constants, fused_config
 
 DATA = {
     "qkv",

@@ -6,36 +6,19 @@ Legend in tiles.py.
 from __future__ import annotations
 
 from dataclasses import dataclass
-from functools import cached_property, lru_cache
-from typing import Any, Literal, NamedTuple
+from functools import cached_property
+from typing import Any, Literal
 
 import torch
 from torch import Tensor
 
-from kernels.aot import LAUNCH_OPTIONS
+from kernels.launch import Config, power_of_two, processor
 from kernels.window_attention.geometry import Grid
 
-LOG2_E = 1.4426950408889634  # the kernels' softmax works with powers of 2: a GPU has an instruction for those
 MAX_HEAD_DIM = 128
 PROGRAMS_PER_SM = (
     4  # of kernels that walk over windows: enough to fill a GPU, few enough to keep the bias in registers
 )
-INTERPRETED_SMS = 2
-
-
-class Config(NamedTuple):
-    """Tile and compilation of one kernel. Where a window is one tile, `queries` and `keys` are not used."""
-
-    queries: int
-    keys: int
-    num_warps: int
-    num_stages: int
-    late: bool = False  # the fused backward: see LATE there
-
-    @property
-    def options(self) -> dict[str, Any]:
-        """The launch options."""
-        return {"num_warps": self.num_warps, "num_stages": self.num_stages, **LAUNCH_OPTIONS}
 
 
 @dataclass(frozen=True)
@@ -79,11 +62,6 @@ class Form:
         return self.slots - rest + (power_of_two(rest) if rest else 0)
 
 
-def power_of_two(size: int) -> int:
-    """The next power of two, at least 16: the smallest tile that tensor cores take."""
-    return max(16, 1 << (size - 1).bit_length())
-
-
 @dataclass(frozen=True)
 class Call:
     """One call: its sizes, and what follows from them."""
@@ -101,7 +79,7 @@ class Call:
     @cached_property
     def form(self) -> Form:
         """What configurations depend on."""
-        half, arch = self.dtype.itemsize == 2, _processor(self.device)[0]
+        half, arch = self.dtype.itemsize == 2, processor(self.device)[0]
         return Form(self.slots, self.head_dim, half, self.cosine, self.pads_are_keys, arch)
 
     @property
@@ -141,7 +119,7 @@ class Call:
 
     def group_size(self, tiles: int = 1) -> int:
         """Windows to a group, where a program has one head and one of `tiles` tiles of each window in its group."""
-        groups = -(-PROGRAMS_PER_SM * _processor(self.device)[1] // (self.heads * tiles))
+        groups = -(-PROGRAMS_PER_SM * processor(self.device)[1] // (self.heads * tiles))
         return max(1, -(-self.windows // groups))
 
     def groups(self, size: int) -> int:
@@ -159,15 +137,6 @@ def constants(form: Form) -> dict[str, Any]:
 def bias_stride(bias: Tensor) -> int:
     """From one head's expanded bias to the next: 0 where all heads share one."""
     return 0 if len(bias) == 1 else bias.stride(0)
-
-
-@lru_cache
-def _processor(device: torch.device) -> tuple[int, int]:
-    """Whose configurations fit, sm_80's or sm_90's, and how many multiprocessors there are."""
-    if device.type != "cuda":
-        return 80, INTERPRETED_SMS
-    found = torch.cuda.get_device_properties(device)
-    return 90 if found.major == 9 else 80, found.multi_processor_count
 
 
 # ---- the configurations: the largest tiles that compile without spilling registers (`python -m bench.aot` holds them to

@@ -17,9 +17,10 @@ import torch.nn.functional as F
 from torch import Tensor
 
 from kernels.backend import triton_refusal
+from kernels.launch import LOG2_E
 from kernels.window_attention.bias import bias_table_grad, expand_bias_table
 from kernels.window_attention.geometry import Grid, remember
-from kernels.window_attention.launch import LOG2_E, MAX_HEAD_DIM, Call
+from kernels.window_attention.launch import MAX_HEAD_DIM, Call
 from kernels.window_attention.reference import MAX_LOGIT_SCALE, logit_multiplier
 
 MAX_OFFSET = 2**31  # offsets within one sample, and within one head's bias, are 32-bit
