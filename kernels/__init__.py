@@ -12,11 +12,13 @@ from kernels import clash
 from kernels.explain import available_backends, explain
 from kernels.latent_attention.merge import merge_attention
 from kernels.latent_attention.op import latent_attention
+from kernels.latent_module import LatentAttention
 from kernels.modules import WindowAttention
 from kernels.patch import accelerate, restore
 from kernels.window_attention.op import window_attention
 
 __all__ = [
+    "LatentAttention",
     "WindowAttention",
     "accelerate",
     "available_backends",

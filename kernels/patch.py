@@ -1,4 +1,4 @@
-"""Put the Swin attention of a timm, torchvision or transformers model on `window_attention`, and back."""
+"""Put the Swin or Perceiver attention of a timm, torchvision or transformers model on our kernels, and back."""
 
 from __future__ import annotations
 
@@ -11,7 +11,7 @@ from typing import Any, NamedTuple
 
 from torch import nn
 
-from kernels.accelerated import timm, torchvision, transformers
+from kernels.accelerated import perceiver, timm, torchvision, transformers
 from kernels.accelerated.base import Accelerated, accelerated_class, hooked
 from kernels.backend import Plan, resolve
 
@@ -32,7 +32,11 @@ SUPPORTED: dict[str, dict[str, type[Accelerated]]] = {
     "transformers.models.maskformer.modeling_maskformer_swin": {
         "MaskFormerSwinLayer": transformers.OlderSwinLayer
     },
+    "transformers.models.perceiver.modeling_perceiver": {
+        "PerceiverSelfAttention": perceiver.PerceiverSelfAttention
+    },
 }
+FUNCTIONS = ("window_attention", "latent_attention")  # in the order of reports
 NAMES_SHOWN = 4  # of the modules in one line of a printed report
 
 
@@ -51,11 +55,13 @@ class Report:
     replaced: Mapping[str, str]  # name -> the library's class
     already: tuple[str, ...]  # accelerated by an earlier call; the backend is now this call's
     left: Mapping[str, Left]
+    functions: tuple[str, ...] = FUNCTIONS[:1]  # those that compute the attention of what was replaced
 
     def __str__(self) -> str:
         found = len(self.replaced) + len(self.already) + len(self.left)
         on = len(self.replaced) + len(self.already)
-        lines = [f"{NAME}: {on} of {found} attention modules on window_attention, backend {self.backend!r}"]
+        which = " and ".join(self.functions)
+        lines = [f"{NAME}: {on} of {found} attention modules on {which}, backend {self.backend!r}"]
         lines += [f"  replaced {_group(names, kind)}" for kind, names in _by_value(self.replaced)]
         if self.already:
             lines.append(f"  already  {_group(list(self.already), 'by an earlier call')}")
@@ -66,26 +72,28 @@ class Report:
 
 
 def accelerate(model: nn.Module, *, backend: str = "auto") -> Report:
-    """Let the Swin layers of `model` compute their attention by `window_attention`, in place.
+    """Let Swin layers of `model` compute attention by `window_attention`, Perceiver's by `latent_attention`, in place.
 
         model = timm.create_model("swin_tiny_patch4_window7_224")
         print(kernels.accelerate(model))
 
     Supported: Swin (arXiv:2103.14030) and SwinV2 (arXiv:2111.09883) of timm and torchvision; Swin, Swinv2, Swin2SR
-    and the Swin layers of Donut, CLAP and MaskFormer in transformers. Parameters, buffers and their names stay, so
-    checkpoints and optimisers do too. Outputs and gradients are the library's up to rounding, for every size of
-    image that it takes. Only classes of instances change: deepcopy, pickle, hooks on the layers, gradient
-    checkpointing, autocast and torch.compile go on working. Call it before wrappers that change classes
-    themselves, such as FSDP2's fully_shard.
+    and the Swin layers of Donut, CLAP and MaskFormer in transformers; Perceiver (arXiv:2103.03206) and Perceiver IO
+    (arXiv:2107.14795) in transformers. Parameters, buffers and their names stay, so checkpoints and optimisers do
+    too. Outputs and gradients are the library's up to rounding, for every size of input that it takes. Only classes
+    of instances change: deepcopy, pickle, hooks on the layers, gradient checkpointing, autocast and torch.compile go
+    on working. Call it before wrappers that change classes themselves, such as FSDP2's fully_shard.
 
-    backend: "auto" or one of `window_attention`'s, with what that can (gradients of gradients: "reference" alone). A
+    backend: "auto" or one of those functions', with what that can (gradients of gradients: "reference" alone). A
     second call changes nothing but the backend. `restore` before torch.jit.script, which cannot read the new classes.
 
-    Left as they are, and listed with the reason in the report that is returned: layers with attention dropout, which
-    the kernel does not have; subclasses of supported layers; layers that lack an attribute, as another version of
-    the library may; all other attention. What comes up later makes a layer's call run the library's own code, with
-    one warning: output_attentions, dropout that was switched on, hooks inside the attention. Dropout after the
-    projection draws other random numbers than before, because tokens come in another order.
+    Left as they are, and listed with the reason in the report that is returned: layers with attention dropout (there
+    is none in window_attention, and latent_attention drops others than the library); subclasses of supported layers;
+    layers that lack an attribute, as another version of the library may; all other attention. What comes up later
+    makes a layer's call run the library's own code, with one warning: output_attentions, dropout that was switched
+    on, hooks inside the attention; in Perceiver a mask that does more than hide keys, and any mask in compiled code,
+    which cannot warn. Dropout after a Swin layer's projection draws other random numbers than before, because tokens
+    come in another order.
 
     Raises TypeError for what is no module; ValueError where nothing of the model runs on the kernel afterwards, with
     all that was found, and for an unknown backend; BackendError for a backend that this version does not have.
@@ -105,13 +113,16 @@ def accelerate(model: nn.Module, *, backend: str = "auto") -> Report:
         else:
             replaced[name] = module
     kinds = MappingProxyType({name: _kind(type(module)) for name, module in replaced.items()})
-    report = Report(backend, kinds, tuple(already), MappingProxyType(left))
+    used = {families[type(module)].function for module in replaced.values()}
+    used |= {module.function for module in already.values()}
+    functions = tuple(name for name in FUNCTIONS if name in used) or FUNCTIONS
+    report = Report(backend, kinds, tuple(already), MappingProxyType(left), functions)
     if not replaced and not already:
         raise ValueError(f"{_nothing_for(model)}\n{report}" if left else _nothing_for(model))
     for module in replaced.values():
         module.__class__ = accelerated_class(families[type(module)], type(module))
     for module in (*replaced.values(), *already.values()):
-        module.window_attention_backend = backend  # type: ignore[assignment]
+        module.attention_backend = backend  # type: ignore[assignment]
     return report
 
 
@@ -130,7 +141,7 @@ def restore(model: nn.Module) -> tuple[str, ...]:
             )
     for module in found.values():
         module.__class__ = module.library
-        del module.window_attention_backend
+        del module.attention_backend
     return tuple(found)
 
 
@@ -149,15 +160,15 @@ def _attention_modules(
     model: nn.Module, families: Mapping[type, type[Accelerated]]
 ) -> Iterator[tuple[str, nn.Module]]:
     """Supported, accelerated, and other attention modules; nothing that lies inside one of them."""
-    window = (Accelerated, *families)
+    known = (Accelerated, *families)
     inside: str | None = None
     for name, module in model.named_modules():
         if inside is not None and name.startswith(inside):
             continue
         other = "Attention" in type(module).__name__ and not any(
-            isinstance(m, window) for m in module.modules()
+            isinstance(m, known) for m in module.modules()
         )
-        if other or isinstance(module, window):
+        if other or isinstance(module, known):
             inside = f"{name}." if name else ""
             yield name, module
 
@@ -169,7 +180,7 @@ def _refusal(module: nn.Module, families: Mapping[type, type[Accelerated]]) -> s
         parents = [_kind(parent) for parent in library.__mro__[1:] if parent in families]
         if parents:
             return f"a subclass of {parents[0]}, which may compute something else"
-        return "not a window attention that is supported"
+        return "not an attention that is supported"
     family = families[library]
     for path in (*family.needs, family.dropout_at):
         try:
@@ -186,7 +197,9 @@ def _refusal(module: nn.Module, families: Mapping[type, type[Accelerated]]) -> s
             return f"its {path} has a hook, which would no longer be called"
     dropout = attrgetter(family.dropout_at)(module)
     if dropout > 0:
-        return f"attention dropout is {dropout:g}, and the kernel has none ({family.dropout_at} = 0 would do)"
+        return (
+            f"attention dropout is {dropout:g}, and {family.dropout_why} ({family.dropout_at} = 0 would do)"
+        )
     return None
 
 
@@ -194,7 +207,9 @@ def _nothing_for(model: nn.Module) -> str:
     classes = ", ".join(
         f"{module.split('.')[0]}'s {name}" for module, names in SUPPORTED.items() for name in names
     )
-    return f"{NAME}: nothing in {type(model).__name__} can run on window_attention; supported: {classes}"
+    return (
+        f"{NAME}: nothing in {type(model).__name__} can run on {' or '.join(FUNCTIONS)}; supported: {classes}"
+    )
 
 
 def _kind(cls: type) -> str:

@@ -163,7 +163,7 @@ def test_the_gpu_program_is_bounded_and_leaves_what_it_measured(tmp_path: Path) 
 
 def test_the_gpu_program_asks_the_sanitizer(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     """Both checks, on tests that there are; and a machine without the tool is told so."""
-    program = Program(PROFILES["cpu"], tmp_path, 100.0, rehearsed=False)
+    program = Program(PROFILES["cpu"], tmp_path, 4000.0, rehearsed=False)
     monkeypatch.setenv("PATH", str(tmp_path))
     program.sanitizer()
     assert program.done[-1].status == "skipped" and "compute-sanitizer on the PATH" in program.done[-1].note

@@ -587,8 +587,9 @@ def test_closing(data: Path, tokenizer: Tokenizer) -> None:
 
 
 SCRIPT = """
-import atexit, os, sys
+import atexit, os, signal, sys
 
+signal.signal(signal.SIGINT, signal.default_int_handler)  # a shell's background jobs are started with it ignored
 decoded = []
 atexit.register(lambda: print(len(decoded), "decoded in the end", flush=True))  # the first is run last
 

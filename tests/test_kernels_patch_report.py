@@ -41,7 +41,7 @@ def test_report_reads_well() -> None:
         "  replaced 3 timm SwinTransformerBlock (layers.0.blocks.0, layers.0.blocks.1, layers.1.blocks.1)\n"
         "  left     1 timm SwinTransformerBlock (layers.1.blocks.0): attention dropout is 0.1, and the kernel has "
         "none (attn.attn_drop.p = 0 would do)\n"
-        "  left     1 torch MultiheadAttention (text.self_attn): not a window attention that is supported"
+        "  left     1 torch MultiheadAttention (text.self_attn): not an attention that is supported"
     )
     assert "AcceleratedSwinTransformerBlock" in repr(model)
     model.layers[1].blocks[0].attn.attn_drop.p = 0.0
@@ -125,7 +125,8 @@ def test_errors() -> None:
     with pytest.raises(TypeError, match=r"must be a torch\.nn\.Module, got str"):
         accelerate("swin")  # type: ignore[arg-type]
     with pytest.raises(
-        ValueError, match="nothing in Linear can run on window_attention; supported: timm's SwinT"
+        ValueError,
+        match="nothing in Linear can run on window_attention or latent_attention; supported: timm's SwinT",
     ):
         accelerate(nn.Linear(2, 2))
     model, _ = small("timm")

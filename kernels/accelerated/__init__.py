@@ -1,1 +1,4 @@
-"""What `kernels.accelerate` makes of the Swin blocks of timm, torchvision and transformers. base.py says how."""
+"""What `kernels.accelerate` makes of the Swin blocks of timm, torchvision and transformers, and of Perceiver's attention.
+
+base.py says how.
+"""

@@ -1,9 +1,9 @@
 """How a library's module becomes an accelerated one: its instance gets a class made of two, ours before the library's.
 
-Ours ("family": timm.py, torchvision.py, transformers.py beside this file) replaces the one method that rolls, pads,
-partitions, attends and goes back. Parameters, buffers, names, hooks, norms, MLP and drop path are the library's, so
-a state_dict does not change, and giving the instance its old class back undoes everything. No library is imported
-here: a family is written against attributes, and lists those that it `needs`.
+Ours ("family": timm.py, torchvision.py, transformers.py, perceiver.py beside this file) replaces the one method that
+attends; for Swin it also rolls, pads, partitions and goes back. Parameters, buffers, names, hooks, norms, MLP and
+drop path are the library's, so a state_dict does not change, and giving the instance its old class back undoes
+everything. No library is imported here: a family is written against attributes, and lists those that it `needs`.
 """
 
 from __future__ import annotations
@@ -23,11 +23,14 @@ class Accelerated(nn.Module):
     """What all families share."""
 
     needs: ClassVar[tuple[str, ...]]  # attributes that are used; "a.b" is b of a
-    dropout_at: ClassVar[str]  # where the library keeps its attention dropout, which the kernel does not have
+    dropout_at: ClassVar[str]  # where the library keeps its attention dropout, which is left to the library
+    dropout_why: ClassVar[str] = "the kernel has none"
     skipped: ClassVar[tuple[str, ...]] = ()  # submodules that are no longer called, "a.b" likewise
+    function: ClassVar[str] = "window_attention"  # that computes the attention
+    unmade: ClassVar[str] = "windows"  # what is not made, for which a hook might wait
     family: ClassVar[type[Accelerated]]
     library: ClassVar[Any]  # the library's class
-    window_attention_backend: str
+    attention_backend: str
 
     def takes_library_path(self, asked: str | None = None) -> bool:
         """Whether this call runs the library's own code: for what the call `asked`, or for what was changed since.
@@ -50,7 +53,7 @@ class Accelerated(nn.Module):
             return "attention dropout has been switched on"
         for name in self.skipped:
             if hooked(self.get_submodule(name)):
-                return f"a hook on its {name!r} waits for windows, which are not made here"
+                return f"a hook on its {name!r} waits for {self.unmade}, which are not made here"
         return None
 
     def __reduce_ex__(self, protocol: Any) -> Any:

@@ -46,7 +46,7 @@ class SwinBlock(Accelerated):
 
     def _attend(self, qkv: Tensor, bias: Tensor | None, table: Tensor, **kind: Any) -> Tensor:
         qkv = qkv.unflatten(-1, (3, self.attn.num_heads, -1))
-        window, shift, backend = self.window_size, self.shift_size, self.window_attention_backend
+        window, shift, backend = self.window_size, self.shift_size, self.attention_backend
         out = attend(qkv, bias, table, window, shift, backend, rolls_first=True, **kind)
         return self.attn.proj_drop(self.attn.proj(out))
 

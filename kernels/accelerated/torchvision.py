@@ -47,7 +47,7 @@ class SwinAttention(Accelerated):
     def _attend(self, x: Tensor, bias: Tensor | None, table: Tensor, **kind: Any) -> Tensor:
         qkv = F.linear(x, self.qkv.weight, bias).unflatten(-1, (3, self.num_heads, -1))
         shift = shift_where_uncovered(x, self.window_size, self.shift_size)
-        out = attend(qkv, bias, table, self.window_size, shift, self.window_attention_backend, **kind)
+        out = attend(qkv, bias, table, self.window_size, shift, self.attention_backend, **kind)
         return F.dropout(F.linear(out, self.proj.weight, self.proj.bias), self.dropout, self.training)
 
 

@@ -139,4 +139,4 @@ def _attend(
         parts = [projection(x) for projection in projections]
         qkv = torch.stack(parts, dim=-2).unflatten(-1, (heads, -1))
     window, shift = (layer.window_size,) * 2, (layer.shift_size,) * 2
-    return attend(qkv, bias, table, window, shift, layer.window_attention_backend, **kind)
+    return attend(qkv, bias, table, window, shift, layer.attention_backend, **kind)
