@@ -24,7 +24,9 @@ from kernels.window_attention import op
 DOTS = WindowCase("dots", 2, 8, 12, 2, 16, 4, 2, cosine=False)
 ON_A_GPU = {"compiled": "compiled for GPUs alone", "triton": "backend 'triton' cannot run this call"}
 
-pytestmark = pytest.mark.skipif(torch.cuda.is_available(), reason="says what a CPU cannot do")
+pytestmark = pytest.mark.skipif(
+    torch.cuda.is_available(), reason="needs a machine without CUDA: it says what a CPU cannot do"
+)
 
 
 def solved(subject: Subject, case: Any, mode: str, dtype: torch.dtype, **options: Any) -> dict[str, Row]:

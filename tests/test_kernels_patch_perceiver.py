@@ -15,7 +15,10 @@ from kernels import accelerate, restore
 from kernels.accelerated import base, perceiver
 
 hf = pytest.importorskip("transformers", reason="needs transformers: install the test extra")
-modeling = pytest.importorskip("transformers.models.perceiver.modeling_perceiver")
+modeling = pytest.importorskip(
+    "transformers.models.perceiver.modeling_perceiver",
+    reason="needs transformers with Perceiver: install the test extra",
+)
 
 TOKENS, LATENTS, WIDTH = 9, 5, 16
 # The cross-attention, two blocks of the same two layers, the decoder's cross-attention.
