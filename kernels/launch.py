@@ -28,6 +28,11 @@ class Config(NamedTuple):
         return {"num_warps": self.num_warps, "num_stages": self.num_stages, **LAUNCH_OPTIONS}
 
 
+# Configurations that take the place of the launchers' own choice, by the name that the launcher gives its kernel; None
+# for a kernel that must not be used. For `bench.tune` alone.
+forced: dict[str, Config | None] = {}
+
+
 def power_of_two(size: int) -> int:
     """The next power of two, at least 16: the smallest tile that tensor cores take."""
     return max(16, 1 << (size - 1).bit_length())

@@ -152,11 +152,10 @@ def test_window_launches_are_the_listed_ones(arch: int, monkeypatch: pytest.Monk
     )
     monkeypatch.setattr(triton_ops, "bias_table_grad", lambda partials, window: torch.zeros(window[0], 3))
     dtypes = {"bf16": torch.bfloat16, "fp16": torch.float16, "fp32": torch.float32}
-    lines = {16: (2, 8), 32: (4, 8), 49: (7, 7), 81: (9, 9), 196: (14, 14), 256: (16, 16)}
 
     def launch_all() -> None:
         for dtype, form in window_aot.forms(arch):
-            wy, wx = lines[form.slots]
+            wy, wx = form.window
             qkv = torch.zeros(2, wy + 1, 2 * wx, 3, 3, form.head_dim, dtype=dtypes[dtype])
             numbers = (wy, wx, 1, 0, 0.5)
             scale = torch.zeros(3) if form.cosine else None

@@ -9,7 +9,7 @@ from __future__ import annotations
 from dataclasses import dataclass
 from typing import Any, Literal
 
-from kernels.launch import Config, power_of_two
+from kernels.launch import Config, forced, power_of_two
 
 MAX_HEAD_DIM = 256
 MAX_SPLITS = 128
@@ -69,6 +69,8 @@ def splits(programs: int, steps: int, slots: int) -> int:
 
 def configure(kernel: Literal["forward", "queries", "keys"], form: Form) -> Config:
     """For the forward and the two kernels of the backward."""
+    if (config := forced.get(kernel)) is not None:
+        return config
     new, dropout = form.arch >= 90, form.dropout
     if not form.half:  # no tensor cores: products are unrolled, so the tiles are small
         side = 32 if form.block_d <= 64 else 16

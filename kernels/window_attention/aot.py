@@ -19,7 +19,7 @@ from kernels.window_attention.backward import (
     whole_backward_kernel,
 )
 from kernels.window_attention.forward import tiled_forward_kernel, whole_forward_kernel
-from kernels.window_attention.launch import Form, configure, constants, fused_config
+from kernels.window_attention.launch import Form, configure, constants, fused_config, tail_of
 
 DATA = {
     "qkv",
@@ -35,20 +35,21 @@ HEAD_DIMS = (16, 32, 64, 128)
 def forms(arch: int) -> Iterator[tuple[str, Form]]:
     """Each dtype with the forms that are compiled for it: every configuration, with the constants that need most.
 
-    N = 49 is one tile of 64, N = 196 three steps of 64 and a tail of 16. The other sizes, other tiles or tails of the
-    same code, and fp16, which differs from bf16 in a conversion, are there for a few head_dims.
+    Window 7 is one tile of 64, window 14 three steps of 64 and a tail of 16. The other windows, other tiles or tails of
+    the same code, and fp16, which differs from bf16 in a conversion, are there for a few head_dims.
     """
     both = (False, True)
-    for slots, head_dim, cosine, pads in product((49, 196), HEAD_DIMS, both, both):
-        yield "bf16", Form(slots, head_dim, True, cosine, pads, arch)
-    for slots, head_dim in product((16, 32, 81, 256), (16, 64)):
-        yield "bf16", Form(slots, head_dim, True, False, False, arch)
-    for slots, head_dim in ((49, 24), (196, 24), (196, 48), (196, 96)):
-        yield "bf16", Form(slots, head_dim, True, True, False, arch)
-    for slots, cosine in product((49, 196), both):
-        yield "fp16", Form(slots, 32, True, cosine, False, arch)
-    for slots, head_dim in product((16, 49), (32, 64, 128)):
-        yield "fp32", Form(slots, head_dim, False, True, False, arch)
+    small, large = (7, 7), (14, 14)
+    for window, head_dim, cosine, pads in product((small, large), HEAD_DIMS, both, both):
+        yield "bf16", Form(window, head_dim, True, cosine, pads, arch)
+    for window, head_dim in product(((4, 4), (4, 8), (9, 9), (16, 16)), (16, 64)):
+        yield "bf16", Form(window, head_dim, True, False, False, arch)
+    for window, head_dim in ((small, 24), (large, 24), (large, 48), (large, 96)):
+        yield "bf16", Form(window, head_dim, True, True, False, arch)
+    for window, cosine in product((small, large), both):
+        yield "fp16", Form(window, 32, True, cosine, False, arch)
+    for window, head_dim in product(((4, 4), small), (32, 64, 128)):
+        yield "fp32", Form(window, head_dim, False, True, False, arch)
 
 
 def aot_cases(arch: int) -> list[AotCase]:
@@ -67,7 +68,7 @@ def launched(dtype: str, form: Form) -> Iterator[AotCase]:
         about = {"BLOCK": form.padded, "KEEP_LSE": keep_lse, **common}
         yield _case(whole_forward_kernel, dtype, form, forward, about)
     else:
-        about = _tiles(forward) | {"TAIL": form.padded % forward.keys, "KEEP_LSE": keep_lse, **common}
+        about = _tiles(forward, form) | {"TAIL": tail_of(form), "KEEP_LSE": keep_lse, **common}
         yield _case(tiled_forward_kernel, dtype, form, forward, about)
     if fused is not None:
         about = {"BLOCK": form.padded, "BIAS_GRAD": True, "LATE": fused.late, **constants(form)}
@@ -79,11 +80,11 @@ def launched(dtype: str, form: Form) -> Iterator[AotCase]:
         ("bias", bias_grad_kernel),
     ):
         config = configure(name, form)  # type: ignore[arg-type]
-        yield _case(kernel, dtype, form, config, _tiles(config) | common)
+        yield _case(kernel, dtype, form, config, _tiles(config, form) | common)
 
 
-def _tiles(config: Config) -> dict[str, int]:
-    return {"BLOCK_Q": config.queries, "BLOCK_K": config.keys}
+def _tiles(config: Config, form: Form) -> dict[str, int]:
+    return {"BLOCK_Q": config.queries, "BLOCK_K": config.keys, "SIDE": form.side}
 
 
 def _case(kernel: Any, dtype: str, form: Form, config: Config, about: dict[str, Any]) -> AotCase:
@@ -112,10 +113,10 @@ def _case(kernel: Any, dtype: str, form: Form, config: Config, about: dict[str, 
     sizes = [f"{key.lower()} {about[key]}" for key in ("BLOCK", "BLOCK_Q", "BLOCK_K", "TAIL") if key in about]
     return AotCase(
         kernel=kernel,
-        config=", ".join([f"{dtype} D {form.head_dim}", *what, *sizes, *flags]),
+        config=", ".join([f"{dtype} {form.window[0]}x{form.window[1]} D {form.head_dim}", *what, *sizes, *flags]),
         signature=numbers | types,
         constants=about,
-        divisible=frozenset(pointers - {"pad_kv"}) | ({"bias_stride", "padded"} & numbers.keys()),
+        divisible=frozenset(pointers - {"pad_kv"}) | ({"kind_stride", "bias_stride"} & numbers.keys()),
         num_warps=config.num_warps,
         num_stages=config.num_stages,
         expects=expects,

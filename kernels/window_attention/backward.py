@@ -27,9 +27,10 @@ import triton.language as tl
 from torch import Tensor
 
 from kernels.triton_parts import LN_2, load_rows, product, store_rows
-from kernels.window_attention.launch import Call, bias_stride, configure, fused_config
+from kernels.window_attention.launch import Call, bias_strides, configure, fused_config
 from kernels.window_attention.tiles import (
     SIZES,
+    bias_of,
     corner_of,
     inverse_norm,
     locate,
@@ -73,14 +74,14 @@ def whole_backward_kernel(
     width: tl.int32,
     rows: tl.int32,
     columns: tl.int32,
-    wy: tl.int32,
-    wx: tl.int32,
     sy: tl.int32,
     sx: tl.int32,
     heads: tl.int32,
     bias_stride: tl.int32,
     scale: tl.float32,  # times log2 e
     group_size: tl.int32,
+    WY: tl.constexpr,
+    WX: tl.constexpr,
     BLOCK: tl.constexpr,
     HEAD_DIM: tl.constexpr,
     BLOCK_D: tl.constexpr,
@@ -94,7 +95,7 @@ def whole_backward_kernel(
     first, last, at_bottom, at_right, down, across = windows_of(group, group_size, batch, rows, columns)
     n = tl.arange(0, BLOCK)
     query_region, key_region = regions(
-        n, at_bottom, at_right, height, width, rows, columns, wy, wx, sy, sx, False
+        n, at_bottom, at_right, height, width, rows, columns, WY, WX, sy, sx, False
     )
     hidden = query_region[:, None] != key_region[None, :]
     bias_tile = tl.load(bias + head * bias_stride + n[:, None] * BLOCK + n[None, :])
@@ -107,8 +108,8 @@ def whole_backward_kernel(
     multiplier_acc = tl.zeros([BLOCK], tl.float32)
     token_stride = 3 * heads * HEAD_DIM
     for window in range(first, last):
-        sample, top, left = corner_of(window, at_bottom, at_right, down, across, rows, columns, wy, wx)
-        token, real = locate(n, top, left, height, width, wy, wx, sy, sx)
+        sample, top, left = corner_of(window, at_bottom, at_right, down, across, rows, columns, WY, WX)
+        token, real = locate(n, top, left, height, width, WY, WX, sy, sx)
         plane = sample.to(tl.int64) * (height * width)
         q_start = qkv + plane * token_stride + head * HEAD_DIM
         q = load_rows(q_start, token, token_stride, real, HEAD_DIM, BLOCK_D)
@@ -170,7 +171,7 @@ def query_grad_kernel(
     grad_out: tl.tensor,  # [B, H, W, h, D]
     qkv: tl.tensor,  # [B, H, W, 3, h, D]
     out: tl.tensor,  # [B, H, W, h, D]
-    bias: tl.tensor,  # [h, Np, Np] fp32, times log2 e, -inf for keys from N on
+    bias: tl.tensor,  # [kinds, h, SIDE, SIDE] fp32, times log2 e, -inf for what is hidden and for keys from N on
     multiplier: tl.tensor,  # [h] fp32, times log2 e
     pad_kv: tl.tensor,  # [2, h, D]
     lse: tl.tensor,  # [windows, h, N] fp32, base 2
@@ -182,14 +183,15 @@ def query_grad_kernel(
     width: tl.int32,
     rows: tl.int32,
     columns: tl.int32,
-    wy: tl.int32,
-    wx: tl.int32,
     sy: tl.int32,
     sx: tl.int32,
     heads: tl.int32,
+    kind_stride: tl.int32,
     bias_stride: tl.int32,
-    padded: tl.int32,
     scale: tl.float32,
+    WY: tl.constexpr,
+    WX: tl.constexpr,
+    SIDE: tl.constexpr,
     BLOCK_Q: tl.constexpr,
     BLOCK_K: tl.constexpr,
     HEAD_DIM: tl.constexpr,
@@ -199,25 +201,26 @@ def query_grad_kernel(
 ) -> None:
     """BLOCK_Q queries of one window, for one head. Grid: windows * tiles * h, head fastest, then tile."""
     head = tl.program_id(0) % heads
-    slots = wy * wx
+    slots: tl.constexpr = WY * WX
     tile = tl.program_id(0) // heads % tl.cdiv(slots, BLOCK_Q)
     group = tl.program_id(0) // (heads * tl.cdiv(slots, BLOCK_Q))
     window, _, at_bottom, at_right, down, across = windows_of(group, 1, batch, rows, columns)
-    sample, top, left = corner_of(window, at_bottom, at_right, down, across, rows, columns, wy, wx)
+    sample, top, left = corner_of(window, at_bottom, at_right, down, across, rows, columns, WY, WX)
     plane = sample.to(tl.int64) * (height * width)
     token_stride = 3 * heads * HEAD_DIM
     q_start = qkv + plane * token_stride + head * HEAD_DIM
-    bias_start = bias + head.to(tl.int64) * bias_stride
+    bias_start = bias_of(bias, kind_stride, bias_stride, at_bottom, at_right, head)
     if COSINE:
         scale = tl.load(multiplier + head)
 
     qn = tile * BLOCK_Q + tl.arange(0, BLOCK_Q)
-    q_token, q_real = locate(qn, top, left, height, width, wy, wx, sy, sx)
-    q_region, _ = regions(
-        qn, at_bottom, at_right, height, width, rows, columns, wy, wx, sy, sx, PADS_ARE_KEYS
-    )
+    q_token, q_real = locate(qn, top, left, height, width, WY, WX, sy, sx)
     q = load_rows(q_start, q_token, token_stride, q_real, HEAD_DIM, BLOCK_D)
-    q_norm = inverse_norm(q)
+    bias_rows = bias_start + (tl.minimum(qn, SIDE - 1) * SIDE)[:, None]
+    q_scale = tl.zeros([BLOCK_Q], tl.float32) + scale
+    if COSINE:
+        q_norm = inverse_norm(q)
+        q_scale = scale * q_norm
     place = plane * (heads * HEAD_DIM) + head * HEAD_DIM
     d_out = load_rows(grad_out + place, q_token, heads * HEAD_DIM, q_real, HEAD_DIM, BLOCK_D)
     result = load_rows(out + place, q_token, heads * HEAD_DIM, q_real, HEAD_DIM, BLOCK_D)
@@ -229,25 +232,15 @@ def query_grad_kernel(
     acc = tl.zeros([BLOCK_Q, BLOCK_D], tl.float32)
     for start in range(0, slots, BLOCK_K):
         kn = start + tl.arange(0, BLOCK_K)
-        token, real = locate(kn, top, left, height, width, wy, wx, sy, sx)
+        token, real = locate(kn, top, left, height, width, WY, WX, sy, sx)
         k = load_rows(q_start + heads * HEAD_DIM, token, token_stride, real, HEAD_DIM, BLOCK_D)
         v = load_rows(q_start + 2 * heads * HEAD_DIM, token, token_stride, real, HEAD_DIM, BLOCK_D)
         if PADS_ARE_KEYS:
             k = with_pads(k, pad_kv + head * HEAD_DIM, kn, slots, real, HEAD_DIM, BLOCK_D)
             v = with_pads(v, pad_kv + (heads + head) * HEAD_DIM, kn, slots, real, HEAD_DIM, BLOCK_D)
-        logits = product(q, tl.trans(k))
         if COSINE:
-            k_norm = inverse_norm(k)
-            logits = logits * q_norm[:, None] * k_norm[None, :]
-            k = (k * k_norm[:, None]).to(k.dtype)
-        inside = (qn < padded)[:, None] & (kn < padded)[None, :]
-        bias_tile = tl.load(bias_start + qn[:, None] * padded + kn[None, :], mask=inside, other=float("-inf"))
-        logits = logits * scale + bias_tile
-        if at_bottom + at_right > 0:
-            unused, k_region = regions(
-                kn, at_bottom, at_right, height, width, rows, columns, wy, wx, sy, sx, PADS_ARE_KEYS
-            )
-            logits = tl.where(q_region[:, None] == k_region[None, :], logits, float("-inf"))
+            k = (k * inverse_norm(k)[:, None]).to(k.dtype)
+        logits = product(q, tl.trans(k)) * q_scale[:, None] + tl.load(bias_rows + kn[None, :])
         weights = tl.exp2(logits - q_lse[:, None])
         d_logits = weights * (product(d_out, tl.trans(v)) - q_delta[:, None])
         acc += product(d_logits.to(k.dtype), k)
@@ -265,7 +258,7 @@ def query_grad_kernel(
 def key_grad_kernel(
     grad_out: tl.tensor,  # [B, H, W, h, D]
     qkv: tl.tensor,  # [B, H, W, 3, h, D]
-    bias: tl.tensor,  # [h, Np, Np] fp32, times log2 e, -inf for keys from N on
+    bias: tl.tensor,  # as above, but [kinds, h, key, query]
     multiplier: tl.tensor,  # [h] fp32, times log2 e
     pad_kv: tl.tensor,  # [2, h, D]
     lse: tl.tensor,  # [windows, h, N] fp32, base 2
@@ -277,14 +270,15 @@ def key_grad_kernel(
     width: tl.int32,
     rows: tl.int32,
     columns: tl.int32,
-    wy: tl.int32,
-    wx: tl.int32,
     sy: tl.int32,
     sx: tl.int32,
     heads: tl.int32,
+    kind_stride: tl.int32,
     bias_stride: tl.int32,
-    padded: tl.int32,
     scale: tl.float32,
+    WY: tl.constexpr,
+    WX: tl.constexpr,
+    SIDE: tl.constexpr,
     BLOCK_Q: tl.constexpr,
     BLOCK_K: tl.constexpr,
     HEAD_DIM: tl.constexpr,
@@ -295,29 +289,30 @@ def key_grad_kernel(
     """BLOCK_K keys of one window, for one head. Grid: windows * tiles * h, head fastest, then tile. Logits and all that
     has their shape are transposed: [keys, queries]."""
     head = tl.program_id(0) % heads
-    slots = wy * wx
+    slots: tl.constexpr = WY * WX
     tile = tl.program_id(0) // heads % tl.cdiv(slots, BLOCK_K)
     group = tl.program_id(0) // (heads * tl.cdiv(slots, BLOCK_K))
     window, _, at_bottom, at_right, down, across = windows_of(group, 1, batch, rows, columns)
-    sample, top, left = corner_of(window, at_bottom, at_right, down, across, rows, columns, wy, wx)
+    sample, top, left = corner_of(window, at_bottom, at_right, down, across, rows, columns, WY, WX)
     plane = sample.to(tl.int64) * (height * width)
     token_stride = 3 * heads * HEAD_DIM
     q_start = qkv + plane * token_stride + head * HEAD_DIM
-    bias_start = bias + head.to(tl.int64) * bias_stride
+    bias_start = bias_of(bias, kind_stride, bias_stride, at_bottom, at_right, head)
     if COSINE:
         scale = tl.load(multiplier + head)
 
     kn = tile * BLOCK_K + tl.arange(0, BLOCK_K)
-    k_token, k_real = locate(kn, top, left, height, width, wy, wx, sy, sx)
-    _, k_region = regions(
-        kn, at_bottom, at_right, height, width, rows, columns, wy, wx, sy, sx, PADS_ARE_KEYS
-    )
+    k_token, k_real = locate(kn, top, left, height, width, WY, WX, sy, sx)
     k = load_rows(q_start + heads * HEAD_DIM, k_token, token_stride, k_real, HEAD_DIM, BLOCK_D)
     v = load_rows(q_start + 2 * heads * HEAD_DIM, k_token, token_stride, k_real, HEAD_DIM, BLOCK_D)
     if PADS_ARE_KEYS:
         k = with_pads(k, pad_kv + head * HEAD_DIM, kn, slots, k_real, HEAD_DIM, BLOCK_D)
         v = with_pads(v, pad_kv + (heads + head) * HEAD_DIM, kn, slots, k_real, HEAD_DIM, BLOCK_D)
-    k_norm = inverse_norm(k)
+    bias_rows = bias_start + (tl.minimum(kn, SIDE - 1) * SIDE)[:, None]
+    k_scale = tl.zeros([BLOCK_K], tl.float32) + scale
+    if COSINE:
+        k_norm = inverse_norm(k)
+        k_scale = scale * k_norm
 
     place = plane * (heads * HEAD_DIM) + head * HEAD_DIM
     line = (group.to(tl.int64) * heads + head) * slots
@@ -325,24 +320,14 @@ def key_grad_kernel(
     d_v = tl.zeros([BLOCK_K, BLOCK_D], tl.float32)
     for start in range(0, slots, BLOCK_Q):
         qn = start + tl.arange(0, BLOCK_Q)
-        token, real = locate(qn, top, left, height, width, wy, wx, sy, sx)
+        token, real = locate(qn, top, left, height, width, WY, WX, sy, sx)
         q = load_rows(q_start, token, token_stride, real, HEAD_DIM, BLOCK_D)
         d_out = load_rows(grad_out + place, token, heads * HEAD_DIM, real, HEAD_DIM, BLOCK_D)
         q_lse = tl.load(lse + line + qn, mask=real, other=float("inf"))
         q_delta = tl.load(delta + line + qn, mask=real, other=0.0)
-        logits = product(k, tl.trans(q))
         if COSINE:
-            q_norm = inverse_norm(q)
-            logits = logits * k_norm[:, None] * q_norm[None, :]
-            q = (q * q_norm[:, None]).to(q.dtype)
-        inside = (kn < padded)[:, None] & (qn < padded)[None, :]
-        bias_tile = tl.load(bias_start + qn[None, :] * padded + kn[:, None], mask=inside, other=float("-inf"))
-        logits = logits * scale + bias_tile
-        if at_bottom + at_right > 0:
-            q_region, unused = regions(
-                qn, at_bottom, at_right, height, width, rows, columns, wy, wx, sy, sx, PADS_ARE_KEYS
-            )
-            logits = tl.where(k_region[:, None] == q_region[None, :], logits, float("-inf"))
+            q = (q * inverse_norm(q)[:, None]).to(q.dtype)
+        logits = product(k, tl.trans(q)) * k_scale[:, None] + tl.load(bias_rows + qn[None, :])
         weights = tl.exp2(logits - q_lse[None, :])
         d_v += product(weights.to(d_out.dtype), d_out)
         d_logits = weights * (product(v, tl.trans(d_out)) - q_delta[None, :])
@@ -367,26 +352,27 @@ def key_grad_kernel(
 def bias_grad_kernel(
     grad_out: tl.tensor,  # [B, H, W, h, D]
     qkv: tl.tensor,  # [B, H, W, 3, h, D]
-    bias: tl.tensor,  # [h, Np, Np] fp32, times log2 e, -inf for keys from N on
+    bias: tl.tensor,  # [kinds, h, SIDE, SIDE] fp32, times log2 e, -inf for what is hidden and for keys from N on
     multiplier: tl.tensor,  # [h] fp32, times log2 e
     pad_kv: tl.tensor,  # [2, h, D]
     lse: tl.tensor,  # [windows, h, N] fp32, base 2
     delta: tl.tensor,  # [windows, h, N] fp32
-    grad_bias: tl.tensor,  # [G, h, Np, Np] fp32
+    grad_bias: tl.tensor,  # [G, h, SIDE, SIDE] fp32
     batch: tl.int32,
     height: tl.int32,
     width: tl.int32,
     rows: tl.int32,
     columns: tl.int32,
-    wy: tl.int32,
-    wx: tl.int32,
     sy: tl.int32,
     sx: tl.int32,
     heads: tl.int32,
+    kind_stride: tl.int32,
     bias_stride: tl.int32,
-    padded: tl.int32,
     scale: tl.float32,
     group_size: tl.int32,
+    WY: tl.constexpr,
+    WX: tl.constexpr,
+    SIDE: tl.constexpr,
     BLOCK_Q: tl.constexpr,
     BLOCK_K: tl.constexpr,
     HEAD_DIM: tl.constexpr,
@@ -397,7 +383,7 @@ def bias_grad_kernel(
     """One tile of the bias gradient, summed over the windows of one group. Grid: groups * query tiles * key tiles * h,
     head fastest, then keys, then queries."""
     head = tl.program_id(0) % heads
-    slots = wy * wx
+    slots: tl.constexpr = WY * WX
     q_tiles, k_tiles = tl.cdiv(slots, BLOCK_Q), tl.cdiv(slots, BLOCK_K)
     kn = tl.program_id(0) // heads % k_tiles * BLOCK_K + tl.arange(0, BLOCK_K)
     qn = tl.program_id(0) // (heads * k_tiles) % q_tiles * BLOCK_Q + tl.arange(0, BLOCK_Q)
@@ -407,22 +393,14 @@ def bias_grad_kernel(
     if COSINE:
         scale = tl.load(multiplier + head)
     before = windows_before(at_bottom, at_right, batch, rows, columns)
-    q_region, _ = regions(
-        qn, at_bottom, at_right, height, width, rows, columns, wy, wx, sy, sx, PADS_ARE_KEYS
-    )
-    _, k_region = regions(
-        kn, at_bottom, at_right, height, width, rows, columns, wy, wx, sy, sx, PADS_ARE_KEYS
-    )
-    inside = (qn < padded)[:, None] & (kn < padded)[None, :]
-    tile = qn[:, None] * padded + kn[None, :]
-    bias_tile = tl.load(bias + head.to(tl.int64) * bias_stride + tile, mask=inside, other=float("-inf"))
-    bias_tile = tl.where(q_region[:, None] == k_region[None, :], bias_tile, float("-inf"))
+    tile = tl.minimum(qn, SIDE - 1)[:, None] * SIDE + tl.minimum(kn, SIDE - 1)[None, :]
+    bias_tile = tl.load(bias_of(bias, kind_stride, bias_stride, at_bottom, at_right, head) + tile)
 
     acc = tl.zeros([BLOCK_Q, BLOCK_K], tl.float32)
     for window in range(first, last):
-        sample, top, left = corner_of(window, at_bottom, at_right, down, across, rows, columns, wy, wx)
-        q_token, q_real = locate(qn, top, left, height, width, wy, wx, sy, sx)
-        k_token, k_real = locate(kn, top, left, height, width, wy, wx, sy, sx)
+        sample, top, left = corner_of(window, at_bottom, at_right, down, across, rows, columns, WY, WX)
+        q_token, q_real = locate(qn, top, left, height, width, WY, WX, sy, sx)
+        k_token, k_real = locate(kn, top, left, height, width, WY, WX, sy, sx)
         plane = sample.to(tl.int64) * (height * width)
         q_start = qkv + plane * token_stride + head * HEAD_DIM
         q = load_rows(q_start, q_token, token_stride, q_real, HEAD_DIM, BLOCK_D)
@@ -436,14 +414,15 @@ def bias_grad_kernel(
         line = ((before + window).to(tl.int64) * heads + head) * slots
         q_lse = tl.load(lse + line + qn, mask=q_real, other=float("inf"))
         q_delta = tl.load(delta + line + qn, mask=q_real, other=0.0)
-        logits = product(q, tl.trans(k))
+        q_scale = tl.zeros([BLOCK_Q], tl.float32) + scale
         if COSINE:
-            logits = logits * inverse_norm(q)[:, None] * inverse_norm(k)[None, :]
-        weights = tl.exp2(logits * scale + bias_tile - q_lse[:, None])
+            q_scale = scale * inverse_norm(q)
+            k = (k * inverse_norm(k)[:, None]).to(k.dtype)
+        weights = tl.exp2(product(q, tl.trans(k)) * q_scale[:, None] + bias_tile - q_lse[:, None])
         acc += weights * (product(d_out, tl.trans(v)) - q_delta[:, None])
 
-    place = (group * heads + head).to(tl.int64) * padded * padded
-    tl.store(grad_bias + place + tile, acc, mask=inside)
+    place = (group * heads + head).to(tl.int64) * (SIDE * SIDE)
+    tl.store(grad_bias + place + tile, acc, mask=(qn < SIDE)[:, None] & (kn < SIDE)[None, :])
 
 
 def backward(
@@ -483,8 +462,8 @@ def _whole(
     d_bias, d_multiplier, _ = _empty_partials(call, qkv, bias_grad, groups, groups, 0)
     whole_backward_kernel[(groups * heads,)](
         grad_out, qkv, bias, multiplier, grad_qkv, *(bias if part is None else part for part in (d_bias, d_multiplier)),
-        *call.sizes, bias_stride(bias), call.scale, size,
-        BLOCK=call.padded, BIAS_GRAD=bias_grad, LATE=config.late, **call.constants, **config.options,
+        *call.sizes, bias_strides(bias)[1], call.scale, size,
+        BLOCK=call.form.padded, BIAS_GRAD=bias_grad, LATE=config.late, **call.constants, **config.options,
     )  # fmt: skip
     return Gradients(grad_qkv, d_bias, d_multiplier, None)
 
@@ -511,19 +490,20 @@ def _tiled(
     groups = call.groups(size)
     grads = _empty_partials(call, qkv, bias_grad, groups, q_programs, k_programs)
     d_bias, d_multiplier, d_pads = (bias if part is None else part for part in grads)
-    numbers = *call.sizes, bias_stride(bias), call.padded, call.scale
+    numbers = *call.sizes, *bias_strides(bias), call.scale
+    transposed = bias.mT.contiguous()  # read along its rows, as all others
     query_grad_kernel[(q_programs * heads,)](
         grad_out, qkv, out, bias, multiplier, pad_kv, lse, delta, grad_qkv, d_multiplier, *numbers,
-        BLOCK_Q=queries.queries, BLOCK_K=queries.keys, PADS_ARE_KEYS=call.pads_are_keys, **call.constants, **queries.options,
+        SIDE=call.form.side, BLOCK_Q=queries.queries, BLOCK_K=queries.keys, PADS_ARE_KEYS=call.pads_are_keys, **call.constants, **queries.options,
     )  # fmt: skip
     key_grad_kernel[(k_programs * heads,)](
-        grad_out, qkv, bias, multiplier, pad_kv, lse, delta, grad_qkv, d_pads, *numbers,
-        BLOCK_Q=keys.queries, BLOCK_K=keys.keys, PADS_ARE_KEYS=call.pads_are_keys, **call.constants, **keys.options,
+        grad_out, qkv, transposed, multiplier, pad_kv, lse, delta, grad_qkv, d_pads, *numbers,
+        SIDE=call.form.side, BLOCK_Q=keys.queries, BLOCK_K=keys.keys, PADS_ARE_KEYS=call.pads_are_keys, **call.constants, **keys.options,
     )  # fmt: skip
     if bias_grad:
         bias_grad_kernel[(groups * tiles * heads,)](
             grad_out, qkv, bias, multiplier, pad_kv, lse, delta, d_bias, *numbers, size,
-            BLOCK_Q=tile.queries, BLOCK_K=tile.keys, PADS_ARE_KEYS=call.pads_are_keys, **call.constants, **tile.options,
+            SIDE=call.form.side, BLOCK_Q=tile.queries, BLOCK_K=tile.keys, PADS_ARE_KEYS=call.pads_are_keys, **call.constants, **tile.options,
         )  # fmt: skip
     return Gradients(grad_qkv, *grads)
 
@@ -533,11 +513,13 @@ def _empty_partials(
 ) -> tuple[Tensor | None, Tensor | None, Tensor | None]:
     """Room for the partial sums of the bias, the multiplier and the pads; None where there will be none."""
 
+    side = call.form.padded if call.form.fused_backward else call.form.side
+
     def room(wanted: bool, *shape: int) -> Tensor | None:
         return like.new_empty(shape, dtype=torch.float32) if wanted else None
 
     return (
-        room(bias_grad, groups, call.heads, call.padded, call.padded),
+        room(bias_grad, groups, call.heads, side, side),
         room(call.cosine, query_programs, call.heads),
         room(call.pads_are_keys, key_programs, 2, call.heads, call.head_dim),
     )

@@ -16,9 +16,10 @@ import triton.language as tl
 from torch import Tensor
 
 from kernels.triton_parts import load_rows, product, store_rows
-from kernels.window_attention.launch import Call, bias_stride, configure
+from kernels.window_attention.launch import Call, bias_strides, configure, tail_of
 from kernels.window_attention.tiles import (
     SIZES,
+    bias_of,
     corner_of,
     inverse_norm,
     locate,
@@ -42,14 +43,14 @@ def whole_forward_kernel(
     width: tl.int32,
     rows: tl.int32,
     columns: tl.int32,
-    wy: tl.int32,
-    wx: tl.int32,
     sy: tl.int32,
     sx: tl.int32,
     heads: tl.int32,
     bias_stride: tl.int32,  # from head to head: 0 where all share one
     scale: tl.float32,  # times log2 e
     group_size: tl.int32,
+    WY: tl.constexpr,
+    WX: tl.constexpr,
     BLOCK: tl.constexpr,  # N, padded
     HEAD_DIM: tl.constexpr,
     BLOCK_D: tl.constexpr,
@@ -64,7 +65,7 @@ def whole_forward_kernel(
     )
     n = tl.arange(0, BLOCK)
     query_region, key_region = regions(
-        n, at_bottom, at_right, height, width, rows, columns, wy, wx, sy, sx, PADS_ARE_KEYS
+        n, at_bottom, at_right, height, width, rows, columns, WY, WX, sy, sx, PADS_ARE_KEYS
     )
     hidden = query_region[:, None] != key_region[None, :]
     bias_tile = tl.load(bias + head * bias_stride + n[:, None] * BLOCK + n[None, :])
@@ -74,16 +75,16 @@ def whole_forward_kernel(
 
     token_stride = 3 * heads * HEAD_DIM
     for window in range(first, last):
-        sample, top, left = corner_of(window, at_bottom, at_right, down, across, rows, columns, wy, wx)
-        token, real = locate(n, top, left, height, width, wy, wx, sy, sx)
+        sample, top, left = corner_of(window, at_bottom, at_right, down, across, rows, columns, WY, WX)
+        token, real = locate(n, top, left, height, width, WY, WX, sy, sx)
         plane = sample.to(tl.int64) * (height * width)
         q_start = qkv + plane * token_stride + head * HEAD_DIM
         q = load_rows(q_start, token, token_stride, real, HEAD_DIM, BLOCK_D)
         k = load_rows(q_start + heads * HEAD_DIM, token, token_stride, real, HEAD_DIM, BLOCK_D)
         v = load_rows(q_start + 2 * heads * HEAD_DIM, token, token_stride, real, HEAD_DIM, BLOCK_D)
         if PADS_ARE_KEYS:
-            k = with_pads(k, pad_kv + head * HEAD_DIM, n, wy * wx, real, HEAD_DIM, BLOCK_D)
-            v = with_pads(v, pad_kv + (heads + head) * HEAD_DIM, n, wy * wx, real, HEAD_DIM, BLOCK_D)
+            k = with_pads(k, pad_kv + head * HEAD_DIM, n, WY * WX, real, HEAD_DIM, BLOCK_D)
+            v = with_pads(v, pad_kv + (heads + head) * HEAD_DIM, n, WY * WX, real, HEAD_DIM, BLOCK_D)
 
         logits = product(q, tl.trans(k))
         if COSINE:
@@ -107,16 +108,16 @@ def whole_forward_kernel(
         )
         if KEEP_LSE:
             number = windows_before(at_bottom, at_right, batch, rows, columns) + window
-            line = (number.to(tl.int64) * heads + head) * (wy * wx)
+            line = (number.to(tl.int64) * heads + head) * (WY * WX)
             tl.store(
-                lse + line + n, tl.where(nothing, float("inf"), largest + tl.log2(total)), mask=n < wy * wx
+                lse + line + n, tl.where(nothing, float("inf"), largest + tl.log2(total)), mask=n < WY * WX
             )
 
 
 @triton.jit(do_not_specialize=SIZES, do_not_specialize_on_alignment=["pad_kv"])
 def tiled_forward_kernel(
     qkv: tl.tensor,  # [B, H, W, 3, h, D]
-    bias: tl.tensor,  # [h, Np, Np] fp32, times log2 e, -inf for keys from N on
+    bias: tl.tensor,  # [kinds, h, SIDE, SIDE] fp32, times log2 e, -inf for what is hidden and for keys from N on
     multiplier: tl.tensor,  # [h] fp32: COSINE's multiplier, times log2 e
     pad_kv: tl.tensor,  # [2, h, D]
     out: tl.tensor,  # [B, H, W, h, D]
@@ -126,15 +127,15 @@ def tiled_forward_kernel(
     width: tl.int32,
     rows: tl.int32,
     columns: tl.int32,
-    wy: tl.int32,
-    wx: tl.int32,
     sy: tl.int32,
     sx: tl.int32,
     heads: tl.int32,
-    bias_stride: tl.int32,
-    padded: tl.int32,  # Np = steps * BLOCK_K + TAIL
-    scale: tl.float32,
-    steps: tl.int32,
+    kind_stride: tl.int32,  # from one kind of window to the next: 0 where all are alike
+    bias_stride: tl.int32,  # from head to head: 0 where all share one
+    scale: tl.float32,  # times log2 e
+    WY: tl.constexpr,
+    WX: tl.constexpr,
+    SIDE: tl.constexpr,
     BLOCK_Q: tl.constexpr,
     BLOCK_K: tl.constexpr,
     TAIL: tl.constexpr,  # keys of a last, smaller step; 0: none
@@ -146,42 +147,38 @@ def tiled_forward_kernel(
 ) -> None:
     """BLOCK_Q queries of one window, for one head. Grid: windows * tiles * h, head fastest, then tile."""
     head = tl.program_id(0) % heads
-    tiles = tl.cdiv(wy * wx, BLOCK_Q)
+    tiles = tl.cdiv(WY * WX, BLOCK_Q)
     tile = tl.program_id(0) // heads % tiles
     group = tl.program_id(0) // (heads * tiles)  # of one window
     window, _, at_bottom, at_right, down, across = windows_of(group, 1, batch, rows, columns)
-    sample, top, left = corner_of(window, at_bottom, at_right, down, across, rows, columns, wy, wx)
+    sample, top, left = corner_of(window, at_bottom, at_right, down, across, rows, columns, WY, WX)
     plane = sample.to(tl.int64) * (height * width)
     token_stride = 3 * heads * HEAD_DIM
     q_start = qkv + plane * token_stride + head * HEAD_DIM
-    bias_start = bias + head.to(tl.int64) * bias_stride
-    if COSINE:
-        scale = tl.load(multiplier + head)
+    bias_start = bias_of(bias, kind_stride, bias_stride, at_bottom, at_right, head)
 
     qn = tile * BLOCK_Q + tl.arange(0, BLOCK_Q)
-    q_token, q_real = locate(qn, top, left, height, width, wy, wx, sy, sx)
-    q_region, _ = regions(
-        qn, at_bottom, at_right, height, width, rows, columns, wy, wx, sy, sx, PADS_ARE_KEYS
-    )
+    q_token, q_real = locate(qn, top, left, height, width, WY, WX, sy, sx)
     q = load_rows(q_start, q_token, token_stride, q_real, HEAD_DIM, BLOCK_D)
-    q_norm = inverse_norm(q)
+    bias_rows = bias_start + (tl.minimum(qn, SIDE - 1) * SIDE)[:, None]
+    q_scale = tl.zeros([BLOCK_Q], tl.float32) + scale
+    if COSINE:
+        q_scale = tl.load(multiplier + head) * inverse_norm(q)
 
     acc = tl.zeros([BLOCK_Q, BLOCK_D], tl.float32)
     largest = tl.full([BLOCK_Q], float("-inf"), tl.float32)
     total = tl.zeros([BLOCK_Q], tl.float32)
-    for step in range(steps):
-        kn = step * BLOCK_K + tl.arange(0, BLOCK_K)
+    for start in range(0, WY * WX // BLOCK_K * BLOCK_K, BLOCK_K):
+        kn = start + tl.arange(0, BLOCK_K)
         acc, largest, total = attend(
-            acc, largest, total, q, q_norm, qn, q_region, kn, q_start, token_stride, bias_start, padded, pad_kv,
-            head, heads, at_bottom, at_right, top, left, height, width, rows, columns, wy, wx, sy, sx, scale,
-            HEAD_DIM, BLOCK_D, COSINE, PADS_ARE_KEYS,
+            acc, largest, total, q, q_scale, bias_rows, kn, q_start, token_stride, pad_kv, head, heads,
+            top, left, height, width, sy, sx, WY, WX, HEAD_DIM, BLOCK_D, COSINE, PADS_ARE_KEYS,
         )  # fmt: skip
     if TAIL > 0:
-        kn = steps * BLOCK_K + tl.arange(0, TAIL)
+        kn = WY * WX // BLOCK_K * BLOCK_K + tl.arange(0, TAIL)
         acc, largest, total = attend(
-            acc, largest, total, q, q_norm, qn, q_region, kn, q_start, token_stride, bias_start, padded, pad_kv,
-            head, heads, at_bottom, at_right, top, left, height, width, rows, columns, wy, wx, sy, sx, scale,
-            HEAD_DIM, BLOCK_D, COSINE, PADS_ARE_KEYS,
+            acc, largest, total, q, q_scale, bias_rows, kn, q_start, token_stride, pad_kv, head, heads,
+            top, left, height, width, sy, sx, WY, WX, HEAD_DIM, BLOCK_D, COSINE, PADS_ARE_KEYS,
         )  # fmt: skip
 
     nothing = total == 0.0  # a pad query may see nothing
@@ -191,37 +188,28 @@ def tiled_forward_kernel(
         q_token, heads * HEAD_DIM, q_real, acc * (1.0 / total)[:, None], HEAD_DIM, BLOCK_D,
     )  # fmt: skip
     if KEEP_LSE:
-        line = (group.to(tl.int64) * heads + head) * (wy * wx)
+        line = (group.to(tl.int64) * heads + head) * (WY * WX)
         tl.store(
-            lse + line + qn, tl.where(nothing, float("inf"), largest + tl.log2(total)), mask=qn < wy * wx
+            lse + line + qn, tl.where(nothing, float("inf"), largest + tl.log2(total)), mask=qn < WY * WX
         )
 
 
 @triton.jit
 def attend(
-    acc, largest, total, q, q_norm, qn, q_region, kn, q_start, token_stride, bias_start, padded, pad_kv,
-    head, heads, at_bottom, at_right, top, left, height, width, rows, columns, wy, wx, sy, sx, scale,
+    acc, largest, total, q, q_scale, bias_rows, kn, q_start, token_stride, pad_kv, head, heads,
+    top, left, height, width, sy, sx, WY: tl.constexpr, WX: tl.constexpr,
     HEAD_DIM: tl.constexpr, BLOCK_D: tl.constexpr, COSINE: tl.constexpr, PADS_ARE_KEYS: tl.constexpr,
 ):  # fmt: skip
     """One step of the online softmax: the keys in slots `kn`."""
-    token, real = locate(kn, top, left, height, width, wy, wx, sy, sx)
+    token, real = locate(kn, top, left, height, width, WY, WX, sy, sx)
     k = load_rows(q_start + heads * HEAD_DIM, token, token_stride, real, HEAD_DIM, BLOCK_D)
     v = load_rows(q_start + 2 * heads * HEAD_DIM, token, token_stride, real, HEAD_DIM, BLOCK_D)
     if PADS_ARE_KEYS:
-        k = with_pads(k, pad_kv + head * HEAD_DIM, kn, wy * wx, real, HEAD_DIM, BLOCK_D)
-        v = with_pads(v, pad_kv + (heads + head) * HEAD_DIM, kn, wy * wx, real, HEAD_DIM, BLOCK_D)
-    logits = product(q, tl.trans(k))
+        k = with_pads(k, pad_kv + head * HEAD_DIM, kn, WY * WX, real, HEAD_DIM, BLOCK_D)
+        v = with_pads(v, pad_kv + (heads + head) * HEAD_DIM, kn, WY * WX, real, HEAD_DIM, BLOCK_D)
     if COSINE:
-        logits = logits * q_norm[:, None] * inverse_norm(k)[None, :]
-    bias_tile = tl.load(
-        bias_start + qn[:, None] * padded + kn[None, :], mask=(qn < padded)[:, None], other=0.0
-    )
-    logits = logits * scale + bias_tile
-    if at_bottom + at_right > 0:
-        _, k_region = regions(
-            kn, at_bottom, at_right, height, width, rows, columns, wy, wx, sy, sx, PADS_ARE_KEYS
-        )
-        logits = tl.where(q_region[:, None] == k_region[None, :], logits, float("-inf"))
+        k = (k * inverse_norm(k)[:, None]).to(k.dtype)
+    logits = product(q, tl.trans(k)) * q_scale[:, None] + tl.load(bias_rows + kn[None, :])
 
     new = tl.maximum(largest, tl.max(logits, 1))
     shown = tl.where(new == float("-inf"), 0.0, new)  # where nothing was visible yet, not -inf - -inf
@@ -241,13 +229,13 @@ def forward(call: Call, qkv: Tensor, bias: Tensor, multiplier: Tensor, pad_kv: T
         if call.form.whole:
             size = call.group_size()
             whole_forward_kernel[(call.groups(size) * heads,)](
-                qkv, bias, multiplier, pad_kv, out, lse, *call.sizes, bias_stride(bias), call.scale, size,
-                BLOCK=call.padded, KEEP_LSE=keep_lse, PADS_ARE_KEYS=call.pads_are_keys, **call.constants, **config.options,
+                qkv, bias, multiplier, pad_kv, out, lse, *call.sizes, bias_strides(bias)[1], call.scale, size,
+                BLOCK=call.form.padded, KEEP_LSE=keep_lse, PADS_ARE_KEYS=call.pads_are_keys, **call.constants, **config.options,
             )  # fmt: skip
             return out
         tiled_forward_kernel[(call.windows * triton.cdiv(call.slots, config.queries) * heads,)](
-            qkv, bias, multiplier, pad_kv, out, lse, *call.sizes, bias_stride(bias), call.padded, call.scale,
-            call.padded // config.keys, BLOCK_Q=config.queries, BLOCK_K=config.keys, TAIL=call.padded % config.keys,
+            qkv, bias, multiplier, pad_kv, out, lse, *call.sizes, *bias_strides(bias), call.scale,
+            SIDE=call.form.side, BLOCK_Q=config.queries, BLOCK_K=config.keys, TAIL=tail_of(call.form),
             KEEP_LSE=keep_lse, PADS_ARE_KEYS=call.pads_are_keys, **call.constants, **config.options,
         )  # fmt: skip
     return out

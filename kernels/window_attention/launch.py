@@ -12,10 +12,11 @@ from typing import Any, Literal
 import torch
 from torch import Tensor
 
-from kernels.launch import Config, power_of_two, processor
+from kernels.launch import Config, forced, power_of_two, processor
 from kernels.window_attention.geometry import Grid
 
 MAX_HEAD_DIM = 128
+BIAS_STEP = 64  # a multiple of what the tiled kernels take of the bias's columns at once
 PROGRAMS_PER_SM = (
     4  # of kernels that walk over windows: enough to fill a GPU, few enough to keep the bias in registers
 )
@@ -25,12 +26,22 @@ PROGRAMS_PER_SM = (
 class Form:
     """What the choice of a configuration depends on: everything but the sizes of batch and map."""
 
-    slots: int  # N
+    window: tuple[int, int]
     head_dim: int
     half: bool  # float16 or bfloat16
     cosine: bool
     pads_are_keys: bool
     arch: int  # 80 or 90
+
+    @property
+    def slots(self) -> int:
+        """N."""
+        return self.window[0] * self.window[1]
+
+    @property
+    def side(self) -> int:
+        """Of the bias that the tiled kernels read: N up to whole tiles."""
+        return -(-self.slots // BIAS_STEP) * BIAS_STEP
 
     @property
     def block_d(self) -> int:
@@ -54,12 +65,8 @@ class Form:
 
     @property
     def padded(self) -> int:
-        """Np: N up to a power of two where a window is one tile, else up to whole steps and a power of two."""
-        if self.whole:
-            return power_of_two(self.slots)
-        step = configure("forward", self).keys
-        rest = self.slots % step
-        return self.slots - rest + (power_of_two(rest) if rest else 0)
+        """Np: N up to a power of two, where a window is one tile."""
+        return power_of_two(self.slots)
 
 
 @dataclass(frozen=True)
@@ -80,7 +87,7 @@ class Call:
     def form(self) -> Form:
         """What configurations depend on."""
         half, arch = self.dtype.itemsize == 2, processor(self.device)[0]
-        return Form(self.slots, self.head_dim, half, self.cosine, self.pads_are_keys, arch)
+        return Form(self.grid.window, self.head_dim, half, self.cosine, self.pads_are_keys, arch)
 
     @property
     def slots(self) -> int:
@@ -93,13 +100,13 @@ class Call:
         return self.batch * self.grid.windows
 
     @property
-    def padded(self) -> int:
-        """Np."""
-        return self.form.padded
+    def masked(self) -> bool:
+        """Whether some windows hide what others show."""
+        return self.grid.shift != (0, 0) or (self.grid.padded and not self.pads_are_keys)
 
     @property
     def sizes(self) -> tuple[int, ...]:
-        """The numbers that every kernel takes, in its order: batch, height, width, rows, columns, wy, wx, sy, sx, h."""
+        """The numbers that every kernel takes, in its order: batch, height, width, rows, columns, sy, sx, h."""
         grid = self.grid
         return (
             self.batch,
@@ -107,7 +114,6 @@ class Call:
             grid.width,
             grid.rows,
             grid.columns,
-            *grid.window,
             *grid.shift,
             self.heads,
         )
@@ -131,12 +137,20 @@ class Call:
 
 def constants(form: Form) -> dict[str, Any]:
     """The constants that every kernel takes."""
-    return {"HEAD_DIM": form.head_dim, "BLOCK_D": form.block_d, "COSINE": form.cosine}
+    wy, wx = form.window
+    return {"WY": wy, "WX": wx, "HEAD_DIM": form.head_dim, "BLOCK_D": form.block_d, "COSINE": form.cosine}
 
 
-def bias_stride(bias: Tensor) -> int:
-    """From one head's expanded bias to the next: 0 where all heads share one."""
-    return 0 if len(bias) == 1 else bias.stride(0)
+def bias_strides(bias: Tensor) -> tuple[int, int]:
+    """From one kind of window, and from one head's expanded bias, to the next: 0 where all share one. [kinds, h, ., .]"""
+    kinds, heads = bias.shape[:2]
+    return 0 if kinds == 1 else bias.stride(0), 0 if heads == 1 else bias.stride(1)
+
+
+def tail_of(form: Form) -> int:
+    """The tiled forward's last step, for the keys that whole steps leave; 0 where they leave none."""
+    rest = form.slots % configure("forward", form).keys
+    return power_of_two(rest) if rest else 0
 
 
 # ---- the configurations: the largest tiles that compile without spilling registers (`python -m bench.aot` holds them to
@@ -145,6 +159,8 @@ def bias_stride(bias: Tensor) -> int:
 
 def fused_config(form: Form) -> Config | None:
     """For whole_backward_kernel; None where it would spill, so that the tiled kernels do it."""
+    if "fused" in forced:
+        return forced["fused"]
     if form.block_d > 32 or form.tight or not form.half:
         return None
     warps = power_of_two(form.slots) // 16
@@ -157,6 +173,8 @@ def fused_config(form: Form) -> Config | None:
 
 def configure(kernel: Literal["forward", "queries", "keys", "bias"], form: Form) -> Config:
     """For the forward (whole or tiled) and for the three kernels of the tiled backward."""
+    if (config := forced.get(kernel)) is not None:
+        return config
     if form.whole and kernel == "forward":
         return Config(0, 0, power_of_two(form.slots) // 16, 3)
     if not form.half:  # no tensor cores: products are unrolled, so the tiles are small

@@ -19,13 +19,10 @@ SIZES = [
     "width",
     "rows",
     "columns",
-    "wy",
-    "wx",
     "sy",
     "sx",
     "heads",
     "group_size",
-    "steps",
 ]
 
 
@@ -111,6 +108,12 @@ def regions(
         )
         key = tl.where(pad > 0, -1, region)
     return region, key
+
+
+@triton.jit
+def bias_of(bias, kind_stride, bias_stride, at_bottom, at_right, head):
+    """Where the bias of a head begins, with what is hidden in a window of this kind: [kinds, h, SIDE, SIDE]."""
+    return bias + (2 * at_bottom + at_right).to(tl.int64) * kind_stride + head.to(tl.int64) * bias_stride
 
 
 @triton.jit

@@ -19,7 +19,7 @@ from torch import Tensor
 from kernels.backend import triton_refusal
 from kernels.launch import LOG2_E
 from kernels.window_attention.bias import bias_table_grad, expand_bias_table
-from kernels.window_attention.geometry import Grid, remember
+from kernels.window_attention.geometry import Grid, masks, remember
 from kernels.window_attention.launch import MAX_HEAD_DIM, Call
 from kernels.window_attention.reference import MAX_LOGIT_SCALE, logit_multiplier
 
@@ -80,7 +80,8 @@ def _forward(
 
     qkv = _aligned(qkv)
     lse = qkv.new_empty(_lse_shape(call, training), dtype=torch.float32)
-    return forward(call, qkv, *_operands(call, qkv, bias, logit_scale, pad_kv), lse), lse
+    operands = _operands(call, qkv, bias, logit_scale, pad_kv, whole=call.form.whole)
+    return forward(call, qkv, *operands, lse), lse
 
 
 @_forward.register_fake
@@ -130,7 +131,7 @@ def _backward(
     from kernels.window_attention.backward import backward
 
     qkv = _aligned(qkv)
-    operands = _operands(call, qkv, bias, logit_scale, pad_kv)
+    operands = _operands(call, qkv, bias, logit_scale, pad_kv, whole=call.form.fused_backward)
     grads = backward(call, _aligned(grad), qkv, out, lse, *operands, bias_grad=bias_grad)
     d_bias, d_scale, d_pads = (qkv.new_empty(0) for _ in range(3))  # results may not share memory
     if bias is not None and grads.bias is not None:
@@ -218,19 +219,33 @@ def _aligned(tensor: Tensor) -> Tensor:
 
 
 def _operands(
-    call: Call, qkv: Tensor, bias: Tensor | None, logit_scale: Tensor | None, pad_kv: Tensor | None
+    call: Call,
+    qkv: Tensor,
+    bias: Tensor | None,
+    logit_scale: Tensor | None,
+    pad_kv: Tensor | None,
+    *,
+    whole: bool,
 ) -> tuple[Tensor, Tensor, Tensor]:
-    """bias, multiplier and pad_kv as the kernels take them; something stands for what they will not look at."""
+    """bias, multiplier and pad_kv as the kernels take them; something stands for what they will not look at.
+
+    The bias is [kinds, h, side, side]: kernels for whole windows make their mask themselves, those in tiles find it in
+    the bias of the window's kind.
+    """
+    side = call.form.padded if whole else call.form.side
     if bias is None:
-        expanded = remember(qkv, _no_bias, call.slots, call.padded)
+        expanded = remember(qkv, _no_bias, call.slots, side)
     elif bias.dim() == 2:
-        expanded = expand_bias_table(bias.detach(), call.grid.window, padded=call.padded, multiplier=LOG2_E)
+        expanded = expand_bias_table(bias.detach(), call.grid.window, padded=side, multiplier=LOG2_E)
     else:
-        more = call.padded - call.slots
+        more = side - call.slots
         expanded = F.pad(bias.detach().float() * LOG2_E, (0, more), value=float("-inf"))
         expanded = F.pad(
             expanded, (0, 0, 0, more)
         ).contiguous()  # F.pad keeps the strides of what it need not pad
+    expanded = expanded[None]
+    if call.masked and not whole:
+        expanded = expanded + remember(qkv, _kinds, call.grid, not call.pads_are_keys, side)
     multiplier = expanded
     if logit_scale is not None:
         multiplier = logit_multiplier(logit_scale.detach(), torch.float32) * LOG2_E
@@ -238,8 +253,20 @@ def _operands(
     return expanded, multiplier, pads
 
 
-def _no_bias(slots: int, padded: int, device: torch.device) -> Tensor:
-    """[1, Np, Np]: hides padded keys, from every head alike."""
-    bias = torch.zeros(1, padded, padded, device=device)
+def _no_bias(slots: int, side: int, device: torch.device) -> Tensor:
+    """[1, side, side]: hides padded keys, from every head alike."""
+    bias = torch.zeros(1, side, side, device=device)
     bias[:, :, slots:] = float("-inf")
     return bias
+
+
+def _kinds(grid: Grid, mask_pads: bool, side: int, device: torch.device) -> Tensor:
+    """[4, 1, side, side], 0 and -inf: what is hidden in windows inside, in the last column, the last row, the corner."""
+    hidden = masks(grid, mask_pads, torch.float32, device)
+    kinds = torch.zeros(4, 1, side, side, device=device)
+    inside = kinds[:, :, : grid.slots, : grid.slots]
+    if hidden.last_column is not None:
+        inside[1::2] += hidden.last_column
+    if hidden.last_row is not None:
+        inside[2:] += hidden.last_row
+    return kinds
