@@ -23,7 +23,7 @@ FULL = (torch.float32, torch.float64)
 ROUNDINGS = 4  # in FULL
 # A gradient of a few numbers is a few long sums, whose terms may cancel: its relative error may also be what is allowed
 # against plain PyTorch's.
-FEW = 64
+FEW = 256
 
 
 def judge(
@@ -53,6 +53,8 @@ def judge(
         usual = max(map(largest, errors))
         if dtype in FULL:
             usual = max(usual, ROUNDINGS * torch.finfo(dtype).eps * largest(true))
+            if true.numel() < FEW:
+                usual = max(usual, RELATIVE[dtype] * rms(true))
         allowed = slack * (factor * usual + rounding(true, kind))
         relative = slack * depth * RELATIVE[dtype] * factor / OUTPUT
         if true.numel() < FEW:

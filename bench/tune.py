@@ -72,9 +72,10 @@ def window_cases() -> list[WindowCase]:
 def latent_cases() -> list[LatentCase]:
     """Both head_dims; a full GPU and the dead band of FlashAttention-2."""
     return [
+        LatentCase("tune-32", 8, 512, 8192, 16, 32),
         LatentCase("tune-64", 8, 512, 8192, 16, 64),
         LatentCase("tune-128", 8, 512, 8192, 12, 128),
-        LatentCase("tune-few-128", 1, 512, 65536, 32, 128),
+        LatentCase("tune-256", 4, 512, 8192, 8, 256),
     ]
 
 
@@ -83,25 +84,20 @@ def window_candidates(case: WindowCase) -> Iterator[Candidate]:
     own = Candidate(case.name, FORWARD, "own", None, None)
     yield own
     yield dataclasses.replace(own, mode=TRAINING)
-    whole = case.slots <= 64
-    if whole:
-        for warps, stages, programs in itertools.product((2, 4, 8), (1, 2, 3, 4), (4, 8, 16)):
-            config = Config(0, 0, warps, stages)
-            yield Candidate(case.name, FORWARD, "forward", config, programs)
-        for warps, stages, late, programs in itertools.product((4, 8), (1, 2, 3), (False, True), (4, 8)):
+    if case.slots <= 64:
+        for (warps, stages), programs in itertools.product(((4, 2), (4, 3), (4, 4), (2, 3)), (4, 8, 16)):
+            yield Candidate(case.name, FORWARD, "forward", Config(0, 0, warps, stages), programs)
+        for warps, stages, late, programs in itertools.product((4, 8), (1, 2, 3), (False, True), (2, 4, 8)):
             yield Candidate(case.name, TRAINING, "fused", Config(0, 0, warps, stages, late), programs)
-        if case.head_dim <= 32:
-            yield Candidate(case.name, TRAINING, "fused", None, None)
-            return
-    else:
-        for queries, keys, warps, stages in itertools.product((64, 128), (32, 64, 128), (4, 8), (2, 3)):
-            yield Candidate(case.name, FORWARD, "forward", Config(queries, keys, warps, stages), None)
+        return
+    for queries, keys, warps, stages in itertools.product((64, 128), (32, 64, 128), (4, 8), (2, 3)):
+        yield Candidate(case.name, FORWARD, "forward", Config(queries, keys, warps, stages), None)
     for queries, keys, warps, stages in itertools.product((64, 128), (32, 64), (4, 8), (1, 2, 3)):
         yield Candidate(case.name, TRAINING, "queries", Config(queries, keys, warps, stages), None)
     for queries, keys, warps, stages in itertools.product((16, 32, 64), (64, 128), (4, 8), (1, 2, 3)):
         yield Candidate(case.name, TRAINING, "keys", Config(queries, keys, warps, stages), None)
-    for (queries, keys), warps, stages, programs in itertools.product(
-        ((64, 64), (32, 64), (128, 64)), (4, 8), (1, 2, 3), (4, 8)
+    for (queries, keys, warps), stages, programs in itertools.product(
+        ((64, 64, 4), (32, 64, 4), (128, 64, 8), (64, 128, 8)), (1, 2, 3), (4, 8)
     ):
         yield Candidate(case.name, TRAINING, "bias", Config(queries, keys, warps, stages), programs)
 
@@ -111,12 +107,14 @@ def latent_candidates(case: LatentCase) -> Iterator[Candidate]:
     own = Candidate(case.name, FORWARD, "own", None, None)
     yield own
     yield dataclasses.replace(own, mode=TRAINING)
-    for queries, keys, warps, stages in itertools.product((64, 128), (64, 128), (4, 8), (2, 3, 4)):
-        for programs in (1, 2) if queries * warps < 1024 else (1,):
+    shapes = ((64, 64, 4), (64, 128, 4), (128, 64, 4), (128, 64, 8), (128, 128, 8), (64, 32, 4))
+    for (queries, keys, warps), stages in itertools.product(shapes, (2, 3, 4)):
+        for programs in (1, 2, 3) if queries == 64 else (1, 2):
             yield Candidate(case.name, FORWARD, "forward", Config(queries, keys, warps, stages), programs)
-    for queries, keys, warps, stages in itertools.product((64, 128), (32, 64, 128), (4, 8), (2, 3)):
+    for (queries, keys, warps), stages in itertools.product((*shapes, (128, 32, 8), (128, 32, 4)), (1, 2, 3)):
         yield Candidate(case.name, TRAINING, "queries", Config(queries, keys, warps, stages), None)
-    for queries, keys, warps, stages in itertools.product((32, 64, 128), (64, 128), (4, 8), (2, 3)):
+    shapes = ((64, 64, 4), (32, 64, 4), (32, 128, 4), (64, 128, 8), (64, 128, 4), (128, 64, 8), (128, 128, 8))
+    for (queries, keys, warps), stages in itertools.product((*shapes, (64, 64, 8), (16, 128, 4)), (1, 2, 3)):
         yield Candidate(case.name, TRAINING, "keys", Config(queries, keys, warps, stages), None)
 
 
@@ -221,7 +219,8 @@ def time_case(bench: Bench, mine: Sequence[Candidate], why: dict[Candidate, str]
     for _ in range(ROUNDS + 1):
         random.shuffle(order)
         for candidate in order:
-            seconds[candidate].append(timers[candidate](timers[candidate].length))
+            timer = timers[candidate]
+            seconds[candidate].append(timer(timer.length) / timer.length)
     medians = {candidate: statistics.median(some[1:]) for candidate, some in seconds.items()}
     base = medians.get(mine[0], float("nan"))
     rows = [

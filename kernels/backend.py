@@ -28,6 +28,7 @@ check_marker(kernels)
 BACKENDS = ("reference", "eager", "sdpa", "triton")
 # Known by name, so that asking for one gets a true answer.
 PLANNED = ("flash_attn",)
+HAS_TRITON = find_spec("triton") is not None  # asked once: torch 2.11's compiler cannot look into the question
 PLANNED_REASON = "planned; not part of this version"
 
 
@@ -97,7 +98,7 @@ def _refusal(function: str, requested: str, plan: Plan) -> str | None:
 
 def triton_refusal(device: torch.device) -> str | None:
     """Why Triton kernels cannot run on `device`; None where they can. Triton is not imported by a mere question."""
-    if find_spec("triton") is None:
+    if not HAS_TRITON:
         return "it needs Triton, which is for Linux: pip install 'triton>=3.6'"
     if device.type == "cuda":
         found = torch.cuda.get_device_properties(device)

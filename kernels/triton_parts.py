@@ -9,9 +9,14 @@ LN_2: tl.constexpr = tl.constexpr(0.6931471805599453)  # from the softmax's powe
 
 
 @triton.jit
-def load_rows(start, index, stride, real, HEAD_DIM: tl.constexpr, BLOCK_D: tl.constexpr):
-    """[len(index), BLOCK_D]: rows of HEAD_DIM numbers from start + index * stride; 0 where not `real`."""
+def load_rows(
+    start, index, stride, real, HEAD_DIM: tl.constexpr, BLOCK_D: tl.constexpr, ALL: tl.constexpr = False
+):
+    """[len(index), BLOCK_D]: rows of HEAD_DIM numbers from start + index * stride; 0 where not `real`. With ALL, `real` is
+    not looked at."""
     d = tl.arange(0, BLOCK_D)
+    if ALL and BLOCK_D == HEAD_DIM:
+        return tl.load(start + (index * stride)[:, None] + d[None, :])
     mask = real[:, None]
     if BLOCK_D != HEAD_DIM:
         mask = mask & (d < HEAD_DIM)[None, :]

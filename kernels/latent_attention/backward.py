@@ -75,25 +75,48 @@ def query_grad_kernel(
     q_lse = tl.load(lse + line + m, mask=there, other=float("inf"))
     q_delta = tl.load(delta + line + m, mask=there, other=0.0)
     acc = tl.zeros([BLOCK_M, BLOCK_DQK], tl.float32)
-    for begin in range(first, last, BLOCK_N):
-        n = tl.arange(0, BLOCK_N)
-        real = begin + n < last
-        row = start + begin
-        k_tile = load_rows(k + row * k_stride + kv_head * DQK, n, k_stride, real, DQK, BLOCK_DQK)
-        v_tile = load_rows(v + row * v_stride + kv_head * DV, n, v_stride, real, DV, BLOCK_DV)
-        if MASKED:
-            seen = tl.load(mask + sample.to(tl.int64) * padded + begin + n, mask=real, other=0)
-            real = real & (seen != 0)
-        logits = product(q_tile, tl.trans(k_tile)) * scale
-        weights = tl.where(real[None, :], tl.exp2(logits - q_lse[:, None]), 0.0)
-        d_weights = product(d_out, tl.trans(v_tile))
-        if DROPOUT:
-            keep = kept(tl.load(seed), dropout_p, sample, head, tile * BLOCK_M, begin, BLOCK_M, BLOCK_N)
-            d_weights = tl.where(keep, d_weights / (1.0 - dropout_p), 0.0)
-        d_logits = weights * (d_weights - q_delta[:, None])
-        acc += product(d_logits.to(k_tile.dtype), k_tile)
+    k_start, v_start, mask_start = k + kv_head * DQK, v + kv_head * DV, mask + sample.to(tl.int64) * padded
+    whole = first + tl.maximum(last - first, 0) // BLOCK_N * BLOCK_N
+    for begin in range(first, whole, BLOCK_N):
+        acc = query_step(
+            acc, q_tile, d_out, q_lse, q_delta, k_start, v_start, k_stride, v_stride, mask_start, seed, scale,
+            dropout_p, sample, head, tile * BLOCK_M, start, begin, last, True,
+            BLOCK_M, BLOCK_N, DQK, DV, BLOCK_DQK, BLOCK_DV, MASKED, DROPOUT,
+        )  # fmt: skip
+    if whole < last:
+        acc = query_step(
+            acc, q_tile, d_out, q_lse, q_delta, k_start, v_start, k_stride, v_stride, mask_start, seed, scale,
+            dropout_p, sample, head, tile * BLOCK_M, start, whole, last, False,
+            BLOCK_M, BLOCK_N, DQK, DV, BLOCK_DQK, BLOCK_DV, MASKED, DROPOUT,
+        )  # fmt: skip
     place = ((part.to(tl.int64) * samples + sample) * queries * heads + head) * DQK
     store_rows(grad_q + place, m, heads * DQK, there, acc * (scale * LN_2), DQK, BLOCK_DQK)
+
+
+@triton.jit
+def query_step(
+    acc, q_tile, d_out, q_lse, q_delta, k_start, v_start, k_stride, v_stride, mask_start, seed, scale,
+    dropout_p, sample, head, first_query, start, begin, last, WHOLE: tl.constexpr,
+    BLOCK_M: tl.constexpr, BLOCK_N: tl.constexpr, DQK: tl.constexpr, DV: tl.constexpr,
+    BLOCK_DQK: tl.constexpr, BLOCK_DV: tl.constexpr, MASKED: tl.constexpr, DROPOUT: tl.constexpr,
+):  # fmt: skip
+    """acc + dL K of the keys from `begin` on, WHOLE: as many as there are in a step."""
+    n = tl.arange(0, BLOCK_N)
+    real = begin + n < last
+    row = start + begin
+    k_tile = load_rows(k_start + row * k_stride, n, k_stride, real, DQK, BLOCK_DQK, WHOLE)
+    v_tile = load_rows(v_start + row * v_stride, n, v_stride, real, DV, BLOCK_DV, WHOLE)
+    weights = tl.exp2(product(q_tile, tl.trans(k_tile)) * scale - q_lse[:, None])
+    if MASKED:
+        real = real & (tl.load(mask_start + begin + n, mask=real, other=0) != 0)
+    if MASKED or not WHOLE:
+        weights = tl.where(real[None, :], weights, 0.0)
+    d_weights = product(d_out, tl.trans(v_tile))
+    if DROPOUT:
+        keep = kept(tl.load(seed), dropout_p, sample, head, first_query, begin, BLOCK_M, BLOCK_N)
+        d_weights = tl.where(keep, d_weights / (1.0 - dropout_p), 0.0)
+    d_logits = weights * (d_weights - q_delta[:, None])
+    return acc + product(d_logits.to(k_tile.dtype), k_tile)
 
 
 @triton.jit(do_not_specialize=[*SIZES, "samples", "rows"])
@@ -152,36 +175,58 @@ def key_grad_kernel(
         visible = real & (seen != 0)
 
     first, last = part_of(queries, part, parts, BLOCK_M)
+    whole = first + tl.maximum(last - first, 0) // BLOCK_M * BLOCK_M
     d_k = tl.zeros([BLOCK_N, BLOCK_DQK], tl.float32)
     d_v = tl.zeros([BLOCK_N, BLOCK_DV], tl.float32)
-    steps = tl.cdiv(last - first, BLOCK_M)
-    for step in range(0, steps * group):  # heads that share these keys, one after the other
-        head = kv_head * group + step // steps
-        m = first + step % steps * BLOCK_M + tl.arange(0, BLOCK_M)
-        there = m < last
+    for member in range(0, group):  # heads that share these keys, one after the other
+        head = kv_head * group + member
         place = sample.to(tl.int64) * queries * heads + head
-        q_tile = load_rows(q + place * DQK, m, heads * DQK, there, DQK, BLOCK_DQK)
-        d_out = load_rows(grad_out + place * DV, m, heads * DV, there, DV, BLOCK_DV)
         line = (sample.to(tl.int64) * heads + head) * queries
-        q_lse = tl.load(lse + line + m, mask=there, other=float("inf"))
-        q_delta = tl.load(delta + line + m, mask=there, other=0.0)
-        logits = product(k_tile, tl.trans(q_tile)) * scale
-        weights = tl.where(visible[:, None], tl.exp2(logits - q_lse[None, :]), 0.0)
-        d_weights = product(v_tile, tl.trans(d_out))
-        used = weights
-        if DROPOUT:
-            begin_m = first + step % steps * BLOCK_M
-            keep = tl.trans(kept(tl.load(seed), dropout_p, sample, head, begin_m, begin, BLOCK_M, BLOCK_N))
-            used = tl.where(keep, weights / (1.0 - dropout_p), 0.0)
-            d_weights = tl.where(keep, d_weights / (1.0 - dropout_p), 0.0)
-        d_v += product(used.to(d_out.dtype), d_out)
-        d_logits = weights * (d_weights - q_delta[None, :])
-        d_k += product(d_logits.to(q_tile.dtype), q_tile)
+        for begin_m in range(first, whole, BLOCK_M):
+            d_k, d_v = key_step(
+                d_k, d_v, k_tile, v_tile, q + place * DQK, grad_out + place * DV, lse + line, delta + line, heads,
+                seed, scale, dropout_p, sample, head, begin_m, begin, last, True,
+                BLOCK_M, BLOCK_N, DQK, DV, BLOCK_DQK, BLOCK_DV, DROPOUT,
+            )  # fmt: skip
+        if whole < last:
+            d_k, d_v = key_step(
+                d_k, d_v, k_tile, v_tile, q + place * DQK, grad_out + place * DV, lse + line, delta + line, heads,
+                seed, scale, dropout_p, sample, head, whole, begin, last, False,
+                BLOCK_M, BLOCK_N, DQK, DV, BLOCK_DQK, BLOCK_DV, DROPOUT,
+            )  # fmt: skip
+    if MASKED:  # whatever a hidden key got
+        d_k, d_v = tl.where(visible[:, None], d_k, 0.0), tl.where(visible[:, None], d_v, 0.0)
     row += part.to(tl.int64) * rows
     k_start = grad_k + (row * kv_heads + kv_head) * DQK
     v_start = grad_v + (row * kv_heads + kv_head) * DV
     store_rows(k_start, n, kv_heads * DQK, real, d_k * (scale * LN_2), DQK, BLOCK_DQK)
     store_rows(v_start, n, kv_heads * DV, real, d_v, DV, BLOCK_DV)
+
+
+@triton.jit
+def key_step(
+    d_k, d_v, k_tile, v_tile, q_start, d_out_start, lse_start, delta_start, heads,
+    seed, scale, dropout_p, sample, head, begin_m, begin, last, WHOLE: tl.constexpr,
+    BLOCK_M: tl.constexpr, BLOCK_N: tl.constexpr, DQK: tl.constexpr, DV: tl.constexpr,
+    BLOCK_DQK: tl.constexpr, BLOCK_DV: tl.constexpr, DROPOUT: tl.constexpr,
+):  # fmt: skip
+    """d_k + dL^T Q and d_v + P^T dO of the queries from begin_m on, WHOLE: as many as there are in a step."""
+    m = begin_m + tl.arange(0, BLOCK_M)
+    there = m < last
+    q_tile = load_rows(q_start, m, heads * DQK, there, DQK, BLOCK_DQK, WHOLE)
+    d_out = load_rows(d_out_start, m, heads * DV, there, DV, BLOCK_DV, WHOLE)
+    q_lse = tl.load(lse_start + m, mask=there, other=float("inf"))
+    q_delta = tl.load(delta_start + m, mask=there, other=0.0)
+    weights = tl.exp2(product(k_tile, tl.trans(q_tile)) * scale - q_lse[None, :])
+    d_weights = product(v_tile, tl.trans(d_out))
+    used = weights
+    if DROPOUT:
+        keep = tl.trans(kept(tl.load(seed), dropout_p, sample, head, begin_m, begin, BLOCK_M, BLOCK_N))
+        used = tl.where(keep, weights / (1.0 - dropout_p), 0.0)
+        d_weights = tl.where(keep, d_weights / (1.0 - dropout_p), 0.0)
+    d_v += product(used.to(d_out.dtype), d_out)
+    d_logits = weights * (d_weights - q_delta[None, :])
+    return d_k + product(d_logits.to(q_tile.dtype), q_tile), d_v
 
 
 def backward(

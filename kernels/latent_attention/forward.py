@@ -98,31 +98,27 @@ def latent_forward_kernel(
     q_tile = load_rows(
         q + (sample.to(tl.int64) * queries * heads + head) * DQK, m, heads * DQK, m < queries, DQK, BLOCK_DQK
     )
+    if scale < 0:  # then the largest logit is that of the smallest product
+        q_tile = -q_tile
+    scale = tl.maximum(tl.abs(scale), 1e-30)  # 0 times -inf would be no number
     kv_head = head // group
     acc = tl.zeros([BLOCK_M, BLOCK_DV], tl.float32)
     largest = tl.full([BLOCK_M], float("-inf"), tl.float32)
     total = tl.zeros([BLOCK_M], tl.float32)
-    for begin in range(first, last, BLOCK_N):
-        n = tl.arange(0, BLOCK_N)
-        real = begin + n < last
-        row = start + begin
-        k_tile = load_rows(k + row * k_stride + kv_head * DQK, n, k_stride, real, DQK, BLOCK_DQK)
-        v_tile = load_rows(v + row * v_stride + kv_head * DV, n, v_stride, real, DV, BLOCK_DV)
-        if MASKED:
-            seen = tl.load(mask + sample.to(tl.int64) * padded + begin + n, mask=real, other=0)
-            real = real & (seen != 0)
-        logits = product(q_tile, tl.trans(k_tile)) * scale
-        logits = tl.where(real[None, :], logits, float("-inf"))
-        new = tl.maximum(largest, tl.max(logits, 1))
-        shown = tl.where(new == float("-inf"), 0.0, new)  # where nothing was visible yet, not -inf - -inf
-        weights = tl.exp2(logits - shown[:, None])
-        decay = tl.exp2(largest - shown)
-        total = total * decay + tl.sum(weights, 1)  # of all keys: dropout does not change the normaliser
-        if DROPOUT:
-            keep = kept(tl.load(seed), dropout_p, sample, head, tile * BLOCK_M, begin, BLOCK_M, BLOCK_N)
-            weights = tl.where(keep, weights, 0.0)
-        acc = acc * decay[:, None] + product(weights.to(v_tile.dtype), v_tile)
-        largest = new
+    k_start, v_start, mask_start = k + kv_head * DQK, v + kv_head * DV, mask + sample.to(tl.int64) * padded
+    whole = first + tl.maximum(last - first, 0) // BLOCK_N * BLOCK_N
+    for begin in range(first, whole, BLOCK_N):
+        acc, largest, total = attend(
+            acc, largest, total, q_tile, k_start, v_start, k_stride, v_stride, mask_start, seed, scale, dropout_p,
+            sample, head, tile * BLOCK_M, start, begin, last, True,
+            BLOCK_M, BLOCK_N, DQK, DV, BLOCK_DQK, BLOCK_DV, MASKED, DROPOUT,
+        )  # fmt: skip
+    if whole < last:
+        acc, largest, total = attend(
+            acc, largest, total, q_tile, k_start, v_start, k_stride, v_stride, mask_start, seed, scale, dropout_p,
+            sample, head, tile * BLOCK_M, start, whole, last, False,
+            BLOCK_M, BLOCK_N, DQK, DV, BLOCK_DQK, BLOCK_DV, MASKED, DROPOUT,
+        )  # fmt: skip
 
     if DROPOUT:
         acc = acc / (1.0 - dropout_p)
@@ -132,6 +128,37 @@ def latent_forward_kernel(
     store_rows(out_start, m, heads * DV, m < queries, acc * (1.0 / safe)[:, None], DV, BLOCK_DV)
     # A row that sees nothing: largest is -inf, and so is its lse.
     tl.store(lse + (place * heads + head) * queries + m, (largest + tl.log2(safe)) * LN_2, mask=m < queries)
+
+
+@triton.jit
+def attend(
+    acc, largest, total, q_tile, k_start, v_start, k_stride, v_stride, mask_start, seed, scale, dropout_p,
+    sample, head, first_query, start, begin, last, WHOLE: tl.constexpr,
+    BLOCK_M: tl.constexpr, BLOCK_N: tl.constexpr, DQK: tl.constexpr, DV: tl.constexpr,
+    BLOCK_DQK: tl.constexpr, BLOCK_DV: tl.constexpr, MASKED: tl.constexpr, DROPOUT: tl.constexpr,
+):  # fmt: skip
+    """One step of the online softmax: keys from `begin` on, WHOLE: as many as there are in a step. `largest` is of
+    logits times log2 e."""
+    n = tl.arange(0, BLOCK_N)
+    real = begin + n < last
+    row = start + begin
+    k_tile = load_rows(k_start + row * k_stride, n, k_stride, real, DQK, BLOCK_DQK, WHOLE)
+    v_tile = load_rows(v_start + row * v_stride, n, v_stride, real, DV, BLOCK_DV, WHOLE)
+    products = product(q_tile, tl.trans(k_tile))
+    if MASKED:
+        real = real & (tl.load(mask_start + begin + n, mask=real, other=0) != 0)
+    if MASKED or not WHOLE:
+        products = tl.where(real[None, :], products, float("-inf"))
+    new = tl.maximum(largest, tl.max(products, 1) * scale)
+    shown = tl.where(new == float("-inf"), 0.0, new)  # where nothing was visible yet, not -inf - -inf
+    weights = tl.exp2(products * scale - shown[:, None])
+    decay = tl.exp2(largest - shown)
+    total = total * decay + tl.sum(weights, 1)  # of all keys: dropout does not change the normaliser
+    if DROPOUT:
+        keep = kept(tl.load(seed), dropout_p, sample, head, first_query, begin, BLOCK_M, BLOCK_N)
+        weights = tl.where(keep, weights, 0.0)
+    acc = acc * decay[:, None] + product(weights.to(v_tile.dtype), v_tile)
+    return acc, new, total
 
 
 @triton.jit(do_not_specialize=[*SIZES, "rows"])

@@ -19,7 +19,8 @@ from kernels.window_attention.backward import (
     whole_backward_kernel,
 )
 from kernels.window_attention.forward import tiled_forward_kernel, whole_forward_kernel
-from kernels.window_attention.launch import Form, configure, constants, fused_config, tail_of
+from kernels.window_attention.launch import Form, configure, constants, fused_config, pieces, tail_of
+from kernels.window_attention.resident import resident_backward_kernel, resident_forward_kernel
 
 DATA = {
     "qkv",
@@ -67,12 +68,23 @@ def launched(dtype: str, form: Form) -> Iterator[AotCase]:
     if form.whole:
         about = {"BLOCK": form.padded, "KEEP_LSE": keep_lse, **common}
         yield _case(whole_forward_kernel, dtype, form, forward, about)
+    elif form.resident:
+        config = configure("resident", form)
+        about = {"BLOCK_Q": config.queries, "SIDE": form.side, **pieces(form.slots), "KEEP_LSE": keep_lse, **common}
+        yield _case(resident_forward_kernel, dtype, form, config, about)
     else:
         about = _tiles(forward, form) | {"TAIL": tail_of(form), "KEEP_LSE": keep_lse, **common}
         yield _case(tiled_forward_kernel, dtype, form, forward, about)
     if fused is not None:
         about = {"BLOCK": form.padded, "BIAS_GRAD": True, "LATE": fused.late, **constants(form)}
         yield _case(whole_backward_kernel, dtype, form, fused, about)
+        return
+    if form.resident_backward:
+        config = configure("resident_backward", form)
+        about = {"BLOCK_Q": config.queries, "SIDE": form.side, **pieces(form.slots), **constants(form)}
+        yield _case(resident_backward_kernel, dtype, form, config, about)
+        config = configure("bias", form)
+        yield _case(bias_grad_kernel, dtype, form, config, _tiles(config, form) | common)
         return
     for name, kernel in (
         ("queries", query_grad_kernel),
@@ -130,4 +142,4 @@ def _rows(kernel: Any, about: dict[str, Any]) -> int:
 
 def _columns(kernel: Any, about: dict[str, Any]) -> int:
     """Of the tile of logits: so many tokens are loaded at each step."""
-    return int(about.get("BLOCK") or about["BLOCK_Q" if kernel is key_grad_kernel else "BLOCK_K"])
+    return int(about.get("BLOCK") or about.get("K1") or about["BLOCK_Q" if kernel is key_grad_kernel else "BLOCK_K"])

@@ -27,13 +27,17 @@ import triton.language as tl
 from torch import Tensor
 
 from kernels.triton_parts import LN_2, load_rows, product, store_rows
+from kernels.window_attention import resident
 from kernels.window_attention.launch import Call, bias_strides, configure, fused_config
 from kernels.window_attention.tiles import (
     SIZES,
     bias_of,
     corner_of,
+    grad_of_unit,
     inverse_norm,
     locate,
+    next_place,
+    place_of,
     regions,
     windows_before,
     windows_of,
@@ -48,16 +52,6 @@ class Gradients(NamedTuple):
     bias: Tensor | None  # [G, h, Np, Np] fp32: of the bias itself, without log2 e
     multiplier: Tensor | None  # [G, h] fp32: of the logarithm of the multiplier
     pads: Tensor | None  # [G, 2, h, D] fp32
-
-
-@triton.jit
-def grad_of_unit(grad, rows, norm, multiplier):
-    """From the gradient to rows / |rows| (times multiplier) to that of rows, and sum(grad * unit rows) of each row.
-
-    norm is 1 / |row|. With u the unit row, d row = multiplier * norm * (g - u <u, g>).
-    """
-    along = tl.sum(grad * rows, 1) * norm * multiplier
-    return grad * (norm * multiplier)[:, None] - rows * (along * norm * norm)[:, None], along
 
 
 @triton.jit(do_not_specialize=SIZES)
@@ -107,8 +101,9 @@ def whole_backward_kernel(
     bias_acc = tl.zeros([BLOCK, BLOCK], tl.float32)
     multiplier_acc = tl.zeros([BLOCK], tl.float32)
     token_stride = 3 * heads * HEAD_DIM
-    for window in range(first, last):
-        sample, top, left = corner_of(window, at_bottom, at_right, down, across, rows, columns, WY, WX)
+    sample, row, column = place_of(first, down, across)
+    for _ in range(first, last):
+        top, left = corner_of(row, column, at_bottom, at_right, rows, columns, WY, WX)
         token, real = locate(n, top, left, height, width, WY, WX, sy, sx)
         plane = sample.to(tl.int64) * (height * width)
         q_start = qkv + plane * token_stride + head * HEAD_DIM
@@ -157,6 +152,7 @@ def whole_backward_kernel(
         if LATE:
             store_rows(d_start + 2 * heads * HEAD_DIM, token, token_stride, real, d_v, HEAD_DIM, BLOCK_D)
             store_rows(d_start, token, token_stride, real, d_q, HEAD_DIM, BLOCK_D)
+        sample, row, column = next_place(sample, row, column, down, across)
 
     place = group * heads + head
     if BIAS_GRAD:
@@ -205,7 +201,8 @@ def query_grad_kernel(
     tile = tl.program_id(0) // heads % tl.cdiv(slots, BLOCK_Q)
     group = tl.program_id(0) // (heads * tl.cdiv(slots, BLOCK_Q))
     window, _, at_bottom, at_right, down, across = windows_of(group, 1, batch, rows, columns)
-    sample, top, left = corner_of(window, at_bottom, at_right, down, across, rows, columns, WY, WX)
+    sample, row, column = place_of(window, down, across)
+    top, left = corner_of(row, column, at_bottom, at_right, rows, columns, WY, WX)
     plane = sample.to(tl.int64) * (height * width)
     token_stride = 3 * heads * HEAD_DIM
     q_start = qkv + plane * token_stride + head * HEAD_DIM
@@ -293,7 +290,8 @@ def key_grad_kernel(
     tile = tl.program_id(0) // heads % tl.cdiv(slots, BLOCK_K)
     group = tl.program_id(0) // (heads * tl.cdiv(slots, BLOCK_K))
     window, _, at_bottom, at_right, down, across = windows_of(group, 1, batch, rows, columns)
-    sample, top, left = corner_of(window, at_bottom, at_right, down, across, rows, columns, WY, WX)
+    sample, row, column = place_of(window, down, across)
+    top, left = corner_of(row, column, at_bottom, at_right, rows, columns, WY, WX)
     plane = sample.to(tl.int64) * (height * width)
     token_stride = 3 * heads * HEAD_DIM
     q_start = qkv + plane * token_stride + head * HEAD_DIM
@@ -397,8 +395,9 @@ def bias_grad_kernel(
     bias_tile = tl.load(bias_of(bias, kind_stride, bias_stride, at_bottom, at_right, head) + tile)
 
     acc = tl.zeros([BLOCK_Q, BLOCK_K], tl.float32)
+    sample, row, column = place_of(first, down, across)
     for window in range(first, last):
-        sample, top, left = corner_of(window, at_bottom, at_right, down, across, rows, columns, WY, WX)
+        top, left = corner_of(row, column, at_bottom, at_right, rows, columns, WY, WX)
         q_token, q_real = locate(qn, top, left, height, width, WY, WX, sy, sx)
         k_token, k_real = locate(kn, top, left, height, width, WY, WX, sy, sx)
         plane = sample.to(tl.int64) * (height * width)
@@ -420,6 +419,7 @@ def bias_grad_kernel(
             k = (k * inverse_norm(k)[:, None]).to(k.dtype)
         weights = tl.exp2(product(q, tl.trans(k)) * q_scale[:, None] + bias_tile - q_lse[:, None])
         acc += weights * (product(d_out, tl.trans(v)) - q_delta[:, None])
+        sample, row, column = next_place(sample, row, column, down, across)
 
     place = (group * heads + head).to(tl.int64) * (SIDE * SIDE)
     tl.store(grad_bias + place + tile, acc, mask=(qn < SIDE)[:, None] & (kn < SIDE)[None, :])
@@ -483,7 +483,8 @@ def _tiled(
 ) -> Gradients:
     heads, delta = call.heads, torch.empty_like(lse)
     queries, keys, tile = (configure(kernel, call.form) for kernel in ("queries", "keys", "bias"))
-    q_programs = call.windows * triton.cdiv(call.slots, queries.queries)
+    q_tiles = 1 if call.form.resident_backward else triton.cdiv(call.slots, queries.queries)
+    q_programs = call.windows * q_tiles
     k_programs = call.windows * triton.cdiv(call.slots, keys.keys)
     tiles = triton.cdiv(call.slots, tile.queries) * triton.cdiv(call.slots, tile.keys)
     size = call.group_size(tiles)
@@ -491,15 +492,18 @@ def _tiled(
     grads = _empty_partials(call, qkv, bias_grad, groups, q_programs, k_programs)
     d_bias, d_multiplier, d_pads = (bias if part is None else part for part in grads)
     numbers = *call.sizes, *bias_strides(bias), call.scale
-    transposed = bias.mT.contiguous()  # read along its rows, as all others
-    query_grad_kernel[(q_programs * heads,)](
-        grad_out, qkv, out, bias, multiplier, pad_kv, lse, delta, grad_qkv, d_multiplier, *numbers,
-        SIDE=call.form.side, BLOCK_Q=queries.queries, BLOCK_K=queries.keys, PADS_ARE_KEYS=call.pads_are_keys, **call.constants, **queries.options,
-    )  # fmt: skip
-    key_grad_kernel[(k_programs * heads,)](
-        grad_out, qkv, transposed, multiplier, pad_kv, lse, delta, grad_qkv, d_pads, *numbers,
-        SIDE=call.form.side, BLOCK_Q=keys.queries, BLOCK_K=keys.keys, PADS_ARE_KEYS=call.pads_are_keys, **call.constants, **keys.options,
-    )  # fmt: skip
+    if call.form.resident_backward:
+        resident.backward(call, grad_out, qkv, out, lse, delta, bias, multiplier, grad_qkv, d_multiplier)
+    else:
+        transposed = bias.mT.contiguous()  # read along its rows, as all others
+        query_grad_kernel[(q_programs * heads,)](
+            grad_out, qkv, out, bias, multiplier, pad_kv, lse, delta, grad_qkv, d_multiplier, *numbers,
+            SIDE=call.form.side, BLOCK_Q=queries.queries, BLOCK_K=queries.keys, PADS_ARE_KEYS=call.pads_are_keys, **call.constants, **queries.options,
+        )  # fmt: skip
+        key_grad_kernel[(k_programs * heads,)](
+            grad_out, qkv, transposed, multiplier, pad_kv, lse, delta, grad_qkv, d_pads, *numbers,
+            SIDE=call.form.side, BLOCK_Q=keys.queries, BLOCK_K=keys.keys, PADS_ARE_KEYS=call.pads_are_keys, **call.constants, **keys.options,
+        )  # fmt: skip
     if bias_grad:
         bias_grad_kernel[(groups * tiles * heads,)](
             grad_out, qkv, bias, multiplier, pad_kv, lse, delta, d_bias, *numbers, size,

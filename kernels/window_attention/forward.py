@@ -16,6 +16,7 @@ import triton.language as tl
 from torch import Tensor
 
 from kernels.triton_parts import load_rows, product, store_rows
+from kernels.window_attention import resident
 from kernels.window_attention.launch import Call, bias_strides, configure, tail_of
 from kernels.window_attention.tiles import (
     SIZES,
@@ -23,6 +24,8 @@ from kernels.window_attention.tiles import (
     corner_of,
     inverse_norm,
     locate,
+    next_place,
+    place_of,
     regions,
     windows_before,
     windows_of,
@@ -74,8 +77,9 @@ def whole_forward_kernel(
         scale = tl.load(multiplier + head)
 
     token_stride = 3 * heads * HEAD_DIM
+    sample, row, column = place_of(first, down, across)
     for window in range(first, last):
-        sample, top, left = corner_of(window, at_bottom, at_right, down, across, rows, columns, WY, WX)
+        top, left = corner_of(row, column, at_bottom, at_right, rows, columns, WY, WX)
         token, real = locate(n, top, left, height, width, WY, WX, sy, sx)
         plane = sample.to(tl.int64) * (height * width)
         q_start = qkv + plane * token_stride + head * HEAD_DIM
@@ -112,6 +116,7 @@ def whole_forward_kernel(
             tl.store(
                 lse + line + n, tl.where(nothing, float("inf"), largest + tl.log2(total)), mask=n < WY * WX
             )
+        sample, row, column = next_place(sample, row, column, down, across)
 
 
 @triton.jit(do_not_specialize=SIZES, do_not_specialize_on_alignment=["pad_kv"])
@@ -151,7 +156,8 @@ def tiled_forward_kernel(
     tile = tl.program_id(0) // heads % tiles
     group = tl.program_id(0) // (heads * tiles)  # of one window
     window, _, at_bottom, at_right, down, across = windows_of(group, 1, batch, rows, columns)
-    sample, top, left = corner_of(window, at_bottom, at_right, down, across, rows, columns, WY, WX)
+    sample, row, column = place_of(window, down, across)
+    top, left = corner_of(row, column, at_bottom, at_right, rows, columns, WY, WX)
     plane = sample.to(tl.int64) * (height * width)
     token_stride = 3 * heads * HEAD_DIM
     q_start = qkv + plane * token_stride + head * HEAD_DIM
@@ -232,6 +238,9 @@ def forward(call: Call, qkv: Tensor, bias: Tensor, multiplier: Tensor, pad_kv: T
                 qkv, bias, multiplier, pad_kv, out, lse, *call.sizes, bias_strides(bias)[1], call.scale, size,
                 BLOCK=call.form.padded, KEEP_LSE=keep_lse, PADS_ARE_KEYS=call.pads_are_keys, **call.constants, **config.options,
             )  # fmt: skip
+            return out
+        if call.form.resident:
+            resident.forward(call, qkv, bias, multiplier, pad_kv, lse, out)
             return out
         tiled_forward_kernel[(call.windows * triton.cdiv(call.slots, config.queries) * heads,)](
             qkv, bias, multiplier, pad_kv, out, lse, *call.sizes, *bias_strides(bias), call.scale,

@@ -6,7 +6,8 @@ Legend in tiles.py.
 from __future__ import annotations
 
 from dataclasses import dataclass
-from functools import cached_property
+from functools import cache, cached_property
+from itertools import product
 from typing import Any, Literal
 
 import torch
@@ -62,6 +63,17 @@ class Form:
     def fused_backward(self) -> bool:
         """Whether one kernel does the backward of a whole window: where that takes no more registers than there are."""
         return self.whole and fused_config(self) is not None
+
+    @property
+    def resident(self) -> bool:
+        """Whether a program of the forward keeps all keys of a window."""
+        return self.half and not self.whole and self.block_d <= 64 and self.slots <= 256
+
+    @property
+    def resident_backward(self) -> bool:
+        """The same of the backward."""
+        small = self.half and self.block_d <= 64 and self.slots <= 256
+        return small and not self.fused_backward and not self.pads_are_keys
 
     @property
     def padded(self) -> int:
@@ -147,6 +159,17 @@ def bias_strides(bias: Tensor) -> tuple[int, int]:
     return 0 if kinds == 1 else bias.stride(0), 0 if heads == 1 else bias.stride(1)
 
 
+@cache
+def pieces(slots: int) -> dict[str, int]:
+    """Up to three powers of two, 16 to 128, that hold N keys with the least left over, in the fewest pieces."""
+    sizes = (0, 16, 32, 64, 128)
+    fitting = [
+        some for some in product(sizes[1:], sizes, sizes) if sum(some) >= slots and some == tuple(sorted(some, reverse=True))
+    ]
+    best = min(fitting, key=lambda some: (sum(some), len(some) - some.count(0), some))
+    return dict(zip(("K1", "K2", "K3"), best, strict=True))
+
+
 def tail_of(form: Form) -> int:
     """The tiled forward's last step, for the keys that whole steps leave; 0 where they leave none."""
     rest = form.slots % configure("forward", form).keys
@@ -161,20 +184,29 @@ def fused_config(form: Form) -> Config | None:
     """For whole_backward_kernel; None where it would spill, so that the tiled kernels do it."""
     if "fused" in forced:
         return forced["fused"]
-    if form.block_d > 32 or form.tight or not form.half:
+    if form.tight or not form.half:
         return None
     warps = power_of_two(form.slots) // 16
+    if form.block_d == 64:  # spills, and is more than twice as fast as the tiled kernels for all that
+        return Config(0, 0, warps, 1)
     if form.arch >= 90:
-        return Config(0, 0, warps, 2)
+        return Config(0, 0, warps, 3)
     if form.block_d == 16:
         return Config(0, 0, warps, 2, late=True)
     return None if form.cosine else Config(0, 0, warps, 3, late=True)
 
 
-def configure(kernel: Literal["forward", "queries", "keys", "bias"], form: Form) -> Config:
-    """For the forward (whole or tiled) and for the three kernels of the tiled backward."""
+Kernel = Literal["forward", "resident", "resident_backward", "queries", "keys", "bias"]
+
+
+def configure(kernel: Kernel, form: Form) -> Config:
+    """For the forward (whole or tiled), for those of windows whose keys stay, and for the tiled backward's kernels."""
     if (config := forced.get(kernel)) is not None:
         return config
+    if kernel == "resident":
+        return Config(64, 0, 4, 1)
+    if kernel == "resident_backward":
+        return Config(64, 0, 8, 1)
     if form.whole and kernel == "forward":
         return Config(0, 0, power_of_two(form.slots) // 16, 3)
     if not form.half:  # no tensor cores: products are unrolled, so the tiles are small

@@ -51,13 +51,28 @@ def windows_of(group, size, batch, rows, columns):
 
 
 @triton.jit
-def corner_of(window, at_bottom, at_right, down, across, rows, columns, wy, wx):
-    """Sample, and the rolled map's row and column, of the first slot of a window that `windows_of` numbered."""
+def place_of(window, down, across):
+    """Sample, row and column of a window that `windows_of` numbered, within its kind's rectangle."""
     sample = window // (down * across)
     within = window % (down * across)
-    top = (at_bottom * (rows - 1) + within // across) * wy
-    left = (at_right * (columns - 1) + within % across) * wx
-    return sample, top, left
+    return sample, within // across, within % across
+
+
+@triton.jit
+def next_place(sample, row, column, down, across):
+    """Of the next window: a loop that divided at every turn would spend a tenth of its instructions on it."""
+    column += 1
+    row = tl.where(column == across, row + 1, row)
+    column = tl.where(column == across, 0, column)
+    sample = tl.where(row == down, sample + 1, sample)
+    row = tl.where(row == down, 0, row)
+    return sample, row, column
+
+
+@triton.jit
+def corner_of(row, column, at_bottom, at_right, rows, columns, wy, wx):
+    """The rolled map's row and column of the first slot of a window at `place_of`."""
+    return (at_bottom * (rows - 1) + row) * wy, (at_right * (columns - 1) + column) * wx
 
 
 @triton.jit
@@ -129,3 +144,13 @@ def inverse_norm(rows):
     """1 / max(|row|, 1e-12), fp32, as torch.nn.functional.normalize."""
     wide = rows.to(tl.float32)
     return 1.0 / tl.maximum(tl.sqrt(tl.sum(wide * wide, 1)), 1e-12)
+
+
+@triton.jit
+def grad_of_unit(grad, rows, norm, multiplier):
+    """From the gradient to rows / |rows| (times multiplier) to that of rows, and sum(grad * unit rows) of each row.
+
+    norm is 1 / |row|. With u the unit row, d row = multiplier * norm * (g - u <u, g>).
+    """
+    along = tl.sum(grad * rows, 1) * norm * multiplier
+    return grad * (norm * multiplier)[:, None] - rows * (along * norm * norm)[:, None], along
