@@ -73,6 +73,7 @@ GPU_WINDOWS = (
     swin("b", 4, 64),
     swin("l", 1, 32),
     swin("l", 3, 64),
+    swin("b", 1, 32, window=14),
     swin("b", 1, 64, version=2, window=8),
     swin("b", 3, 64, version=2, window=8),
     swin("b", 1, 16, version=2, window=16),
@@ -90,6 +91,9 @@ GPU_LATENTS = (
     LatentCase("perceiver-large-video", 8, 512, 8192, 12, 128),
     LatentCase("perceiver-xl-image", 2, 512, 4096, 40, 128),
     LatentCase("few-blocks-32-heads", 1, 512, 16384, 32, 128),
+    LatentCase("few-blocks-8-heads", 1, 512, 131072, 8, 64),
+    LatentCase("few-blocks-head-dim-96", 1, 256, 262144, 16, 96),
+    LatentCase("narrow-keys", 4, 512, 16384, 8, 64, v_dim=128),
     LatentCase("one-query-pool", 256, 1, 784, 16, 64),
 )
 CPU_BLOCKS = (stage(BlockCase, "tiny", 1, 16), stage(BlockCase, "small", 2, 1))

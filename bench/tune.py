@@ -22,7 +22,6 @@ from collections.abc import Iterator, Sequence
 from concurrent.futures import ProcessPoolExecutor
 from multiprocessing import get_context
 from pathlib import Path
-from types import ModuleType
 from typing import Any
 
 import torch
@@ -34,9 +33,7 @@ from bench.peers.latent import LATENT_ATTENTION, LatentCase
 from bench.peers.window import WINDOW_ATTENTION, WindowCase
 from bench.subject import FORWARD, TRAINING, Problem, Subject, bind, cotangent_of, results
 from kernels import launch
-from kernels.latent_attention import launch as latent_launch
 from kernels.launch import Config
-from kernels.window_attention import launch as window_launch
 
 ROUNDS = 7
 CLOSE = 0.02  # of the norm: two configurations add the same numbers in another order
@@ -50,11 +47,9 @@ class Candidate:
     mode: str
     kernel: str  # "own": nothing is forced
     config: Config | None
-    programs: int | None  # per multiprocessor; None: the launcher's own
 
     def __str__(self) -> str:
-        programs = f", {self.programs} programs/SM" if self.programs else ""
-        return f"{self.kernel} {'-' if self.config is None else tuple(self.config)}{programs}"
+        return f"{self.kernel} {'-' if self.config is None else tuple(self.config)}"
 
 
 def window_cases() -> list[WindowCase]:
@@ -75,67 +70,64 @@ def latent_cases() -> list[LatentCase]:
         LatentCase("tune-32", 8, 512, 8192, 16, 32),
         LatentCase("tune-64", 8, 512, 8192, 16, 64),
         LatentCase("tune-128", 8, 512, 8192, 12, 128),
-        LatentCase("tune-256", 4, 512, 8192, 8, 256),
     ]
 
 
 def window_candidates(case: WindowCase) -> Iterator[Candidate]:
     """Of every kernel that can run the case."""
-    own = Candidate(case.name, FORWARD, "own", None, None)
+    own = Candidate(case.name, FORWARD, "own", None)
     yield own
     yield dataclasses.replace(own, mode=TRAINING)
     if case.slots <= 64:
         for (warps, stages), programs in itertools.product(((4, 2), (4, 3), (4, 4), (2, 3)), (4, 8, 16)):
-            yield Candidate(case.name, FORWARD, "forward", Config(0, 0, warps, stages), programs)
+            config = Config(0, 0, warps, stages, programs=programs)
+            yield Candidate(case.name, FORWARD, "forward", config)
         for warps, stages, late, programs in itertools.product((4, 8), (1, 2, 3), (False, True), (2, 4, 8)):
-            yield Candidate(case.name, TRAINING, "fused", Config(0, 0, warps, stages, late), programs)
+            config = Config(0, 0, warps, stages, late, programs)
+            yield Candidate(case.name, TRAINING, "fused", config)
         return
-    for queries, keys, warps, stages in itertools.product((64, 128), (32, 64, 128), (4, 8), (2, 3)):
-        yield Candidate(case.name, FORWARD, "forward", Config(queries, keys, warps, stages), None)
-    for queries, keys, warps, stages in itertools.product((64, 128), (32, 64), (4, 8), (1, 2, 3)):
-        yield Candidate(case.name, TRAINING, "queries", Config(queries, keys, warps, stages), None)
-    for queries, keys, warps, stages in itertools.product((16, 32, 64), (64, 128), (4, 8), (1, 2, 3)):
-        yield Candidate(case.name, TRAINING, "keys", Config(queries, keys, warps, stages), None)
+    some = ((64, 4, None), (64, 4, 168), (64, 4, 128), (128, 8, None), (128, 8, 128))
+    for (queries, warps, registers), stages in itertools.product(some, (1, 2, 3)):
+        config = Config(queries, 0, warps, stages, registers=registers)
+        yield Candidate(case.name, FORWARD, "resident", config)
+        yield Candidate(case.name, TRAINING, "resident_queries", config)
+        yield Candidate(case.name, TRAINING, "resident_keys", config)
     for (queries, keys, warps), stages, programs in itertools.product(
-        ((64, 64, 4), (32, 64, 4), (128, 64, 8), (64, 128, 8)), (1, 2, 3), (4, 8)
+        ((64, 64, 4), (128, 64, 8), (64, 128, 8)), (2, 3), (4, 8)
     ):
-        yield Candidate(case.name, TRAINING, "bias", Config(queries, keys, warps, stages), programs)
+        config = Config(queries, keys, warps, stages, programs=programs)
+        yield Candidate(case.name, TRAINING, "bias", config)
 
 
 def latent_candidates(case: LatentCase) -> Iterator[Candidate]:
     """Of the three kernels."""
-    own = Candidate(case.name, FORWARD, "own", None, None)
+    own = Candidate(case.name, FORWARD, "own", None)
     yield own
     yield dataclasses.replace(own, mode=TRAINING)
     shapes = ((64, 64, 4), (64, 128, 4), (128, 64, 4), (128, 64, 8), (128, 128, 8), (64, 32, 4))
     for (queries, keys, warps), stages in itertools.product(shapes, (2, 3, 4)):
-        for programs in (1, 2, 3) if queries == 64 else (1, 2):
-            yield Candidate(case.name, FORWARD, "forward", Config(queries, keys, warps, stages), programs)
-    for (queries, keys, warps), stages in itertools.product((*shapes, (128, 32, 8), (128, 32, 4)), (1, 2, 3)):
-        yield Candidate(case.name, TRAINING, "queries", Config(queries, keys, warps, stages), None)
+        yield Candidate(case.name, FORWARD, "forward", Config(queries, keys, warps, stages))
+    for (queries, keys, warps), stages in itertools.product((*shapes, (128, 32, 8), (128, 32, 4)), (2, 3)):
+        yield Candidate(case.name, TRAINING, "queries", Config(queries, keys, warps, stages))
     shapes = ((64, 64, 4), (32, 64, 4), (32, 128, 4), (64, 128, 8), (64, 128, 4), (128, 64, 8), (128, 128, 8))
     for (queries, keys, warps), stages in itertools.product((*shapes, (64, 64, 8), (16, 128, 4)), (1, 2, 3)):
-        yield Candidate(case.name, TRAINING, "keys", Config(queries, keys, warps, stages), None)
+        yield Candidate(case.name, TRAINING, "keys", Config(queries, keys, warps, stages))
 
 
-SUBJECTS: dict[str, tuple[Subject, ModuleType, str, Any, Any]] = {
-    "window_attention": (WINDOW_ATTENTION, window_launch, "PROGRAMS_PER_SM", window_cases, window_candidates),
-    "latent_attention": (LATENT_ATTENTION, latent_launch, "BLOCKS_PER_SM", latent_cases, latent_candidates),
+SUBJECTS: dict[str, tuple[Subject, Any, Any]] = {
+    "window_attention": (WINDOW_ATTENTION, window_cases, window_candidates),
+    "latent_attention": (LATENT_ATTENTION, latent_cases, latent_candidates),
 }
 
 
 @contextlib.contextmanager
-def forcing(subject: str, candidate: Candidate) -> Iterator[None]:
+def forcing(candidate: Candidate) -> Iterator[None]:
     """Within, the launchers take the candidate."""
-    _, module, name, _, _ = SUBJECTS[subject]
-    before = getattr(module, name)
     if candidate.kernel != "own":
         launch.forced[candidate.kernel] = candidate.config
-    setattr(module, name, candidate.programs or before)
     try:
         yield
     finally:
-        setattr(module, name, before)
         launch.forced.clear()
 
 
@@ -144,7 +136,7 @@ class Bench:
 
     def __init__(self, subject: str) -> None:
         self.subject = subject
-        self.cases = {case.name: case for case in SUBJECTS[subject][3]()}
+        self.cases = {case.name: case for case in SUBJECTS[subject][1]()}
         self.now: tuple[str, str] | None = None
 
     def prepare(self, candidate: Candidate, sets: int | None = None) -> None:
@@ -166,13 +158,13 @@ class Bench:
 
     def results(self, candidate: Candidate) -> dict[str, Tensor]:
         """Of the first inputs."""
-        with forcing(self.subject, candidate):
+        with forcing(candidate):
             return results(self.function, self.inputs[0], self.problem)
 
     def timer(self, candidate: Candidate) -> GraphTimer:
         """The graph keeps the launches that were made under the candidate."""
         pairs = zip(self.inputs, self.cotangents, strict=True)
-        with forcing(self.subject, candidate):
+        with forcing(candidate):
             return GraphTimer([bind(self.function, *pair, candidate.mode) for pair in pairs])
 
 
@@ -192,7 +184,7 @@ def compile_one(subject: str, candidate: Candidate) -> str:
 
 
 def close(found: dict[str, Tensor], own: dict[str, Tensor]) -> str:
-    """"", or what is not the same."""
+    """ "", or what is not the same."""
     for name, mine in own.items():
         error = (found[name].float() - mine.float()).norm() / mine.float().norm()
         if not error < CLOSE:
@@ -225,8 +217,7 @@ def time_case(bench: Bench, mine: Sequence[Candidate], why: dict[Candidate, str]
     base = medians.get(mine[0], float("nan"))
     rows = [
         {
-            "case": c.case, "mode": c.mode, "kernel": c.kernel, "config": c.config and list(c.config),
-            "programs": c.programs, "ms": 1e3 * medians[c] if c in medians else None,
+            "case": c.case, "mode": c.mode, "kernel": c.kernel, "config": c.config and list(c.config), "ms": 1e3 * medians[c] if c in medians else None,
             "ratio": medians[c] / base if c in medians else None, "why": why[c],
         }
         for c in mine
@@ -246,13 +237,16 @@ def main(arguments: Sequence[str] | None = None) -> int:
     if machine.device() != "cuda":
         parser.error("torch finds no CUDA device here")
     subject, begin = options.subject, time.monotonic()
-    chosen = [case for case in SUBJECTS[subject][3]() if not options.case or case.name in options.case]
-    candidates = [c for case in chosen for c in SUBJECTS[subject][4](case)]
+    chosen = [case for case in SUBJECTS[subject][1]() if not options.case or case.name in options.case]
+    candidates = [c for case in chosen for c in SUBJECTS[subject][2](case)]
     with ProcessPoolExecutor(options.workers, get_context("spawn")) as pool:
         said = list(pool.map(compile_one, itertools.repeat(subject), candidates))
     why = dict(zip(candidates, said, strict=True))
     bad = sum(map(bool, said))
-    print(f"{len(candidates)} candidates compiled in {time.monotonic() - begin:.0f} s, {bad} do not run", flush=True)
+    print(
+        f"{len(candidates)} candidates compiled in {time.monotonic() - begin:.0f} s, {bad} do not run",
+        flush=True,
+    )
     bench, rows = Bench(subject), []
     options.out.parent.mkdir(parents=True, exist_ok=True)
     for (name, mode), group in itertools.groupby(
@@ -262,7 +256,13 @@ def main(arguments: Sequence[str] | None = None) -> int:
         work = bench.cases[name].work(mode, torch.bfloat16)
         found = time_case(bench, some, why)
         rows += found
-        options.out.write_text(json.dumps({"device": machine.device_name("cuda"), "versions": machine.versions(), "rows": rows}, indent=0) + "\n")
+        options.out.write_text(
+            json.dumps(
+                {"device": machine.device_name("cuda"), "versions": machine.versions(), "rows": rows},
+                indent=0,
+            )
+            + "\n"
+        )
         own = next(row for row in found if row["kernel"] == "own")
         print(f"\n{name} {mode}: {bench.cases[name].shape}; {time.monotonic() - begin:.0f} s")
         if own["ms"]:
@@ -271,7 +271,7 @@ def main(arguments: Sequence[str] | None = None) -> int:
         for kernel, of in itertools.groupby(found, key=lambda row: row["kernel"]):
             for row in list(of)[: options.show]:
                 if row["ms"]:
-                    print(f"  {row['ms']:.4f} ms x{row['ratio']:.3f} {kernel} {row['config']} {row['programs'] or ''}")
+                    print(f"  {row['ms']:.4f} ms x{row['ratio']:.3f} {kernel} {row['config']}")
                 else:
                     print(f"  - {kernel} {row['config']} {row['why']}")
         sys.stdout.flush()

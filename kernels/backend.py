@@ -28,7 +28,9 @@ check_marker(kernels)
 BACKENDS = ("reference", "eager", "sdpa", "triton")
 # Known by name, so that asking for one gets a true answer.
 PLANNED = ("flash_attn",)
-HAS_TRITON = find_spec("triton") is not None  # asked once: torch 2.11's compiler cannot look into the question
+HAS_TRITON = (
+    find_spec("triton") is not None
+)  # asked once: torch 2.11's compiler cannot look into the question
 PLANNED_REASON = "planned; not part of this version"
 
 

@@ -21,11 +21,14 @@ class Config(NamedTuple):
     num_warps: int
     num_stages: int
     late: bool = False  # window attention's backward in one kernel: see LATE there
+    programs: int = 4  # to a multiprocessor, of a kernel that walks over windows: enough to fill it, few enough to keep its bias
+    registers: int | None = None  # at most so many to a thread, for more programs on a multiprocessor
 
     @property
     def options(self) -> dict[str, Any]:
         """The launch options."""
-        return {"num_warps": self.num_warps, "num_stages": self.num_stages, **LAUNCH_OPTIONS}
+        limit = {} if self.registers is None else {"maxnreg": self.registers}
+        return {"num_warps": self.num_warps, "num_stages": self.num_stages, **limit, **LAUNCH_OPTIONS}
 
 
 # Configurations that take the place of the launchers' own choice, by the name that the launcher gives its kernel; None

@@ -182,7 +182,7 @@ def test_latent_launches_are_the_listed_ones(arch: int, monkeypatch: pytest.Monk
             q, k, v = (torch.zeros(30, 2, d, dtype=dtypes[dtype]) for d in (form.dqk, form.dqk, form.dv))
             mask = torch.zeros(1, 30, dtype=torch.uint8) if form.masked else None
             seed = torch.tensor(1) if form.dropout else None
-            rest = (torch.tensor([0]), torch.tensor([30]), mask, seed, 30, 0.5, 0.1)
+            rest = (torch.tensor([0]), torch.tensor([30]), mask, seed, 30, True, 0.5, 0.1)
             out, lse = triton_ops._forward(q[None], k, v, *rest)
             triton_ops._backward(out, lse, out, lse, q[None], k, v, *rest)
 

@@ -2,12 +2,15 @@
 
 from __future__ import annotations
 
+from collections.abc import Callable
 from dataclasses import dataclass
 from functools import cache
 
 import torch
 from torch import Tensor
+from torch.nn.attention import SDPBackend, sdpa_kernel
 from torch.nn.attention.flex_attention import create_block_mask, flex_attention
+from torch.nn.functional import scaled_dot_product_attention
 
 from bench import work
 from bench.measure import random_like
@@ -27,6 +30,7 @@ class LatentCase:
     heads: int
     head_dim: int
     ragged: bool = False
+    v_dim: int | None = None  # where it is not head_dim
 
     @property
     def lengths(self) -> tuple[int, ...]:
@@ -39,24 +43,24 @@ class LatentCase:
     def shape(self) -> str:
         """For readers."""
         keys = f"{min(self.lengths):,}-{self.keys:,}" if self.ragged else f"{self.keys:,}"
-        return (
-            f"{self.batch} x {self.queries} latents over {keys} keys, {self.heads} heads of {self.head_dim}"
-        )
+        dims = self.head_dim if self.v_dim is None else f"{self.head_dim}, values {self.v_dim}"
+        return f"{self.batch} x {self.queries} latents over {keys} keys, {self.heads} heads of {dims}"
 
     def inputs(self, device: str, dtype: torch.dtype, seed: int) -> dict[str, Tensor]:
         """q [B, M, h, d]; k, v [B, N, h, d]."""
-        sizes = {"q": self.queries, "k": self.keys, "v": self.keys}
+        d, dv = self.head_dim, self.v_dim or self.head_dim
+        sizes = {"q": (self.queries, d), "k": (self.keys, d), "v": (self.keys, dv)}
         empty = {
-            n: torch.empty(self.batch, s, self.heads, self.head_dim, device=device, dtype=dtype)
-            for n, s in sizes.items()
+            name: torch.empty(self.batch, some, self.heads, dim, device=device, dtype=dtype)
+            for name, (some, dim) in sizes.items()
         }
         return {name: random_like(tensor, 3 * seed + i) for i, (name, tensor) in enumerate(empty.items())}
 
     def work(self, mode: str, dtype: torch.dtype) -> work.Work:
         """See work.latent_attention; hidden keys are no work."""
         return work.latent_attention(
-            sum(self.lengths), self.queries, self.batch, self.heads, self.heads, self.head_dim, self.head_dim,
-            dtype.itemsize, backward=mode == TRAINING,
+            sum(self.lengths), self.queries, self.batch, self.heads, self.heads, self.head_dim,
+            self.v_dim or self.head_dim, dtype.itemsize, backward=mode == TRAINING,
         )  # fmt: skip
 
 
@@ -142,11 +146,45 @@ def _flash(case: LatentCase, device: str, dtype: torch.dtype) -> Function:
     return attend
 
 
+def _torch(kind: SDPBackend) -> Callable[[LatentCase, str, torch.dtype], Function]:
+    """torch's attention, held to one of its kernels; in its layout, to which q, k and v are views."""
+
+    def build(case: LatentCase, device: str, dtype: torch.dtype) -> Function:
+        if device != "cuda":
+            raise Absent("torch's kernels by name are for CUDA devices")
+        if dtype == torch.float64:
+            raise Absent("it takes no float64")
+        lengths, mask = _lengths(case, device), None
+        if lengths is not None:
+            if kind == SDPBackend.FLASH_ATTENTION:
+                raise Absent("it takes no mask, so no lengths")
+            mask = (torch.arange(case.keys, device=device) < lengths[:, None])[:, None, None]
+
+        def attend(q: Tensor, k: Tensor, v: Tensor) -> Tensor:
+            try:
+                with sdpa_kernel(kind):
+                    out = scaled_dot_product_attention(
+                        *(t.transpose(1, 2) for t in (q, k, v)), attn_mask=mask
+                    )
+            except RuntimeError as error:
+                if "No available kernel" in str(error):
+                    raise Absent("torch says that this kernel cannot run the call") from None
+                raise
+            return out.transpose(1, 2)
+
+        return attend
+
+    return build
+
+
 LATENT_ATTENTION = Subject(
     "latent_attention",
     (
         *map(_ours, ("auto", "reference", "eager", "sdpa", "triton")),
         Peer("plain", _plain),
+        Peer("torch-flash", _torch(SDPBackend.FLASH_ATTENTION)),
+        Peer("torch-cudnn", _torch(SDPBackend.CUDNN_ATTENTION)),
+        Peer("torch-efficient", _torch(SDPBackend.EFFICIENT_ATTENTION)),
         Peer("flex", _flex, note="compiled; compile time is not counted"),
         Peer("flash_attn", _flash, note="ragged keys are packed in the call"),
     ),

@@ -243,7 +243,7 @@ def backward(
 
     config = configure("queries", form)
     tiles = triton.cdiv(queries, config.queries)
-    parts = call.parts(batch * heads * tiles, call.average, config.keys)
+    parts = call.parts(config, batch * heads * tiles, call.average, config.keys)
     grad_q = q.new_empty((parts, *q.shape), dtype=torch.float32 if parts > 1 else q.dtype)
     operands = (grad_out, q, k, v, call.starts, call.lengths, *optional(call), base_2, delta)
     with torch.cuda.device_of(q):
@@ -254,13 +254,10 @@ def backward(
 
         config = configure("keys", form)
         owners, places = tiles_of(call, config.keys)
-        parts = call.parts(len(owners) * kv_heads, queries * heads // kv_heads, config.queries)
+        parts = call.parts(config, len(owners) * kv_heads, queries * heads // kv_heads, config.queries)
         kind = torch.float32 if parts > 1 else k.dtype
-        # Rows beyond a sample's length are no tile's: they get their zeros here.
-        grad_k, grad_v = (
-            k.new_zeros((parts, *k.shape), dtype=kind),
-            v.new_zeros((parts, *v.shape), dtype=kind),
-        )
+        room = torch.empty if call.dense else torch.zeros  # the rows that belong to no sample are no tile's
+        grad_k, grad_v = (room((parts, *t.shape), dtype=kind, device=t.device) for t in (k, v))
         key_grad_kernel[(len(owners) * parts * kv_heads,)](
             *operands, owners, places, grad_k, grad_v, *numbers(call, parts), batch, rows,
             call.scale * LOG2_E, call.dropout_p,

@@ -16,7 +16,7 @@ import triton
 import triton.language as tl
 from torch import Tensor
 
-from kernels.latent_attention.launch import BLOCKS_PER_SM, Form, configure, splits
+from kernels.latent_attention.launch import Form, blocks_per_sm, configure, splits
 from kernels.latent_attention.tiles import SIZES, kept, part_of
 from kernels.launch import LOG2_E, Config, processor
 from kernels.triton_parts import LN_2, load_rows, product, store_rows
@@ -33,6 +33,7 @@ class Call(NamedTuple):
     starts: Tensor  # int64 [B]: each sample's first row
     lengths: Tensor  # int64 [B]: how many rows it has
     longest: int  # no sample has more: N, or all rows where they are packed
+    dense: bool  # every row is a key of some sample
     mask: Tensor | None  # uint8 [B, N], 0 = hidden
     scale: float
     dropout_p: float
@@ -50,9 +51,9 @@ class Call(NamedTuple):
         """Keys of a sample, about."""
         return len(self.k) // max(len(self.q), 1)
 
-    def parts(self, programs: int, things: int, block: int) -> int:
+    def parts(self, config: Config, programs: int, things: int, block: int) -> int:
         """`launch.splits` of so many keys or queries."""
-        return splits(programs, -(-things // block), BLOCKS_PER_SM * processor(self.q.device)[1])
+        return splits(programs, -(-things // block), blocks_per_sm(config) * processor(self.q.device)[1])
 
 
 @triton.jit(do_not_specialize=SIZES)
@@ -207,7 +208,7 @@ def forward(call: Call) -> tuple[Tensor, Tensor]:
     batch, queries, heads, _ = q.shape
     config = configure("forward", form)
     tiles = triton.cdiv(queries, config.queries)
-    parts = call.parts(batch * heads * tiles, call.average, config.keys)
+    parts = call.parts(config, batch * heads * tiles, call.average, config.keys)
     out = q.new_empty((batch, queries, heads, form.dv))
     lse = q.new_empty((batch, heads, queries), dtype=torch.float32)
     several = parts > 1

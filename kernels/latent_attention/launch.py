@@ -13,7 +13,7 @@ from kernels.launch import Config, forced, power_of_two
 
 MAX_HEAD_DIM = 256
 MAX_SPLITS = 128
-BLOCKS_PER_SM = 1  # of the kernels below, mostly, by their registers
+Kernel = Literal["forward", "queries", "keys"]
 
 
 @dataclass(frozen=True)
@@ -63,23 +63,59 @@ def splits(programs: int, steps: int, slots: int) -> int:
     return next(parts for parts in choices if waste(parts) <= 1.1 * best)
 
 
-# ---- the configurations: large tiles that compile without spilling registers (`python -m bench.aot` holds them to it);
-# none was ever timed
+# ---- the configurations. Those for sm_90 are the fastest of what `python -m bench.tune` tried on an H200 (2026-11-27);
+# those for sm_80 are large tiles that compile without spilling registers, and none was ever timed.
 
 
-def configure(kernel: Literal["forward", "queries", "keys"], form: Form) -> Config:
+def blocks_per_sm(config: Config) -> int:
+    """How many programs run at a time on a multiprocessor, by their registers and shared memory."""
+    return 1 if config.num_warps > 4 else 2
+
+
+def configure(kernel: Kernel, form: Form) -> Config:
     """For the forward and the two kernels of the backward."""
     if (config := forced.get(kernel)) is not None:
         return config
-    new, dropout = form.arch >= 90, form.dropout
     if not form.half:  # no tensor cores: products are unrolled, so the tiles are small
         side = 32 if form.block_d <= 64 else 16
         return Config(side, side, 4 if kernel == "forward" and side == 32 else 8, 1)
+    return _hopper(kernel, form) if form.arch >= 90 else _ampere(kernel, form)
+
+
+def _hopper(kernel: Kernel, form: Form) -> Config:
+    match kernel, max(form.block_d, 32):
+        case "forward", 32:
+            return Config(128, 64, 4, 4)
+        case "forward", 64:
+            return Config(64, 128, 4, 3)
+        case "forward", 128:
+            return Config(64, 64, 4, 3)
+        case "forward", _:
+            return Config(128, 64, 8, 2)
+        case "queries", 32:
+            return Config(64, 64, 4, 3)
+        case "queries", 64:
+            return Config(64, 128, 4, 3)
+        case "queries", 128:
+            return Config(128, 64, 8, 3)
+        case "queries", _:
+            return Config(32, 32, 4, 1)
+        case _, 32:
+            return Config(64, 128, 4, 1)
+        case _, 64:
+            return Config(32, 128, 4, 1)
+        case _, 128:
+            return Config(32, 64, 4, 1)
+        case _:
+            return Config(32, 32, 8, 1)
+
+
+def _ampere(kernel: Kernel, form: Form) -> Config:
     match kernel, form.block_d:
         case "forward", 256:
             return Config(64, 32, 8, 2)
         case "forward", 128:
-            return Config(128 if new else 64, 64, 8, 2)
+            return Config(64, 64, 8, 2)
         case "forward", _:
             return Config(128, 64, 8, 3)
         case "queries", 256:
@@ -88,9 +124,9 @@ def configure(kernel: Literal["forward", "queries", "keys"], form: Form) -> Conf
             return Config(64, 64, 8, 2)
         case "queries", _:
             return Config(128, 64, 8, 2)
-        case "keys", 256:
+        case _, 256:
             return Config(32, 32, 8, 1)
-        case "keys", 128:
+        case _, 128:
             return Config(32, 64, 8, 2)
         case _:
-            return Config(32, 64, 4, 2) if dropout and not new else Config(64, 64, 8, 2)
+            return Config(32, 64, 4, 2) if form.dropout else Config(64, 64, 8, 2)

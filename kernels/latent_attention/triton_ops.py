@@ -55,7 +55,8 @@ def latent_attention(
         )
         k, v = k.flatten(0, 1), v.flatten(0, 1)
     mask = None if key_mask is None else key_mask.to(torch.uint8)
-    out, lse = _forward(q, k, v, starts, lengths, mask, seed, longest, scale, dropout_p)
+    dense = offsets is None and key_lengths is None
+    out, lse = _forward(q, k, v, starts, lengths, mask, seed, longest, dense, scale, dropout_p)
     return out, lse
 
 
@@ -69,16 +70,17 @@ def _forward(
     mask: Tensor | None,
     seed: Tensor | None,
     longest: int,
+    dense: bool,
     scale: float,
     dropout_p: float,
 ) -> tuple[Tensor, Tensor]:
     """out [B, M, h, dv] and lse [B, h, M] fp32. k, v [rows, h_kv, d]."""
     if q.numel() == 0 or k.numel() == 0:
-        out, lse = _fake_forward(q, k, v, starts, lengths, mask, seed, longest, scale, dropout_p)
+        out, lse = _fake_forward(q, k, v, starts, lengths, mask, seed, longest, dense, scale, dropout_p)
         return out.zero_(), lse.fill_(float("-inf"))
     from kernels.latent_attention.forward import forward
 
-    return forward(_call(q, k, v, starts, lengths, mask, seed, longest, scale, dropout_p))
+    return forward(_call(q, k, v, starts, lengths, mask, seed, longest, dense, scale, dropout_p))
 
 
 @_forward.register_fake
@@ -91,6 +93,7 @@ def _fake_forward(
     mask: Tensor | None,
     seed: Tensor | None,
     longest: int,
+    dense: bool,
     scale: float,
     dropout_p: float,
 ) -> tuple[Tensor, Tensor]:
@@ -113,6 +116,7 @@ def _backward(
     mask: Tensor | None,
     seed: Tensor | None,
     longest: int,
+    dense: bool,
     scale: float,
     dropout_p: float,
 ) -> tuple[Tensor, Tensor, Tensor]:
@@ -121,7 +125,7 @@ def _backward(
         return q.new_zeros(q.shape), k.new_zeros(k.shape), v.new_zeros(v.shape)
     from kernels.latent_attention.backward import backward
 
-    call = _call(q, k, v, starts, lengths, mask, seed, longest, scale, dropout_p)
+    call = _call(q, k, v, starts, lengths, mask, seed, longest, dense, scale, dropout_p)
     return backward(call, _aligned(grad_out), out, lse, grad_lse)
 
 
@@ -139,6 +143,7 @@ def _(
     mask: Tensor | None,
     seed: Tensor | None,
     longest: int,
+    dense: bool,
     scale: float,
     dropout_p: float,
 ) -> tuple[Tensor, Tensor, Tensor]:
@@ -146,13 +151,15 @@ def _(
 
 
 def _setup_context(ctx: Any, inputs: tuple[Any, ...], output: tuple[Tensor, Tensor]) -> None:
-    *tensors, ctx.longest, ctx.scale, ctx.dropout_p = inputs
+    *tensors, ctx.longest, ctx.dense, ctx.scale, ctx.dropout_p = inputs
     ctx.save_for_backward(*output, *tensors)
 
 
 def _autograd(ctx: Any, grad_out: Tensor, grad_lse: Tensor) -> tuple[Tensor | None, ...]:
-    grads = _backward(grad_out, grad_lse, *ctx.saved_tensors, ctx.longest, ctx.scale, ctx.dropout_p)
-    return *grads, *[None] * 7
+    grads = _backward(
+        grad_out, grad_lse, *ctx.saved_tensors, ctx.longest, ctx.dense, ctx.scale, ctx.dropout_p
+    )
+    return *grads, *[None] * 8
 
 
 _forward.register_autograd(_autograd, setup_context=_setup_context)
@@ -167,13 +174,16 @@ def _call(
     mask: Tensor | None,
     seed: Tensor | None,
     longest: int,
+    dense: bool,
     scale: float,
     dropout_p: float,
 ) -> Call:
     from kernels.latent_attention.forward import Call
 
     mask = None if mask is None else mask.contiguous()
-    return Call(_aligned(q), _rows(k), _rows(v), starts, lengths, longest, mask, scale, dropout_p, seed)
+    return Call(
+        _aligned(q), _rows(k), _rows(v), starts, lengths, longest, dense, mask, scale, dropout_p, seed
+    )
 
 
 def _rows(tensor: Tensor) -> Tensor:

@@ -19,8 +19,8 @@ from kernels.window_attention.backward import (
     whole_backward_kernel,
 )
 from kernels.window_attention.forward import tiled_forward_kernel, whole_forward_kernel
-from kernels.window_attention.launch import Form, configure, constants, fused_config, pieces, tail_of
-from kernels.window_attention.resident import resident_backward_kernel, resident_forward_kernel
+from kernels.window_attention import resident
+from kernels.window_attention.launch import Form, Kernel, configure, constants, fused_config, tail_of
 
 DATA = {
     "qkv",
@@ -30,6 +30,11 @@ DATA = {
     "grad_qkv",
 }  # pointers to the call's dtype; all others are to fp32
 
+RESIDENT: tuple[tuple[Kernel, Any], ...] = (
+    ("resident_queries", resident.resident_query_kernel),
+    ("resident_keys", resident.resident_key_kernel),
+)
+TILED: tuple[tuple[Kernel, Any], ...] = (("queries", query_grad_kernel), ("keys", key_grad_kernel))
 HEAD_DIMS = (16, 32, 64, 128)
 
 
@@ -70,8 +75,8 @@ def launched(dtype: str, form: Form) -> Iterator[AotCase]:
         yield _case(whole_forward_kernel, dtype, form, forward, about)
     elif form.resident:
         config = configure("resident", form)
-        about = {"BLOCK_Q": config.queries, "SIDE": form.side, **pieces(form.slots), "KEEP_LSE": keep_lse, **common}
-        yield _case(resident_forward_kernel, dtype, form, config, about)
+        about = resident.constants(form, config) | {"KEEP_LSE": keep_lse}
+        yield _case(resident.resident_forward_kernel, dtype, form, config, about)
     else:
         about = _tiles(forward, form) | {"TAIL": tail_of(form), "KEEP_LSE": keep_lse, **common}
         yield _case(tiled_forward_kernel, dtype, form, forward, about)
@@ -79,20 +84,12 @@ def launched(dtype: str, form: Form) -> Iterator[AotCase]:
         about = {"BLOCK": form.padded, "BIAS_GRAD": True, "LATE": fused.late, **constants(form)}
         yield _case(whole_backward_kernel, dtype, form, fused, about)
         return
-    if form.resident_backward:
-        config = configure("resident_backward", form)
-        about = {"BLOCK_Q": config.queries, "SIDE": form.side, **pieces(form.slots), **constants(form)}
-        yield _case(resident_backward_kernel, dtype, form, config, about)
-        config = configure("bias", form)
-        yield _case(bias_grad_kernel, dtype, form, config, _tiles(config, form) | common)
-        return
-    for name, kernel in (
-        ("queries", query_grad_kernel),
-        ("keys", key_grad_kernel),
-        ("bias", bias_grad_kernel),
-    ):
-        config = configure(name, form)  # type: ignore[arg-type]
-        yield _case(kernel, dtype, form, config, _tiles(config, form) | common)
+    for name, kernel in RESIDENT if form.resident else TILED:
+        config = configure(name, form)
+        about = resident.constants(form, config) if form.resident else _tiles(config, form) | common
+        yield _case(kernel, dtype, form, config, about)
+    config = configure("bias", form)
+    yield _case(bias_grad_kernel, dtype, form, config, _tiles(config, form) | common)
 
 
 def _tiles(config: Config, form: Form) -> dict[str, int]:
@@ -125,13 +122,16 @@ def _case(kernel: Any, dtype: str, form: Form, config: Config, about: dict[str, 
     sizes = [f"{key.lower()} {about[key]}" for key in ("BLOCK", "BLOCK_Q", "BLOCK_K", "TAIL") if key in about]
     return AotCase(
         kernel=kernel,
-        config=", ".join([f"{dtype} {form.window[0]}x{form.window[1]} D {form.head_dim}", *what, *sizes, *flags]),
+        config=", ".join(
+            [f"{dtype} {form.window[0]}x{form.window[1]} D {form.head_dim}", *what, *sizes, *flags]
+        ),
         signature=numbers | types,
         constants=about,
         divisible=frozenset(pointers - {"pad_kv"}) | ({"kind_stride", "bias_stride"} & numbers.keys()),
         num_warps=config.num_warps,
         num_stages=config.num_stages,
         expects=expects,
+        options={name: value for name, value in config.options.items() if not name.startswith("num_")},
     )
 
 
@@ -142,4 +142,4 @@ def _rows(kernel: Any, about: dict[str, Any]) -> int:
 
 def _columns(kernel: Any, about: dict[str, Any]) -> int:
     """Of the tile of logits: so many tokens are loaded at each step."""
-    return int(about.get("BLOCK") or about.get("K1") or about["BLOCK_Q" if kernel is key_grad_kernel else "BLOCK_K"])
+    return int(about.get("BLOCK") or about["BLOCK_Q" if kernel is key_grad_kernel else "BLOCK_K"])

@@ -457,7 +457,7 @@ def _whole(
 ) -> Gradients:
     config = fused_config(call.form)
     assert config is not None
-    heads, size = call.heads, call.group_size()
+    heads, size = call.heads, call.group_size(config)
     groups = call.groups(size)
     d_bias, d_multiplier, _ = _empty_partials(call, qkv, bias_grad, groups, groups, 0)
     whole_backward_kernel[(groups * heads,)](
@@ -483,17 +483,18 @@ def _tiled(
 ) -> Gradients:
     heads, delta = call.heads, torch.empty_like(lse)
     queries, keys, tile = (configure(kernel, call.form) for kernel in ("queries", "keys", "bias"))
-    q_tiles = 1 if call.form.resident_backward else triton.cdiv(call.slots, queries.queries)
-    q_programs = call.windows * q_tiles
-    k_programs = call.windows * triton.cdiv(call.slots, keys.keys)
+    q_tiles, k_tiles = triton.cdiv(call.slots, queries.queries), triton.cdiv(call.slots, keys.keys)
+    q_programs, k_programs = (call.windows * (1 if call.form.resident else n) for n in (q_tiles, k_tiles))
     tiles = triton.cdiv(call.slots, tile.queries) * triton.cdiv(call.slots, tile.keys)
-    size = call.group_size(tiles)
+    size = call.group_size(tile, tiles)
     groups = call.groups(size)
     grads = _empty_partials(call, qkv, bias_grad, groups, q_programs, k_programs)
     d_bias, d_multiplier, d_pads = (bias if part is None else part for part in grads)
     numbers = *call.sizes, *bias_strides(bias), call.scale
-    if call.form.resident_backward:
-        resident.backward(call, grad_out, qkv, out, lse, delta, bias, multiplier, grad_qkv, d_multiplier)
+    if call.form.resident:
+        resident.backward(
+            call, grad_out, qkv, out, bias, multiplier, pad_kv, lse, delta, grad_qkv, d_multiplier, d_pads
+        )
     else:
         transposed = bias.mT.contiguous()  # read along its rows, as all others
         query_grad_kernel[(q_programs * heads,)](

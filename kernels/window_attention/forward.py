@@ -20,6 +20,7 @@ from kernels.window_attention import resident
 from kernels.window_attention.launch import Call, bias_strides, configure, tail_of
 from kernels.window_attention.tiles import (
     SIZES,
+    absorb,
     bias_of,
     corner_of,
     inverse_norm,
@@ -216,13 +217,7 @@ def attend(
     if COSINE:
         k = (k * inverse_norm(k)[:, None]).to(k.dtype)
     logits = product(q, tl.trans(k)) * q_scale[:, None] + tl.load(bias_rows + kn[None, :])
-
-    new = tl.maximum(largest, tl.max(logits, 1))
-    shown = tl.where(new == float("-inf"), 0.0, new)  # where nothing was visible yet, not -inf - -inf
-    weights = tl.exp2(logits - shown[:, None])
-    decay = tl.exp2(largest - shown)
-    acc = acc * decay[:, None] + product(weights.to(v.dtype), v)
-    return acc, new, total * decay + tl.sum(weights, 1)
+    return absorb(acc, largest, total, logits, v)
 
 
 def forward(call: Call, qkv: Tensor, bias: Tensor, multiplier: Tensor, pad_kv: Tensor, lse: Tensor) -> Tensor:
@@ -233,7 +228,7 @@ def forward(call: Call, qkv: Tensor, bias: Tensor, multiplier: Tensor, pad_kv: T
     config, keep_lse = configure("forward", call.form), lse.numel() > 0
     with torch.cuda.device_of(qkv):
         if call.form.whole:
-            size = call.group_size()
+            size = call.group_size(config)
             whole_forward_kernel[(call.groups(size) * heads,)](
                 qkv, bias, multiplier, pad_kv, out, lse, *call.sizes, bias_strides(bias)[1], call.scale, size,
                 BLOCK=call.form.padded, KEEP_LSE=keep_lse, PADS_ARE_KEYS=call.pads_are_keys, **call.constants, **config.options,

@@ -7,7 +7,7 @@ from __future__ import annotations
 
 from dataclasses import dataclass
 from functools import cache, cached_property
-from itertools import product
+from itertools import combinations_with_replacement
 from typing import Any, Literal
 
 import torch
@@ -18,9 +18,6 @@ from kernels.window_attention.geometry import Grid
 
 MAX_HEAD_DIM = 128
 BIAS_STEP = 64  # a multiple of what the tiled kernels take of the bias's columns at once
-PROGRAMS_PER_SM = (
-    4  # of kernels that walk over windows: enough to fill a GPU, few enough to keep the bias in registers
-)
 
 
 @dataclass(frozen=True)
@@ -66,14 +63,8 @@ class Form:
 
     @property
     def resident(self) -> bool:
-        """Whether a program of the forward keeps all keys of a window."""
-        return self.half and not self.whole and self.block_d <= 64 and self.slots <= 256
-
-    @property
-    def resident_backward(self) -> bool:
-        """The same of the backward."""
-        small = self.half and self.block_d <= 64 and self.slots <= 256
-        return small and not self.fused_backward and not self.pads_are_keys
+        """Whether a program has a window that stays on the chip, where it is not one tile."""
+        return self.half and self.block_d <= 64 and self.slots <= 256 and self.arch >= 90
 
     @property
     def padded(self) -> int:
@@ -135,9 +126,9 @@ class Call:
         """The constants that every kernel takes."""
         return constants(self.form)
 
-    def group_size(self, tiles: int = 1) -> int:
+    def group_size(self, config: Config, tiles: int = 1) -> int:
         """Windows to a group, where a program has one head and one of `tiles` tiles of each window in its group."""
-        groups = -(-PROGRAMS_PER_SM * processor(self.device)[1] // (self.heads * tiles))
+        groups = -(-config.programs * processor(self.device)[1] // (self.heads * tiles))
         return max(1, -(-self.windows // groups))
 
     def groups(self, size: int) -> int:
@@ -161,13 +152,11 @@ def bias_strides(bias: Tensor) -> tuple[int, int]:
 
 @cache
 def pieces(slots: int) -> dict[str, int]:
-    """Up to three powers of two, 16 to 128, that hold N keys with the least left over, in the fewest pieces."""
-    sizes = (0, 16, 32, 64, 128)
-    fitting = [
-        some for some in product(sizes[1:], sizes, sizes) if sum(some) >= slots and some == tuple(sorted(some, reverse=True))
-    ]
-    best = min(fitting, key=lambda some: (sum(some), len(some) - some.count(0), some))
-    return dict(zip(("K1", "K2", "K3"), best, strict=True))
+    """Up to four powers of two, 16 to 64, that hold N with the least left over, in the fewest pieces."""
+    sizes = (64, 32, 16, 0)
+    fitting = [some for some in combinations_with_replacement(sizes, 4) if sum(some) >= slots]
+    best = min(fitting, key=lambda some: (sum(some), len(some) - some.count(0)))
+    return dict(zip(("N1", "N2", "N3", "N4"), best, strict=True))
 
 
 def tail_of(form: Form) -> int:
@@ -176,48 +165,68 @@ def tail_of(form: Form) -> int:
     return power_of_two(rest) if rest else 0
 
 
-# ---- the configurations: the largest tiles that compile without spilling registers (`python -m bench.aot` holds them to
-# it); none was ever timed. head_dim counts as the next power of two, 16 to 128
+# ---- the configurations. Those for sm_90 are the fastest of what `python -m bench.tune` tried on an H200 (2026-11-27),
+# at head_dim 32 and 64; those for sm_80, and for other head_dims, are the largest tiles that compile without spilling
+# registers, and were never timed. head_dim counts as the next power of two, 16 to 128
 
 
 def fused_config(form: Form) -> Config | None:
-    """For whole_backward_kernel; None where it would spill, so that the tiled kernels do it."""
+    """For whole_backward_kernel; None where the tiled kernels do it. At head_dim 64 it spills, and is more than twice as
+    fast as they are for all that."""
     if "fused" in forced:
         return forced["fused"]
-    if form.tight or not form.half:
+    if form.tight or not form.half or form.block_d > 64:
         return None
     warps = power_of_two(form.slots) // 16
-    if form.block_d == 64:  # spills, and is more than twice as fast as the tiled kernels for all that
-        return Config(0, 0, warps, 1)
-    if form.arch >= 90:
-        return Config(0, 0, warps, 3)
-    if form.block_d == 16:
-        return Config(0, 0, warps, 2, late=True)
-    return None if form.cosine else Config(0, 0, warps, 3, late=True)
+    if form.block_d == 64:
+        return Config(0, 0, warps, 2, programs=2)
+    return Config(0, 0, warps, 3, late=form.arch < 90)
 
 
-Kernel = Literal["forward", "resident", "resident_backward", "queries", "keys", "bias"]
+Kernel = Literal["forward", "resident", "resident_queries", "resident_keys", "queries", "keys", "bias"]
 
 
 def configure(kernel: Kernel, form: Form) -> Config:
-    """For the forward (whole or tiled), for those of windows whose keys stay, and for the tiled backward's kernels."""
+    """For the forward (whole or tiled), for those of windows that stay, and for the tiled backward's kernels."""
     if (config := forced.get(kernel)) is not None:
         return config
-    if kernel == "resident":
-        return Config(64, 0, 4, 1)
-    if kernel == "resident_backward":
-        return Config(64, 0, 8, 1)
     if form.whole and kernel == "forward":
-        return Config(0, 0, power_of_two(form.slots) // 16, 3)
+        walkers = 16 if form.cosine and form.block_d <= 32 else 4
+        return Config(0, 0, power_of_two(form.slots) // 16, 2 if form.block_d == 64 else 3, programs=walkers)
     if not form.half:  # no tensor cores: products are unrolled, so the tiles are small
         side = 32 if form.block_d <= 64 else 16
         return Config(side, side, 8, 1)
-    new, cosine, tight = form.arch >= 90, form.cosine, form.tight
+    return _hopper(kernel, form) if form.arch >= 90 else _ampere(kernel, form)
+
+
+def _hopper(kernel: Kernel, form: Form) -> Config:
+    tight, wide = form.tight, form.block_d == 128
+    match kernel:
+        case "resident" | "resident_queries" | "resident_keys":
+            return Config(64, 0, 4, 1)
+        case "forward":
+            return Config(32, 32, 4, 1) if wide and tight else Config(64, 32, 4, 3)
+        case "queries":
+            return Config(32, 16, 4, 2) if wide and tight else Config(64, 32, 4, 2 if wide else 3)
+        case "keys":
+            if wide:
+                return Config(16 if form.cosine or tight else 32, 32, 4, 1 if tight else 2)
+            return Config(16 if form.block_d == 64 else 32, 64 if tight else 128, 4, 3)
+        case _:
+            if wide:
+                return Config(32, 32 if tight else 64, 4, 1)
+            if tight:
+                return Config(64, 64, 4, 1)
+            return Config(128, 64, 8, 3) if form.block_d == 64 else Config(64, 64, 4, 3, programs=8)
+
+
+def _ampere(kernel: Kernel, form: Form) -> Config:
+    cosine, tight = form.cosine, form.tight
     match kernel, form.block_d:
         case "forward", 128:
-            return Config(64, 32, 4, 3) if new and not tight else Config(32, 32, 4, 1 if tight else 2)
+            return Config(32, 32, 4, 1 if tight else 2)
         case "queries", 128:
-            return Config(32, 16, 4, 2) if tight else Config(64 if new or not cosine else 32, 32, 4, 2)
+            return Config(32, 16, 4, 2) if tight else Config(32 if cosine else 64, 32, 4, 2)
         case "keys", 128:
             return Config(16 if cosine or tight else 32, 32, 4, 1 if tight else 2)
         case "bias", 128:
@@ -225,13 +234,11 @@ def configure(kernel: Kernel, form: Form) -> Config:
         case "forward", _:
             return Config(64, 64, 4, 3)
         case "queries", 64:
-            return Config(64, 64 if new and not tight else 32, 4, 2)
+            return Config(64, 32, 4, 2)
         case "keys", 64:
-            return Config(32, 32 if tight else 64, 4, 2 if tight or new else 1)
+            return Config(32, 32 if tight else 64, 4, 2 if tight else 1)
         case "bias", 64:
-            if tight:
-                return Config(64 if new else 32, 64, 4, 1)
-            return Config(64 if new else 32, 64, 4, 1 if new and cosine else 2)
+            return Config(32, 64, 4, 1 if tight else 2)
         case "queries", _:
             if tight and form.block_d == 16 and cosine:
                 return Config(32, 64, 4, 2)

@@ -12,6 +12,8 @@ from __future__ import annotations
 import triton
 import triton.language as tl
 
+from kernels.triton_parts import product
+
 # Numbers whose divisibility makes no better code: a form of its own for each would be compiled for nothing.
 SIZES = [
     "batch",
@@ -154,3 +156,14 @@ def grad_of_unit(grad, rows, norm, multiplier):
     """
     along = tl.sum(grad * rows, 1) * norm * multiplier
     return grad * (norm * multiplier)[:, None] - rows * (along * norm * norm)[:, None], along
+
+
+@triton.jit
+def absorb(acc, largest, total, logits, v):
+    """One step of the online softmax: the sum of weighted values, the largest logit and the sum of weights so far."""
+    new = tl.maximum(largest, tl.max(logits, 1))
+    shown = tl.where(new == float("-inf"), 0.0, new)  # where nothing was visible yet, not -inf - -inf
+    weights = tl.exp2(logits - shown[:, None])
+    decay = tl.exp2(largest - shown)
+    acc = acc * decay[:, None] + product(weights.to(v.dtype), v)
+    return acc, new, total * decay + tl.sum(weights, 1)
