@@ -86,12 +86,15 @@ def window_candidates(case: WindowCase) -> Iterator[Candidate]:
             config = Config(0, 0, warps, stages, late, programs)
             yield Candidate(case.name, TRAINING, "fused", config)
         return
-    some = ((64, 4, None), (64, 4, 168), (64, 4, 128), (128, 8, None), (128, 8, 128))
-    for (queries, warps, registers), stages in itertools.product(some, (1, 2, 3)):
-        config = Config(queries, 0, warps, stages, registers=registers)
-        yield Candidate(case.name, FORWARD, "resident", config)
-        yield Candidate(case.name, TRAINING, "resident_queries", config)
-        yield Candidate(case.name, TRAINING, "resident_keys", config)
+    for stages, programs, (warps, registers) in itertools.product(
+        (1, 2), (2, 4), ((4, None), (4, 168), (8, None), (8, 128))
+    ):
+        config = Config(64, 0, warps, stages, programs=programs, registers=registers)
+        yield Candidate(case.name, FORWARD, "walking forward", config)
+        yield Candidate(case.name, TRAINING, "walking keys", config)
+    yield Candidate(case.name, FORWARD, "walking forward", None)
+    yield Candidate(case.name, TRAINING, "walking keys", None)
+    return
     for (queries, keys, warps), stages, programs in itertools.product(
         ((64, 64, 4), (128, 64, 8), (64, 128, 8)), (2, 3), (4, 8)
     ):

@@ -12,6 +12,7 @@ from typing import Any
 
 from kernels.aot import AotCase, Expects
 from kernels.launch import Config
+from kernels.window_attention import walking
 from kernels.window_attention.backward import (
     bias_grad_kernel,
     key_grad_kernel,
@@ -19,8 +20,15 @@ from kernels.window_attention.backward import (
     whole_backward_kernel,
 )
 from kernels.window_attention.forward import tiled_forward_kernel, whole_forward_kernel
-from kernels.window_attention import resident
-from kernels.window_attention.launch import Form, Kernel, configure, constants, fused_config, tail_of
+from kernels.window_attention.launch import (
+    Form,
+    Kernel,
+    configure,
+    constants,
+    fused_config,
+    tail_of,
+    walking_config,
+)
 
 DATA = {
     "qkv",
@@ -30,11 +38,11 @@ DATA = {
     "grad_qkv",
 }  # pointers to the call's dtype; all others are to fp32
 
-RESIDENT: tuple[tuple[Kernel, Any], ...] = (
-    ("resident_queries", resident.resident_query_kernel),
-    ("resident_keys", resident.resident_key_kernel),
+TILED: tuple[tuple[Kernel, Any], ...] = (
+    ("queries", query_grad_kernel),
+    ("keys", key_grad_kernel),
+    ("bias", bias_grad_kernel),
 )
-TILED: tuple[tuple[Kernel, Any], ...] = (("queries", query_grad_kernel), ("keys", key_grad_kernel))
 HEAD_DIMS = (16, 32, 64, 128)
 
 
@@ -73,10 +81,9 @@ def launched(dtype: str, form: Form) -> Iterator[AotCase]:
     if form.whole:
         about = {"BLOCK": form.padded, "KEEP_LSE": keep_lse, **common}
         yield _case(whole_forward_kernel, dtype, form, forward, about)
-    elif form.resident:
-        config = configure("resident", form)
-        about = resident.constants(form, config) | {"KEEP_LSE": keep_lse}
-        yield _case(resident.resident_forward_kernel, dtype, form, config, about)
+    elif (config := walking_config("forward", form)) is not None:
+        about = walking.constants(form, config) | {"KEEP_LSE": keep_lse}
+        yield _case(walking.walking_forward_kernel, dtype, form, config, about)
     else:
         about = _tiles(forward, form) | {"TAIL": tail_of(form), "KEEP_LSE": keep_lse, **common}
         yield _case(tiled_forward_kernel, dtype, form, forward, about)
@@ -84,12 +91,13 @@ def launched(dtype: str, form: Form) -> Iterator[AotCase]:
         about = {"BLOCK": form.padded, "BIAS_GRAD": True, "LATE": fused.late, **constants(form)}
         yield _case(whole_backward_kernel, dtype, form, fused, about)
         return
-    for name, kernel in RESIDENT if form.resident else TILED:
+    for name, kernel in TILED:
+        if name == "keys" and (config := walking_config("keys", form)) is not None:
+            about = walking.constants(form, config) | {"BIAS_GRAD": True}
+            yield _case(walking.walking_key_kernel, dtype, form, config, about)
+            return
         config = configure(name, form)
-        about = resident.constants(form, config) if form.resident else _tiles(config, form) | common
-        yield _case(kernel, dtype, form, config, about)
-    config = configure("bias", form)
-    yield _case(bias_grad_kernel, dtype, form, config, _tiles(config, form) | common)
+        yield _case(kernel, dtype, form, config, _tiles(config, form) | common)
 
 
 def _tiles(config: Config, form: Form) -> dict[str, int]:

@@ -27,7 +27,7 @@ import triton.language as tl
 from torch import Tensor
 
 from kernels.triton_parts import LN_2, load_rows, product, store_rows
-from kernels.window_attention import resident
+from kernels.window_attention import walking
 from kernels.window_attention.launch import Call, bias_strides, configure, fused_config
 from kernels.window_attention.tiles import (
     SIZES,
@@ -481,34 +481,39 @@ def _tiled(
     *,
     bias_grad: bool,
 ) -> Gradients:
-    heads, delta = call.heads, torch.empty_like(lse)
+    heads, delta, walks = call.heads, torch.empty_like(lse), call.form.keys_walk
     queries, keys, tile = (configure(kernel, call.form) for kernel in ("queries", "keys", "bias"))
-    q_tiles, k_tiles = triton.cdiv(call.slots, queries.queries), triton.cdiv(call.slots, keys.keys)
-    q_programs, k_programs = (call.windows * (1 if call.form.resident else n) for n in (q_tiles, k_tiles))
+    q_programs, k_programs = (
+        call.windows * triton.cdiv(call.slots, block) for block in (queries.queries, keys.keys)
+    )
     tiles = triton.cdiv(call.slots, tile.queries) * triton.cdiv(call.slots, tile.keys)
     size = call.group_size(tile, tiles)
     groups = call.groups(size)
+    if walks:
+        _, groups, k_tiles = walking.key_programs(call)
+        k_programs = groups * k_tiles
     grads = _empty_partials(call, qkv, bias_grad, groups, q_programs, k_programs)
     d_bias, d_multiplier, d_pads = (bias if part is None else part for part in grads)
     numbers = *call.sizes, *bias_strides(bias), call.scale
-    if call.form.resident:
-        resident.backward(
-            call, grad_out, qkv, out, bias, multiplier, pad_kv, lse, delta, grad_qkv, d_multiplier, d_pads
-        )
-    else:
-        transposed = bias.mT.contiguous()  # read along its rows, as all others
-        query_grad_kernel[(q_programs * heads,)](
-            grad_out, qkv, out, bias, multiplier, pad_kv, lse, delta, grad_qkv, d_multiplier, *numbers,
-            SIDE=call.form.side, BLOCK_Q=queries.queries, BLOCK_K=queries.keys, PADS_ARE_KEYS=call.pads_are_keys, **call.constants, **queries.options,
+    common = {"SIDE": call.form.side, "PADS_ARE_KEYS": call.pads_are_keys, **call.constants}
+    query_grad_kernel[(q_programs * heads,)](
+        grad_out, qkv, out, bias, multiplier, pad_kv, lse, delta, grad_qkv, d_multiplier, *numbers,
+        BLOCK_Q=queries.queries, BLOCK_K=queries.keys, **common, **queries.options,
+    )  # fmt: skip
+    transposed = bias.mT.contiguous()  # read along its rows, as all others
+    if walks:
+        walking.key_backward(
+            call, grad_out, qkv, transposed, multiplier, pad_kv, lse, delta, grad_qkv, d_bias, d_pads, bias_grad=bias_grad
         )  # fmt: skip
-        key_grad_kernel[(k_programs * heads,)](
-            grad_out, qkv, transposed, multiplier, pad_kv, lse, delta, grad_qkv, d_pads, *numbers,
-            SIDE=call.form.side, BLOCK_Q=keys.queries, BLOCK_K=keys.keys, PADS_ARE_KEYS=call.pads_are_keys, **call.constants, **keys.options,
-        )  # fmt: skip
+        return Gradients(grad_qkv, *grads)
+    key_grad_kernel[(k_programs * heads,)](
+        grad_out, qkv, transposed, multiplier, pad_kv, lse, delta, grad_qkv, d_pads, *numbers,
+        BLOCK_Q=keys.queries, BLOCK_K=keys.keys, **common, **keys.options,
+    )  # fmt: skip
     if bias_grad:
         bias_grad_kernel[(groups * tiles * heads,)](
             grad_out, qkv, bias, multiplier, pad_kv, lse, delta, d_bias, *numbers, size,
-            SIDE=call.form.side, BLOCK_Q=tile.queries, BLOCK_K=tile.keys, PADS_ARE_KEYS=call.pads_are_keys, **call.constants, **tile.options,
+            BLOCK_Q=tile.queries, BLOCK_K=tile.keys, **common, **tile.options,
         )  # fmt: skip
     return Gradients(grad_qkv, *grads)
 

@@ -16,7 +16,7 @@ import triton.language as tl
 from torch import Tensor
 
 from kernels.triton_parts import load_rows, product, store_rows
-from kernels.window_attention import resident
+from kernels.window_attention import walking
 from kernels.window_attention.launch import Call, bias_strides, configure, tail_of
 from kernels.window_attention.tiles import (
     SIZES,
@@ -234,8 +234,8 @@ def forward(call: Call, qkv: Tensor, bias: Tensor, multiplier: Tensor, pad_kv: T
                 BLOCK=call.form.padded, KEEP_LSE=keep_lse, PADS_ARE_KEYS=call.pads_are_keys, **call.constants, **config.options,
             )  # fmt: skip
             return out
-        if call.form.resident:
-            resident.forward(call, qkv, bias, multiplier, pad_kv, lse, out)
+        if call.form.walks:
+            walking.forward(call, qkv, bias, multiplier, pad_kv, lse, out)
             return out
         tiled_forward_kernel[(call.windows * triton.cdiv(call.slots, config.queries) * heads,)](
             qkv, bias, multiplier, pad_kv, out, lse, *call.sizes, *bias_strides(bias), call.scale,

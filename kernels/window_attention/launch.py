@@ -62,9 +62,14 @@ class Form:
         return self.whole and fused_config(self) is not None
 
     @property
-    def resident(self) -> bool:
-        """Whether a program has a window that stays on the chip, where it is not one tile."""
-        return self.half and self.block_d <= 64 and self.slots <= 256 and self.arch >= 90
+    def walks(self) -> bool:
+        """Whether a program of the forward has a tile of queries and walks over windows; whole windows aside."""
+        return not self.whole and walking_config("forward", self) is not None
+
+    @property
+    def keys_walk(self) -> bool:
+        """Whether a program of the backward has a tile of keys and walks over windows."""
+        return not self.fused_backward and walking_config("keys", self) is not None
 
     @property
     def padded(self) -> int:
@@ -183,11 +188,19 @@ def fused_config(form: Form) -> Config | None:
     return Config(0, 0, warps, 3, late=form.arch < 90)
 
 
-Kernel = Literal["forward", "resident", "resident_queries", "resident_keys", "queries", "keys", "bias"]
+Kernel = Literal["forward", "queries", "keys", "bias"]
+
+
+def walking_config(kernel: Literal["forward", "keys"], form: Form) -> Config | None:
+    """For the two kernels that walk over windows with one tile; None where the tiled kernels do it."""
+    if not form.half or form.block_d > 64 or form.slots > 256 or form.arch < 90:
+        return None
+    name = f"walking {kernel}"
+    return forced[name] if name in forced else Config(64, 0, 4, 1)
 
 
 def configure(kernel: Kernel, form: Form) -> Config:
-    """For the forward (whole or tiled), for those of windows that stay, and for the tiled backward's kernels."""
+    """For the forward (whole or tiled) and for the tiled backward's kernels."""
     if (config := forced.get(kernel)) is not None:
         return config
     if form.whole and kernel == "forward":
@@ -202,8 +215,6 @@ def configure(kernel: Kernel, form: Form) -> Config:
 def _hopper(kernel: Kernel, form: Form) -> Config:
     tight, wide = form.tight, form.block_d == 128
     match kernel:
-        case "resident" | "resident_queries" | "resident_keys":
-            return Config(64, 0, 4, 1)
         case "forward":
             return Config(32, 32, 4, 1) if wide and tight else Config(64, 32, 4, 3)
         case "queries":

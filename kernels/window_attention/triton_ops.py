@@ -80,7 +80,15 @@ def _forward(
 
     qkv = _aligned(qkv)
     lse = qkv.new_empty(_lse_shape(call, training), dtype=torch.float32)
-    operands = _operands(call, qkv, bias, logit_scale, pad_kv, whole=call.form.whole)
+    operands = _operands(
+        call,
+        qkv,
+        bias,
+        logit_scale,
+        pad_kv,
+        side=call.form.padded if call.form.whole else call.form.side,
+        kinds=not (call.form.whole or call.form.walks),
+    )
     return forward(call, qkv, *operands, lse), lse
 
 
@@ -131,7 +139,15 @@ def _backward(
     from kernels.window_attention.backward import backward
 
     qkv = _aligned(qkv)
-    operands = _operands(call, qkv, bias, logit_scale, pad_kv, whole=call.form.fused_backward)
+    operands = _operands(
+        call,
+        qkv,
+        bias,
+        logit_scale,
+        pad_kv,
+        side=call.form.padded if call.form.fused_backward else call.form.side,
+        kinds=not call.form.fused_backward,
+    )
     grads = backward(call, _aligned(grad), qkv, out, lse, *operands, bias_grad=bias_grad)
     d_bias, d_scale, d_pads = (qkv.new_empty(0) for _ in range(3))  # results may not share memory
     if bias is not None and grads.bias is not None:
@@ -225,14 +241,14 @@ def _operands(
     logit_scale: Tensor | None,
     pad_kv: Tensor | None,
     *,
-    whole: bool,
+    side: int,
+    kinds: bool,
 ) -> tuple[Tensor, Tensor, Tensor]:
     """bias, multiplier and pad_kv as the kernels take them; something stands for what they will not look at.
 
-    The bias is [kinds, h, side, side]: kernels for whole windows make their mask themselves, those in tiles find it in
-    the bias of the window's kind.
+    The bias is [kinds, h, side, side]: kernels that walk over windows make their mask themselves, once; the others find
+    it in the bias of the window's kind.
     """
-    side = call.form.padded if whole else call.form.side
     if bias is None:
         expanded = remember(qkv, _no_bias, call.slots, side)
     elif bias.dim() == 2:
@@ -244,7 +260,7 @@ def _operands(
             expanded, (0, 0, 0, more)
         ).contiguous()  # F.pad keeps the strides of what it need not pad
     expanded = expanded[None]
-    if call.masked and not whole:
+    if call.masked and kinds:
         expanded = expanded + remember(qkv, _kinds, call.grid, not call.pads_are_keys, side)
     multiplier = expanded
     if logit_scale is not None:
