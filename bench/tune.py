@@ -86,15 +86,12 @@ def window_candidates(case: WindowCase) -> Iterator[Candidate]:
             config = Config(0, 0, warps, stages, late, programs)
             yield Candidate(case.name, TRAINING, "fused", config)
         return
-    for stages, programs, (warps, registers) in itertools.product(
-        (1, 2), (2, 4), ((4, None), (4, 168), (8, None), (8, 128))
-    ):
-        config = Config(64, 0, warps, stages, programs=programs, registers=registers)
-        yield Candidate(case.name, FORWARD, "walking forward", config)
-        yield Candidate(case.name, TRAINING, "walking keys", config)
-    yield Candidate(case.name, FORWARD, "walking forward", None)
-    yield Candidate(case.name, TRAINING, "walking keys", None)
-    return
+    for queries, keys, warps, stages in itertools.product((64, 128), (32, 64, 128), (4, 8), (2, 3)):
+        yield Candidate(case.name, FORWARD, "forward", Config(queries, keys, warps, stages))
+    for queries, keys, warps, stages in itertools.product((64, 128), (32, 64), (4, 8), (1, 2, 3)):
+        yield Candidate(case.name, TRAINING, "queries", Config(queries, keys, warps, stages))
+    for queries, keys, warps, stages in itertools.product((16, 32, 64), (64, 128), (4, 8), (1, 2, 3)):
+        yield Candidate(case.name, TRAINING, "keys", Config(queries, keys, warps, stages))
     for (queries, keys, warps), stages, programs in itertools.product(
         ((64, 64, 4), (128, 64, 8), (64, 128, 8)), (2, 3), (4, 8)
     ):
@@ -220,8 +217,8 @@ def time_case(bench: Bench, mine: Sequence[Candidate], why: dict[Candidate, str]
     base = medians.get(mine[0], float("nan"))
     rows = [
         {
-            "case": c.case, "mode": c.mode, "kernel": c.kernel, "config": c.config and list(c.config), "ms": 1e3 * medians[c] if c in medians else None,
-            "ratio": medians[c] / base if c in medians else None, "why": why[c],
+            "case": c.case, "mode": c.mode, "kernel": c.kernel, "config": c.config and list(c.config), "why": why[c],
+            "ms": 1e3 * medians[c] if c in medians else None, "ratio": medians[c] / base if c in medians else None,
         }
         for c in mine
     ]  # fmt: skip

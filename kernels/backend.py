@@ -98,6 +98,13 @@ def _refusal(function: str, requested: str, plan: Plan) -> str | None:
     raise ValueError(f"{function}: unknown backend {requested!r}; supported: {names}")
 
 
+def is_hopper(device: torch.device) -> bool:
+    """Whether what was measured on an H200 counts for this device: it has Hopper multiprocessors (compute capability 9.0)."""
+    if device.type != "cuda" or torch.version.hip is not None:
+        return False
+    return torch.cuda.get_device_properties(device).major == 9
+
+
 def triton_refusal(device: torch.device) -> str | None:
     """Why Triton kernels cannot run on `device`; None where they can. Triton is not imported by a mere question."""
     if not HAS_TRITON:

@@ -21,7 +21,7 @@ class Config(NamedTuple):
     num_warps: int
     num_stages: int
     late: bool = False  # window attention's backward in one kernel: see LATE there
-    programs: int = 4  # to a multiprocessor, of a kernel that walks over windows: enough to fill it, few enough to keep its bias
+    programs: int = 4  # to a multiprocessor, of a kernel that walks over windows and keeps a bias meanwhile
     registers: int | None = None  # at most so many to a thread, for more programs on a multiprocessor
 
     @property

@@ -237,7 +237,7 @@ def test_is_part_of_torch(device: str) -> None:
         assert attend(*leaves).dtype == HALF
 
     starts, lengths = torch.tensor([0, 13], device=device), torch.tensor([13, 27], device=device)
-    call = (*leaves, starts, lengths, None, torch.tensor(5, device=device), 40, 0.3, 0.2)
+    call = (*leaves, starts, lengths, None, torch.tensor(5, device=device), 40, False, 0.3, 0.2)
     torch.library.opcheck(triton_ops._forward, call)
     out, lse = (result.detach() for result in triton_ops._forward(*call))
     still = [arg.detach() if isinstance(arg, Tensor) else arg for arg in call]

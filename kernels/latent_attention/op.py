@@ -9,7 +9,7 @@ import torch
 from torch import Tensor
 
 from kernels.autocast import autocast_dtype
-from kernels.backend import Choice, Plan, describe, resolve
+from kernels.backend import Choice, Plan, describe, is_hopper, resolve
 from kernels.latent_attention import eager, reference, sdpa, triton_ops
 from kernels.latent_attention.dropout import seed_tensor
 from kernels.latent_attention.packing import unpack_keys
@@ -91,7 +91,8 @@ def latent_attention(
     if low is not None:
         q, k, v = q.to(low), k.to(low), v.to(low)
     _check(q, k, v, key_lengths, cu_seqlens_k, key_mask, dropout_p)
-    backend = resolve(NAME, backend, plan(q, k, v, dropout_p, return_lse))
+    dense = key_lengths is None and cu_seqlens_k is None and key_mask is None
+    backend = resolve(NAME, backend, plan(q, k, v, dropout_p, return_lse, dense))
     scale = q.shape[-1] ** -0.5 if scale is None else scale
     drop = seed_tensor(seed, q.device) if dropout_p > 0 else None
     with torch.autocast(q.device.type, enabled=False) if low else nullcontext():
@@ -118,10 +119,11 @@ def explain(
 ) -> Choice:
     """`kernels.explain(latent_attention, ...)`."""
     _check(q, k, v, key_lengths, cu_seqlens_k, key_mask, dropout_p)
-    return describe(NAME, backend, plan(q, k, v, dropout_p, return_lse))
+    dense = key_lengths is None and cu_seqlens_k is None and key_mask is None
+    return describe(NAME, backend, plan(q, k, v, dropout_p, return_lse, dense))
 
 
-def plan(q: Tensor, k: Tensor, v: Tensor, dropout_p: float, return_lse: bool) -> Plan:
+def plan(q: Tensor, k: Tensor, v: Tensor, dropout_p: float, return_lse: bool, dense: bool) -> Plan:
     """What auto takes for this call, and what the others cannot do. The figures behind it are in
     kernels/README.md."""
     why = triton_ops.refusal(q, v)
@@ -133,18 +135,34 @@ def plan(q: Tensor, k: Tensor, v: Tensor, dropout_p: float, return_lse: bool) ->
         reasons.append(f"torch's attention takes no seed, so dropout_p={dropout_p} could not be reproduced")
     if k.shape[-3] == 0:
         reasons.append("there are no keys")
+    hopper = why is None and is_hopper(q.device) and q.dtype.itemsize == 2
+    if hopper and (reasons or not (dense and fills_hopper(q, v))):
+        if reasons:
+            refusals["sdpa"] = "; ".join(reasons)
+        return Plan("triton", "measured faster on an H200 than torch's kernels for such a call", refusals)
     if reasons:
         return Plan("eager", "the fastest that was measured", refusals | {"sdpa": "; ".join(reasons)})
+    if hopper:
+        return Plan("sdpa", "cuDNN's attention, measured faster on an H200 where it fills the GPU", refusals)
     if q.device.type != "cpu":
-        reason = f"torch's fused attention; not measured on {q.device.type} yet"
-        if why is None:
-            reason += ", where no kernel of ours has run: ask for triton by name"
-        return Plan("sdpa", reason, refusals)
+        reason = f"torch's fused attention; nothing was measured on {q.device.type} like this in {q.dtype}"
+        return Plan("sdpa", reason + (": triton can be asked for by name" if why is None else ""), refusals)
     if q.shape[1] > 1 and k.shape[-3] <= FEW_KEYS:
         return Plan(
             "eager", f"measured faster on CPUs for several queries and up to {FEW_KEYS} keys", refusals
         )
     return Plan("sdpa", f"measured faster on CPUs for one query and for more than {FEW_KEYS} keys", refusals)
+
+
+def fills_hopper(q: Tensor, v: Tensor) -> bool:
+    """Whether cuDNN's attention, which has a program for 128 queries of a head and does not split keys, keeps so much of a
+    Hopper GPU busy that it beats `triton`: that reaches so much of cuDNN's rate on a full one."""
+    if max(q.shape[-1], v.shape[-1]) > 128:
+        return False
+    programs = q.shape[0] * q.shape[2] * -(-q.shape[1] // 128)
+    slots = torch.cuda.get_device_properties(q.device).multi_processor_count
+    busy = programs / (-(-programs // slots) * slots)
+    return busy >= (0.7 if max(q.shape[-1], v.shape[-1]) > 64 else 0.85)
 
 
 def _run(

@@ -12,7 +12,6 @@ from typing import Any
 
 from kernels.aot import AotCase, Expects
 from kernels.launch import Config
-from kernels.window_attention import walking
 from kernels.window_attention.backward import (
     bias_grad_kernel,
     key_grad_kernel,
@@ -27,7 +26,6 @@ from kernels.window_attention.launch import (
     constants,
     fused_config,
     tail_of,
-    walking_config,
 )
 
 DATA = {
@@ -81,9 +79,6 @@ def launched(dtype: str, form: Form) -> Iterator[AotCase]:
     if form.whole:
         about = {"BLOCK": form.padded, "KEEP_LSE": keep_lse, **common}
         yield _case(whole_forward_kernel, dtype, form, forward, about)
-    elif (config := walking_config("forward", form)) is not None:
-        about = walking.constants(form, config) | {"KEEP_LSE": keep_lse}
-        yield _case(walking.walking_forward_kernel, dtype, form, config, about)
     else:
         about = _tiles(forward, form) | {"TAIL": tail_of(form), "KEEP_LSE": keep_lse, **common}
         yield _case(tiled_forward_kernel, dtype, form, forward, about)
@@ -92,10 +87,6 @@ def launched(dtype: str, form: Form) -> Iterator[AotCase]:
         yield _case(whole_backward_kernel, dtype, form, fused, about)
         return
     for name, kernel in TILED:
-        if name == "keys" and (config := walking_config("keys", form)) is not None:
-            about = walking.constants(form, config) | {"BIAS_GRAD": True}
-            yield _case(walking.walking_key_kernel, dtype, form, config, about)
-            return
         config = configure(name, form)
         yield _case(kernel, dtype, form, config, _tiles(config, form) | common)
 

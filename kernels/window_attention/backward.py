@@ -27,7 +27,6 @@ import triton.language as tl
 from torch import Tensor
 
 from kernels.triton_parts import LN_2, load_rows, product, store_rows
-from kernels.window_attention import walking
 from kernels.window_attention.launch import Call, bias_strides, configure, fused_config
 from kernels.window_attention.tiles import (
     SIZES,
@@ -37,9 +36,10 @@ from kernels.window_attention.tiles import (
     inverse_norm,
     locate,
     next_place,
+    number_of,
+    own_window,
     place_of,
     regions,
-    windows_before,
     windows_of,
     with_pads,
 )
@@ -195,14 +195,11 @@ def query_grad_kernel(
     COSINE: tl.constexpr,
     PADS_ARE_KEYS: tl.constexpr,
 ) -> None:
-    """BLOCK_Q queries of one window, for one head. Grid: windows * tiles * h, head fastest, then tile."""
-    head = tl.program_id(0) % heads
+    """BLOCK_Q queries of one window, for one head. Grid: (h * tiles, windows of a sample, B), tile fastest, then head."""
     slots: tl.constexpr = WY * WX
-    tile = tl.program_id(0) // heads % tl.cdiv(slots, BLOCK_Q)
-    group = tl.program_id(0) // (heads * tl.cdiv(slots, BLOCK_Q))
-    window, _, at_bottom, at_right, down, across = windows_of(group, 1, batch, rows, columns)
-    sample, row, column = place_of(window, down, across)
-    top, left = corner_of(row, column, at_bottom, at_right, rows, columns, WY, WX)
+    tiles: tl.constexpr = (slots + BLOCK_Q - 1) // BLOCK_Q
+    head, tile = tl.program_id(0) // tiles, tl.program_id(0) % tiles
+    sample, window, at_bottom, at_right, top, left = own_window(rows, columns, WY, WX)
     plane = sample.to(tl.int64) * (height * width)
     token_stride = 3 * heads * HEAD_DIM
     q_start = qkv + plane * token_stride + head * HEAD_DIM
@@ -222,7 +219,7 @@ def query_grad_kernel(
     d_out = load_rows(grad_out + place, q_token, heads * HEAD_DIM, q_real, HEAD_DIM, BLOCK_D)
     result = load_rows(out + place, q_token, heads * HEAD_DIM, q_real, HEAD_DIM, BLOCK_D)
     q_delta = tl.sum(d_out.to(tl.float32) * result.to(tl.float32), 1)
-    line = (group.to(tl.int64) * heads + head) * slots
+    line = (window.to(tl.int64) * heads + head) * slots
     tl.store(delta + line + qn, q_delta, mask=q_real)
     q_lse = tl.load(lse + line + qn, mask=q_real, other=float("inf"))  # its weights are 0
 
@@ -244,7 +241,7 @@ def query_grad_kernel(
 
     if COSINE:
         acc, along = grad_of_unit(acc, q, q_norm, scale * LN_2)
-        tl.store(grad_multiplier + tl.program_id(0), tl.sum(along, 0))
+        tl.store(grad_multiplier + (window * tiles + tile) * heads + head, tl.sum(along, 0))
     else:
         acc = acc * (scale * LN_2)
     d_start = grad_qkv + plane * token_stride + head * HEAD_DIM
@@ -283,15 +280,12 @@ def key_grad_kernel(
     COSINE: tl.constexpr,
     PADS_ARE_KEYS: tl.constexpr,
 ) -> None:
-    """BLOCK_K keys of one window, for one head. Grid: windows * tiles * h, head fastest, then tile. Logits and all that
-    has their shape are transposed: [keys, queries]."""
-    head = tl.program_id(0) % heads
+    """BLOCK_K keys of one window, for one head. Grid: (h * tiles, windows of a sample, B), tile fastest, then head. Logits
+    and all that has their shape are transposed: [keys, queries]."""
     slots: tl.constexpr = WY * WX
-    tile = tl.program_id(0) // heads % tl.cdiv(slots, BLOCK_K)
-    group = tl.program_id(0) // (heads * tl.cdiv(slots, BLOCK_K))
-    window, _, at_bottom, at_right, down, across = windows_of(group, 1, batch, rows, columns)
-    sample, row, column = place_of(window, down, across)
-    top, left = corner_of(row, column, at_bottom, at_right, rows, columns, WY, WX)
+    tiles: tl.constexpr = (slots + BLOCK_K - 1) // BLOCK_K
+    head, tile = tl.program_id(0) // tiles, tl.program_id(0) % tiles
+    sample, window, at_bottom, at_right, top, left = own_window(rows, columns, WY, WX)
     plane = sample.to(tl.int64) * (height * width)
     token_stride = 3 * heads * HEAD_DIM
     q_start = qkv + plane * token_stride + head * HEAD_DIM
@@ -313,7 +307,7 @@ def key_grad_kernel(
         k_scale = scale * k_norm
 
     place = plane * (heads * HEAD_DIM) + head * HEAD_DIM
-    line = (group.to(tl.int64) * heads + head) * slots
+    line = (window.to(tl.int64) * heads + head) * slots
     d_k = tl.zeros([BLOCK_K, BLOCK_D], tl.float32)
     d_v = tl.zeros([BLOCK_K, BLOCK_D], tl.float32)
     for start in range(0, slots, BLOCK_Q):
@@ -341,7 +335,7 @@ def key_grad_kernel(
     if PADS_ARE_KEYS:
         pad = ((kn < slots) & ~k_real)[:, None]
         d = tl.arange(0, BLOCK_D)
-        k_start = grad_pads + (tl.program_id(0) // heads * 2 * heads + head).to(tl.int64) * HEAD_DIM
+        k_start = grad_pads + ((window * tiles + tile) * 2 * heads + head).to(tl.int64) * HEAD_DIM
         tl.store(k_start + d, tl.sum(tl.where(pad, d_k, 0.0), 0), mask=d < HEAD_DIM)
         tl.store(k_start + heads * HEAD_DIM + d, tl.sum(tl.where(pad, d_v, 0.0), 0), mask=d < HEAD_DIM)
 
@@ -390,13 +384,12 @@ def bias_grad_kernel(
     token_stride = 3 * heads * HEAD_DIM
     if COSINE:
         scale = tl.load(multiplier + head)
-    before = windows_before(at_bottom, at_right, batch, rows, columns)
     tile = tl.minimum(qn, SIDE - 1)[:, None] * SIDE + tl.minimum(kn, SIDE - 1)[None, :]
     bias_tile = tl.load(bias_of(bias, kind_stride, bias_stride, at_bottom, at_right, head) + tile)
 
     acc = tl.zeros([BLOCK_Q, BLOCK_K], tl.float32)
     sample, row, column = place_of(first, down, across)
-    for window in range(first, last):
+    for _ in range(first, last):
         top, left = corner_of(row, column, at_bottom, at_right, rows, columns, WY, WX)
         q_token, q_real = locate(qn, top, left, height, width, WY, WX, sy, sx)
         k_token, k_real = locate(kn, top, left, height, width, WY, WX, sy, sx)
@@ -410,7 +403,8 @@ def bias_grad_kernel(
         if PADS_ARE_KEYS:
             k = with_pads(k, pad_kv + head * HEAD_DIM, kn, slots, k_real, HEAD_DIM, BLOCK_D)
             v = with_pads(v, pad_kv + (heads + head) * HEAD_DIM, kn, slots, k_real, HEAD_DIM, BLOCK_D)
-        line = ((before + window).to(tl.int64) * heads + head) * slots
+        number = number_of(sample, row, column, at_bottom, at_right, rows, columns)
+        line = (number.to(tl.int64) * heads + head) * slots
         q_lse = tl.load(lse + line + qn, mask=q_real, other=float("inf"))
         q_delta = tl.load(delta + line + qn, mask=q_real, other=0.0)
         q_scale = tl.zeros([BLOCK_Q], tl.float32) + scale
@@ -481,7 +475,7 @@ def _tiled(
     *,
     bias_grad: bool,
 ) -> Gradients:
-    heads, delta, walks = call.heads, torch.empty_like(lse), call.form.keys_walk
+    heads, delta = call.heads, torch.empty_like(lse)
     queries, keys, tile = (configure(kernel, call.form) for kernel in ("queries", "keys", "bias"))
     q_programs, k_programs = (
         call.windows * triton.cdiv(call.slots, block) for block in (queries.queries, keys.keys)
@@ -489,24 +483,16 @@ def _tiled(
     tiles = triton.cdiv(call.slots, tile.queries) * triton.cdiv(call.slots, tile.keys)
     size = call.group_size(tile, tiles)
     groups = call.groups(size)
-    if walks:
-        _, groups, k_tiles = walking.key_programs(call)
-        k_programs = groups * k_tiles
     grads = _empty_partials(call, qkv, bias_grad, groups, q_programs, k_programs)
     d_bias, d_multiplier, d_pads = (bias if part is None else part for part in grads)
     numbers = *call.sizes, *bias_strides(bias), call.scale
     common = {"SIDE": call.form.side, "PADS_ARE_KEYS": call.pads_are_keys, **call.constants}
-    query_grad_kernel[(q_programs * heads,)](
+    query_grad_kernel[call.each_window(queries.queries)](
         grad_out, qkv, out, bias, multiplier, pad_kv, lse, delta, grad_qkv, d_multiplier, *numbers,
         BLOCK_Q=queries.queries, BLOCK_K=queries.keys, **common, **queries.options,
     )  # fmt: skip
     transposed = bias.mT.contiguous()  # read along its rows, as all others
-    if walks:
-        walking.key_backward(
-            call, grad_out, qkv, transposed, multiplier, pad_kv, lse, delta, grad_qkv, d_bias, d_pads, bias_grad=bias_grad
-        )  # fmt: skip
-        return Gradients(grad_qkv, *grads)
-    key_grad_kernel[(k_programs * heads,)](
+    key_grad_kernel[call.each_window(keys.keys)](
         grad_out, qkv, transposed, multiplier, pad_kv, lse, delta, grad_qkv, d_pads, *numbers,
         BLOCK_Q=keys.queries, BLOCK_K=keys.keys, **common, **keys.options,
     )  # fmt: skip

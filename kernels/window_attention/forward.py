@@ -16,7 +16,6 @@ import triton.language as tl
 from torch import Tensor
 
 from kernels.triton_parts import load_rows, product, store_rows
-from kernels.window_attention import walking
 from kernels.window_attention.launch import Call, bias_strides, configure, tail_of
 from kernels.window_attention.tiles import (
     SIZES,
@@ -26,9 +25,10 @@ from kernels.window_attention.tiles import (
     inverse_norm,
     locate,
     next_place,
+    number_of,
+    own_window,
     place_of,
     regions,
-    windows_before,
     windows_of,
     with_pads,
 )
@@ -79,7 +79,7 @@ def whole_forward_kernel(
 
     token_stride = 3 * heads * HEAD_DIM
     sample, row, column = place_of(first, down, across)
-    for window in range(first, last):
+    for _ in range(first, last):
         top, left = corner_of(row, column, at_bottom, at_right, rows, columns, WY, WX)
         token, real = locate(n, top, left, height, width, WY, WX, sy, sx)
         plane = sample.to(tl.int64) * (height * width)
@@ -112,7 +112,7 @@ def whole_forward_kernel(
             BLOCK_D,
         )
         if KEEP_LSE:
-            number = windows_before(at_bottom, at_right, batch, rows, columns) + window
+            number = number_of(sample, row, column, at_bottom, at_right, rows, columns)
             line = (number.to(tl.int64) * heads + head) * (WY * WX)
             tl.store(
                 lse + line + n, tl.where(nothing, float("inf"), largest + tl.log2(total)), mask=n < WY * WX
@@ -151,14 +151,11 @@ def tiled_forward_kernel(
     PADS_ARE_KEYS: tl.constexpr,
     KEEP_LSE: tl.constexpr,  # for a backward in tiles
 ) -> None:
-    """BLOCK_Q queries of one window, for one head. Grid: windows * tiles * h, head fastest, then tile."""
-    head = tl.program_id(0) % heads
-    tiles = tl.cdiv(WY * WX, BLOCK_Q)
-    tile = tl.program_id(0) // heads % tiles
-    group = tl.program_id(0) // (heads * tiles)  # of one window
-    window, _, at_bottom, at_right, down, across = windows_of(group, 1, batch, rows, columns)
-    sample, row, column = place_of(window, down, across)
-    top, left = corner_of(row, column, at_bottom, at_right, rows, columns, WY, WX)
+    """BLOCK_Q queries of one window, for one head. Grid: (h * tiles, windows of a sample, B), tile fastest, then head."""
+    slots: tl.constexpr = WY * WX
+    tiles: tl.constexpr = (slots + BLOCK_Q - 1) // BLOCK_Q
+    head, tile = tl.program_id(0) // tiles, tl.program_id(0) % tiles
+    sample, window, at_bottom, at_right, top, left = own_window(rows, columns, WY, WX)
     plane = sample.to(tl.int64) * (height * width)
     token_stride = 3 * heads * HEAD_DIM
     q_start = qkv + plane * token_stride + head * HEAD_DIM
@@ -175,14 +172,14 @@ def tiled_forward_kernel(
     acc = tl.zeros([BLOCK_Q, BLOCK_D], tl.float32)
     largest = tl.full([BLOCK_Q], float("-inf"), tl.float32)
     total = tl.zeros([BLOCK_Q], tl.float32)
-    for start in range(0, WY * WX // BLOCK_K * BLOCK_K, BLOCK_K):
+    for start in range(0, slots // BLOCK_K * BLOCK_K, BLOCK_K):
         kn = start + tl.arange(0, BLOCK_K)
         acc, largest, total = attend(
             acc, largest, total, q, q_scale, bias_rows, kn, q_start, token_stride, pad_kv, head, heads,
             top, left, height, width, sy, sx, WY, WX, HEAD_DIM, BLOCK_D, COSINE, PADS_ARE_KEYS,
         )  # fmt: skip
     if TAIL > 0:
-        kn = WY * WX // BLOCK_K * BLOCK_K + tl.arange(0, TAIL)
+        kn = slots // BLOCK_K * BLOCK_K + tl.arange(0, TAIL)
         acc, largest, total = attend(
             acc, largest, total, q, q_scale, bias_rows, kn, q_start, token_stride, pad_kv, head, heads,
             top, left, height, width, sy, sx, WY, WX, HEAD_DIM, BLOCK_D, COSINE, PADS_ARE_KEYS,
@@ -195,10 +192,8 @@ def tiled_forward_kernel(
         q_token, heads * HEAD_DIM, q_real, acc * (1.0 / total)[:, None], HEAD_DIM, BLOCK_D,
     )  # fmt: skip
     if KEEP_LSE:
-        line = (group.to(tl.int64) * heads + head) * (WY * WX)
-        tl.store(
-            lse + line + qn, tl.where(nothing, float("inf"), largest + tl.log2(total)), mask=qn < WY * WX
-        )
+        line = (window.to(tl.int64) * heads + head) * slots
+        tl.store(lse + line + qn, tl.where(nothing, float("inf"), largest + tl.log2(total)), mask=qn < slots)
 
 
 @triton.jit
@@ -234,10 +229,7 @@ def forward(call: Call, qkv: Tensor, bias: Tensor, multiplier: Tensor, pad_kv: T
                 BLOCK=call.form.padded, KEEP_LSE=keep_lse, PADS_ARE_KEYS=call.pads_are_keys, **call.constants, **config.options,
             )  # fmt: skip
             return out
-        if call.form.walks:
-            walking.forward(call, qkv, bias, multiplier, pad_kv, lse, out)
-            return out
-        tiled_forward_kernel[(call.windows * triton.cdiv(call.slots, config.queries) * heads,)](
+        tiled_forward_kernel[call.each_window(config.queries)](
             qkv, bias, multiplier, pad_kv, out, lse, *call.sizes, *bias_strides(bias), call.scale,
             SIDE=call.form.side, BLOCK_Q=config.queries, BLOCK_K=config.keys, TAIL=tail_of(call.form),
             KEEP_LSE=keep_lse, PADS_ARE_KEYS=call.pads_are_keys, **call.constants, **config.options,

@@ -6,8 +6,7 @@ Legend in tiles.py.
 from __future__ import annotations
 
 from dataclasses import dataclass
-from functools import cache, cached_property
-from itertools import combinations_with_replacement
+from functools import cached_property
 from typing import Any, Literal
 
 import torch
@@ -17,6 +16,7 @@ from kernels.launch import Config, forced, power_of_two, processor
 from kernels.window_attention.geometry import Grid
 
 MAX_HEAD_DIM = 128
+MAX_GRID = 65_535  # of the grid's second and third axis
 BIAS_STEP = 64  # a multiple of what the tiled kernels take of the bias's columns at once
 
 
@@ -60,16 +60,6 @@ class Form:
     def fused_backward(self) -> bool:
         """Whether one kernel does the backward of a whole window: where that takes no more registers than there are."""
         return self.whole and fused_config(self) is not None
-
-    @property
-    def walks(self) -> bool:
-        """Whether a program of the forward has a tile of queries and walks over windows; whole windows aside."""
-        return not self.whole and walking_config("forward", self) is not None
-
-    @property
-    def keys_walk(self) -> bool:
-        """Whether a program of the backward has a tile of keys and walks over windows."""
-        return not self.fused_backward and walking_config("keys", self) is not None
 
     @property
     def padded(self) -> int:
@@ -131,6 +121,10 @@ class Call:
         """The constants that every kernel takes."""
         return constants(self.form)
 
+    def each_window(self, block: int) -> tuple[int, int, int]:
+        """The grid where a program has one head, and one tile of `block` slots of one window."""
+        return self.heads * -(-self.slots // block), self.grid.windows, self.batch
+
     def group_size(self, config: Config, tiles: int = 1) -> int:
         """Windows to a group, where a program has one head and one of `tiles` tiles of each window in its group."""
         groups = -(-config.programs * processor(self.device)[1] // (self.heads * tiles))
@@ -153,15 +147,6 @@ def bias_strides(bias: Tensor) -> tuple[int, int]:
     """From one kind of window, and from one head's expanded bias, to the next: 0 where all share one. [kinds, h, ., .]"""
     kinds, heads = bias.shape[:2]
     return 0 if kinds == 1 else bias.stride(0), 0 if heads == 1 else bias.stride(1)
-
-
-@cache
-def pieces(slots: int) -> dict[str, int]:
-    """Up to four powers of two, 16 to 64, that hold N with the least left over, in the fewest pieces."""
-    sizes = (64, 32, 16, 0)
-    fitting = [some for some in combinations_with_replacement(sizes, 4) if sum(some) >= slots]
-    best = min(fitting, key=lambda some: (sum(some), len(some) - some.count(0)))
-    return dict(zip(("N1", "N2", "N3", "N4"), best, strict=True))
 
 
 def tail_of(form: Form) -> int:
@@ -189,14 +174,6 @@ def fused_config(form: Form) -> Config | None:
 
 
 Kernel = Literal["forward", "queries", "keys", "bias"]
-
-
-def walking_config(kernel: Literal["forward", "keys"], form: Form) -> Config | None:
-    """For the two kernels that walk over windows with one tile; None where the tiled kernels do it."""
-    if not form.half or form.block_d > 64 or form.slots > 256 or form.arch < 90:
-        return None
-    name = f"walking {kernel}"
-    return forced[name] if name in forced else Config(64, 0, 4, 1)
 
 
 def configure(kernel: Kernel, form: Form) -> Config:

@@ -8,7 +8,7 @@ import torch
 from torch import Tensor
 
 from kernels.autocast import autocast_dtype
-from kernels.backend import Choice, Plan, describe, resolve
+from kernels.backend import Choice, Plan, describe, is_hopper, resolve
 from kernels.transforms import refuse_transforms
 from kernels.window_attention import eager, reference, sdpa, triton_ops
 from kernels.window_attention.geometry import Grid
@@ -89,14 +89,14 @@ def explain(
 
 def plan(qkv: Tensor, grid: Grid) -> Plan:
     """What auto takes for this call. The figures behind it are in kernels/README.md."""
-    why = triton_ops.refusal(qkv, grid.slots)
+    why = triton_ops.refusal(qkv, grid)
     refusals = {} if why is None else {"triton": why}
     if qkv.device.type == "cpu":
         return Plan("eager", "measured faster on CPUs at every shape that was tried", refusals)
-    reason = f"torch's fused attention; not measured on {qkv.device.type} yet"
-    if why is None:
-        reason += ", where no kernel of ours has run: ask for triton by name"
-    return Plan("sdpa", reason, refusals)
+    if why is None and is_hopper(qkv.device) and qkv.dtype.itemsize == 2:
+        return Plan("triton", "measured faster on an H200 at every shape that was tried", refusals)
+    reason = f"torch's fused attention; nothing was measured on {qkv.device.type} like this in {qkv.dtype}"
+    return Plan("sdpa", reason + (": triton can be asked for by name" if why is None else ""), refusals)
 
 
 def _check(

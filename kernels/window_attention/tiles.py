@@ -78,14 +78,21 @@ def corner_of(row, column, at_bottom, at_right, rows, columns, wy, wx):
 
 
 @triton.jit
-def windows_before(at_bottom, at_right, batch, rows, columns):
-    """How many windows the kinds before this one have, in the order of `windows_of`."""
-    interior = batch * (rows - 1) * (columns - 1)
-    right = interior + batch * (rows - 1)
-    bottom = right + batch * (columns - 1)
-    return tl.where(
-        at_bottom == 1, tl.where(at_right == 1, bottom, right), tl.where(at_right == 1, interior, 0)
-    )
+def number_of(sample, row, column, at_bottom, at_right, rows, columns):
+    """Of a window at `place_of` among all: samples, rows and columns in their order."""
+    return (sample * rows + at_bottom * (rows - 1) + row) * columns + at_right * (columns - 1) + column
+
+
+@triton.jit
+def own_window(rows, columns, wy, wx):
+    """The window of a program whose grid is (., windows of a sample, samples): sample, `number_of`, whether it is at the
+    bottom and at the right, and `corner_of`. One division: such a program has one window, and little time for it."""
+    sample = tl.program_id(2)
+    row = tl.program_id(1) // columns
+    column = tl.program_id(1) % columns
+    at_bottom = (row == rows - 1).to(tl.int32)
+    at_right = (column == columns - 1).to(tl.int32)
+    return sample, sample * rows * columns + tl.program_id(1), at_bottom, at_right, row * wy, column * wx
 
 
 @triton.jit

@@ -20,14 +20,15 @@ from kernels.backend import triton_refusal
 from kernels.launch import LOG2_E
 from kernels.window_attention.bias import bias_table_grad, expand_bias_table
 from kernels.window_attention.geometry import Grid, masks, remember
-from kernels.window_attention.launch import MAX_HEAD_DIM, Call
+from kernels.window_attention.launch import MAX_GRID, MAX_HEAD_DIM, Call
 from kernels.window_attention.reference import MAX_LOGIT_SCALE, logit_multiplier
 
 MAX_OFFSET = 2**31  # offsets within one sample, and within one head's bias, are 32-bit
 
 
-def refusal(qkv: Tensor, slots: int) -> str | None:
+def refusal(qkv: Tensor, grid: Grid) -> str | None:
     """Why the kernels cannot run this call; None where they can."""
+    slots = grid.slots
     if (why := triton_refusal(qkv.device)) is not None:
         return why
     if qkv.dtype == torch.float64:
@@ -38,6 +39,8 @@ def refusal(qkv: Tensor, slots: int) -> str | None:
         return f"a window must have fewer than {math.isqrt(MAX_OFFSET) + 1:,} slots, got {slots:,}"
     if qkv[:1].numel() >= MAX_OFFSET:
         return f"one sample of qkv must have fewer than 2^31 numbers, got {qkv[:1].numel():,}"
+    if max(len(qkv), grid.windows) > MAX_GRID:
+        return f"it takes up to {MAX_GRID:,} samples of as many windows, got {len(qkv):,} of {grid.windows:,}"
     return None
 
 
@@ -87,7 +90,7 @@ def _forward(
         logit_scale,
         pad_kv,
         side=call.form.padded if call.form.whole else call.form.side,
-        kinds=not (call.form.whole or call.form.walks),
+        kinds=not call.form.whole,
     )
     return forward(call, qkv, *operands, lse), lse
 
