@@ -14,6 +14,7 @@ from torch import Tensor
 
 from kernels.backend import triton_refusal
 from kernels.latent_attention.launch import MAX_HEAD_DIM
+from kernels.operators import operator
 
 if TYPE_CHECKING:
     from kernels.latent_attention.forward import Call
@@ -60,7 +61,25 @@ def latent_attention(
     return out, lse
 
 
-@torch.library.custom_op("auroraio::latent_attention_forward", mutates_args=())
+def _fake_forward(
+    q: Tensor,
+    k: Tensor,
+    v: Tensor,
+    starts: Tensor,
+    lengths: Tensor,
+    mask: Tensor | None,
+    seed: Tensor | None,
+    longest: int,
+    dense: bool,
+    scale: float,
+    dropout_p: float,
+) -> tuple[Tensor, Tensor]:
+    batch, queries, heads, _ = q.shape
+    out = q.new_empty((batch, queries, heads, v.shape[2]))
+    return out, q.new_empty((batch, heads, queries), dtype=torch.float32)
+
+
+@operator("latent_attention_forward", _fake_forward)
 def _forward(
     q: Tensor,
     k: Tensor,
@@ -83,8 +102,11 @@ def _forward(
     return forward(_call(q, k, v, starts, lengths, mask, seed, longest, dense, scale, dropout_p))
 
 
-@_forward.register_fake
-def _fake_forward(
+def _fake_backward(
+    grad_out: Tensor,
+    grad_lse: Tensor,
+    out: Tensor,
+    lse: Tensor,
     q: Tensor,
     k: Tensor,
     v: Tensor,
@@ -96,13 +118,11 @@ def _fake_forward(
     dense: bool,
     scale: float,
     dropout_p: float,
-) -> tuple[Tensor, Tensor]:
-    batch, queries, heads, _ = q.shape
-    out = q.new_empty((batch, queries, heads, v.shape[2]))
-    return out, q.new_empty((batch, heads, queries), dtype=torch.float32)
+) -> tuple[Tensor, Tensor, Tensor]:
+    return q.new_empty(q.shape), k.new_empty(k.shape), v.new_empty(v.shape)
 
 
-@torch.library.custom_op("auroraio::latent_attention_backward", mutates_args=())
+@operator("latent_attention_backward", _fake_backward)
 def _backward(
     grad_out: Tensor,
     grad_lse: Tensor,
@@ -129,27 +149,6 @@ def _backward(
     return backward(call, _aligned(grad_out), out, lse, grad_lse)
 
 
-@_backward.register_fake
-def _(
-    grad_out: Tensor,
-    grad_lse: Tensor,
-    out: Tensor,
-    lse: Tensor,
-    q: Tensor,
-    k: Tensor,
-    v: Tensor,
-    starts: Tensor,
-    lengths: Tensor,
-    mask: Tensor | None,
-    seed: Tensor | None,
-    longest: int,
-    dense: bool,
-    scale: float,
-    dropout_p: float,
-) -> tuple[Tensor, Tensor, Tensor]:
-    return q.new_empty(q.shape), k.new_empty(k.shape), v.new_empty(v.shape)
-
-
 def _setup_context(ctx: Any, inputs: tuple[Any, ...], output: tuple[Tensor, Tensor]) -> None:
     *tensors, ctx.longest, ctx.dense, ctx.scale, ctx.dropout_p = inputs
     ctx.save_for_backward(*output, *tensors)
@@ -162,7 +161,7 @@ def _autograd(ctx: Any, grad_out: Tensor, grad_lse: Tensor) -> tuple[Tensor | No
     return *grads, *[None] * 8
 
 
-_forward.register_autograd(_autograd, setup_context=_setup_context)
+torch.library.register_autograd("auroraio::latent_attention_forward", _autograd, setup_context=_setup_context)
 
 
 def _call(

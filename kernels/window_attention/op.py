@@ -95,6 +95,8 @@ def plan(qkv: Tensor, grid: Grid) -> Plan:
         return Plan("eager", "measured faster on CPUs at every shape that was tried", refusals)
     if why is None and is_hopper(qkv.device) and qkv.dtype.itemsize == 2:
         return Plan("triton", "measured faster on an H200 at every shape that was tried", refusals)
+    if is_hopper(qkv.device) and qkv.dtype == torch.float32:
+        return Plan("eager", "measured faster on an H200 in float32, gradients included", refusals)
     reason = f"torch's fused attention; nothing was measured on {qkv.device.type} like this in {qkv.dtype}"
     return Plan("sdpa", reason + (": triton can be asked for by name" if why is None else ""), refusals)
 

@@ -18,7 +18,7 @@ from torch import Tensor
 
 from kernels.backend import triton_refusal
 from kernels.launch import LOG2_E
-from kernels.window_attention.bias import bias_table_grad, expand_bias_table
+from kernels.operators import operator
 from kernels.window_attention.geometry import Grid, masks, remember
 from kernels.window_attention.launch import MAX_GRID, MAX_HEAD_DIM, Call
 from kernels.window_attention.reference import MAX_LOGIT_SCALE, logit_multiplier
@@ -62,7 +62,25 @@ def window_attention(
 # ---- operators
 
 
-@torch.library.custom_op("auroraio::window_attention_forward", mutates_args=())
+def _fake_forward(
+    qkv: Tensor,
+    bias: Tensor | None,
+    logit_scale: Tensor | None,
+    pad_kv: Tensor | None,
+    wy: int,
+    wx: int,
+    sy: int,
+    sx: int,
+    scale: float,
+    training: bool,
+) -> tuple[Tensor, Tensor]:
+    batch, height, width, _, heads, head_dim = qkv.shape
+    call = _call(qkv, logit_scale, pad_kv, wy, wx, sy, sx, scale)
+    out = qkv.new_empty((batch, height, width, heads * head_dim))
+    return out, qkv.new_empty(_lse_shape(call, training), dtype=torch.float32)
+
+
+@operator("window_attention_forward", _fake_forward)
 def _forward(
     qkv: Tensor,
     bias: Tensor | None,
@@ -95,9 +113,11 @@ def _forward(
     return forward(call, qkv, *operands, lse), lse
 
 
-@_forward.register_fake
-def _fake_forward(
+def _fake_backward(
+    grad: Tensor,
     qkv: Tensor,
+    out: Tensor,
+    lse: Tensor,
     bias: Tensor | None,
     logit_scale: Tensor | None,
     pad_kv: Tensor | None,
@@ -106,15 +126,16 @@ def _fake_forward(
     sy: int,
     sx: int,
     scale: float,
-    training: bool,
-) -> tuple[Tensor, Tensor]:
-    batch, height, width, _, heads, head_dim = qkv.shape
-    call = _call(qkv, logit_scale, pad_kv, wy, wx, sy, sx, scale)
-    out = qkv.new_empty((batch, height, width, heads * head_dim))
-    return out, qkv.new_empty(_lse_shape(call, training), dtype=torch.float32)
+    bias_grad: bool,
+) -> tuple[Tensor, Tensor, Tensor, Tensor]:
+    d_bias, d_scale, d_pads = (
+        qkv.new_empty(0) if part is None else part.new_empty(part.shape)
+        for part in (bias if bias_grad else None, logit_scale, pad_kv)
+    )
+    return qkv.new_empty(qkv.shape), d_bias, d_scale, d_pads
 
 
-@torch.library.custom_op("auroraio::window_attention_backward", mutates_args=())
+@operator("window_attention_backward", _fake_backward)
 def _backward(
     grad: Tensor,
     qkv: Tensor,
@@ -139,6 +160,7 @@ def _backward(
         for part in grads:
             part.zero_()
         return grads
+    from kernels.window_attention import bias_triton
     from kernels.window_attention.backward import backward
 
     qkv = _aligned(qkv)
@@ -155,7 +177,7 @@ def _backward(
     d_bias, d_scale, d_pads = (qkv.new_empty(0) for _ in range(3))  # results may not share memory
     if bias is not None and grads.bias is not None:
         if bias.dim() == 2:
-            d_bias = bias_table_grad(grads.bias, (wy, wx)).to(bias.dtype)
+            d_bias = bias_triton.table_grad(grads.bias, wy, wx, 1.0).to(bias.dtype)
         else:
             d_bias = grads.bias.sum(0)[:, : call.slots, : call.slots].to(bias.dtype).contiguous()
     if logit_scale is not None and grads.multiplier is not None:
@@ -164,29 +186,6 @@ def _backward(
     if pad_kv is not None:  # without padding it has no part in the result
         d_pads = torch.zeros_like(pad_kv) if grads.pads is None else grads.pads.sum(0).to(pad_kv.dtype)
     return grads.qkv, d_bias, d_scale, d_pads
-
-
-@_backward.register_fake
-def _fake_backward(
-    grad: Tensor,
-    qkv: Tensor,
-    out: Tensor,
-    lse: Tensor,
-    bias: Tensor | None,
-    logit_scale: Tensor | None,
-    pad_kv: Tensor | None,
-    wy: int,
-    wx: int,
-    sy: int,
-    sx: int,
-    scale: float,
-    bias_grad: bool,
-) -> tuple[Tensor, Tensor, Tensor, Tensor]:
-    d_bias, d_scale, d_pads = (
-        qkv.new_empty(0) if part is None else part.new_empty(part.shape)
-        for part in (bias if bias_grad else None, logit_scale, pad_kv)
-    )
-    return qkv.new_empty(qkv.shape), d_bias, d_scale, d_pads
 
 
 def _setup_context(ctx: Any, inputs: tuple[Any, ...], output: tuple[Tensor, Tensor]) -> None:
@@ -205,7 +204,7 @@ def _autograd(ctx: Any, grad: Tensor, _: Tensor) -> tuple[Tensor | None, ...]:
     return *(one if want else None for one, want in zip(found, wanted, strict=True)), *[None] * 6
 
 
-_forward.register_autograd(_autograd, setup_context=_setup_context)
+torch.library.register_autograd("auroraio::window_attention_forward", _autograd, setup_context=_setup_context)
 
 
 # ---- what the launchers need
@@ -255,7 +254,9 @@ def _operands(
     if bias is None:
         expanded = remember(qkv, _no_bias, call.slots, side)
     elif bias.dim() == 2:
-        expanded = expand_bias_table(bias.detach(), call.grid.window, padded=side, multiplier=LOG2_E)
+        from kernels.window_attention.bias_triton import expand
+
+        expanded = expand(bias.detach().float(), *call.grid.window, side, LOG2_E, torch.float32)
     else:
         more = side - call.slots
         expanded = F.pad(bias.detach().float() * LOG2_E, (0, more), value=float("-inf"))
