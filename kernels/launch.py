@@ -22,13 +22,12 @@ class Config(NamedTuple):
     num_stages: int
     late: bool = False  # window attention's backward in one kernel: see LATE there
     programs: int = 4  # to a multiprocessor, of a kernel that walks over windows and keeps a bias meanwhile
-    registers: int | None = None  # at most so many to a thread, for more programs on a multiprocessor
+    apart: bool = False  # latent attention: see APART there
 
     @property
     def options(self) -> dict[str, Any]:
         """The launch options."""
-        limit = {} if self.registers is None else {"maxnreg": self.registers}
-        return {"num_warps": self.num_warps, "num_stages": self.num_stages, **limit, **LAUNCH_OPTIONS}
+        return {"num_warps": self.num_warps, "num_stages": self.num_stages, **LAUNCH_OPTIONS}
 
 
 # Configurations that take the place of the launchers' own choice, by the name that the launcher gives its kernel; None

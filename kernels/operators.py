@@ -10,8 +10,13 @@ import torch
 DEVICES = ("CPU", "CUDA")
 
 
-def operator(name: str, fake: Callable[..., Any]) -> Callable[[Callable[..., Any]], Any]:
-    """Makes a function of tensors the operator `auroraio::name`, whose results' shapes `fake` gives.
+def operator(
+    name: str,
+    fake: Callable[..., Any],
+    derivative: tuple[Callable[..., Any], Callable[..., Any]] | None = None,
+) -> Callable[[Callable[..., Any]], Any]:
+    """Makes a function of tensors the operator `auroraio::name`, whose results' shapes `fake` gives. derivative: backward
+    and setup_context as for torch.library.register_autograd; without it, to ask for one raises RuntimeError.
 
     torch.library.custom_op does the same and more: it looks at every call for results that share memory with arguments,
     and that takes longer than the launch of a kernel. What is decorated here must not return an argument, a view of one, or
@@ -20,9 +25,15 @@ def operator(name: str, fake: Callable[..., Any]) -> Callable[[Callable[..., Any
 
     def make(function: Callable[..., Any]) -> Any:
         full = f"auroraio::{name}"
+
+        def refuse(*_: Any) -> None:
+            raise RuntimeError(f"{full} cannot be differentiated")
+
         torch.library.define(full, torch.library.infer_schema(function, mutates_args=()))
         torch.library.impl(full, DEVICES)(function)
         torch.library.register_fake(full)(fake)
+        backward, setup_context = derivative or (refuse, None)
+        torch.library.register_autograd(full, backward, setup_context=setup_context)
         return getattr(torch.ops.auroraio, name).default
 
     return make

@@ -266,7 +266,7 @@ def test_edges(device: str) -> None:
         far = latent_attention(q, k, k, key_lengths=torch.tensor([99], device=device), backend="triton")
     assert torch.equal(far, latent_attention(q, k, k, backend="triton"))
     (grad,) = torch.autograd.grad(far.square().sum(), q, create_graph=True)
-    with pytest.raises(RuntimeError, match="no autograd formula"):
+    with pytest.raises(RuntimeError, match="cannot be differentiated"):
         torch.autograd.grad(grad.sum(), q)
 
 

@@ -54,6 +54,7 @@ def query_grad_kernel(
     BLOCK_DV: tl.constexpr,
     MASKED: tl.constexpr,
     DROPOUT: tl.constexpr,
+    APART: tl.constexpr,  # a step that is not full has code of its own, and the others no mask
 ) -> None:
     """Grid: B * parts * h * tiles, tile fastest, then head."""
     tiles = tl.cdiv(queries, BLOCK_M)
@@ -76,19 +77,22 @@ def query_grad_kernel(
     q_delta = tl.load(delta + line + m, mask=there, other=0.0)
     acc = tl.zeros([BLOCK_M, BLOCK_DQK], tl.float32)
     k_start, v_start, mask_start = k + kv_head * DQK, v + kv_head * DV, mask + sample.to(tl.int64) * padded
-    whole = first + tl.maximum(last - first, 0) // BLOCK_N * BLOCK_N
+    whole = last
+    if APART:
+        whole = first + tl.maximum(last - first, 0) // BLOCK_N * BLOCK_N
     for begin in range(first, whole, BLOCK_N):
         acc = query_step(
             acc, q_tile, d_out, q_lse, q_delta, k_start, v_start, k_stride, v_stride, mask_start, seed, scale,
-            dropout_p, sample, head, tile * BLOCK_M, start, begin, last, True,
+            dropout_p, sample, head, tile * BLOCK_M, start, begin, last, APART,
             BLOCK_M, BLOCK_N, DQK, DV, BLOCK_DQK, BLOCK_DV, MASKED, DROPOUT,
         )  # fmt: skip
-    if whole < last:
-        acc = query_step(
-            acc, q_tile, d_out, q_lse, q_delta, k_start, v_start, k_stride, v_stride, mask_start, seed, scale,
-            dropout_p, sample, head, tile * BLOCK_M, start, whole, last, False,
-            BLOCK_M, BLOCK_N, DQK, DV, BLOCK_DQK, BLOCK_DV, MASKED, DROPOUT,
-        )  # fmt: skip
+    if APART:
+        if whole < last:
+            acc = query_step(
+                acc, q_tile, d_out, q_lse, q_delta, k_start, v_start, k_stride, v_stride, mask_start, seed, scale,
+                dropout_p, sample, head, tile * BLOCK_M, start, whole, last, False,
+                BLOCK_M, BLOCK_N, DQK, DV, BLOCK_DQK, BLOCK_DV, MASKED, DROPOUT,
+            )  # fmt: skip
     place = ((part.to(tl.int64) * samples + sample) * queries * heads + head) * DQK
     store_rows(grad_q + place, m, heads * DQK, there, acc * (scale * LN_2), DQK, BLOCK_DQK)
 
@@ -154,6 +158,7 @@ def key_grad_kernel(
     BLOCK_DV: tl.constexpr,
     MASKED: tl.constexpr,
     DROPOUT: tl.constexpr,
+    APART: tl.constexpr,  # a step that is not full has code of its own, and the others no mask
 ) -> None:
     """Grid: tiles * parts * h_kv, head fastest. Logits and all that has their shape are transposed: [keys, queries]."""
     kv_heads = heads // group
@@ -175,7 +180,9 @@ def key_grad_kernel(
         visible = real & (seen != 0)
 
     first, last = part_of(queries, part, parts, BLOCK_M)
-    whole = first + tl.maximum(last - first, 0) // BLOCK_M * BLOCK_M
+    whole = last
+    if APART:
+        whole = first + tl.maximum(last - first, 0) // BLOCK_M * BLOCK_M
     d_k = tl.zeros([BLOCK_N, BLOCK_DQK], tl.float32)
     d_v = tl.zeros([BLOCK_N, BLOCK_DV], tl.float32)
     for member in range(0, group):  # heads that share these keys, one after the other
@@ -185,15 +192,16 @@ def key_grad_kernel(
         for begin_m in range(first, whole, BLOCK_M):
             d_k, d_v = key_step(
                 d_k, d_v, k_tile, v_tile, q + place * DQK, grad_out + place * DV, lse + line, delta + line, heads,
-                seed, scale, dropout_p, sample, head, begin_m, begin, last, True,
+                seed, scale, dropout_p, sample, head, begin_m, begin, last, APART,
                 BLOCK_M, BLOCK_N, DQK, DV, BLOCK_DQK, BLOCK_DV, DROPOUT,
             )  # fmt: skip
-        if whole < last:
-            d_k, d_v = key_step(
-                d_k, d_v, k_tile, v_tile, q + place * DQK, grad_out + place * DV, lse + line, delta + line, heads,
-                seed, scale, dropout_p, sample, head, whole, begin, last, False,
-                BLOCK_M, BLOCK_N, DQK, DV, BLOCK_DQK, BLOCK_DV, DROPOUT,
-            )  # fmt: skip
+        if APART:
+            if whole < last:
+                d_k, d_v = key_step(
+                    d_k, d_v, k_tile, v_tile, q + place * DQK, grad_out + place * DV, lse + line, delta + line, heads,
+                    seed, scale, dropout_p, sample, head, whole, begin, last, False,
+                    BLOCK_M, BLOCK_N, DQK, DV, BLOCK_DQK, BLOCK_DV, DROPOUT,
+                )  # fmt: skip
     if MASKED:  # whatever a hidden key got
         d_k, d_v = tl.where(visible[:, None], d_k, 0.0), tl.where(visible[:, None], d_v, 0.0)
     row += part.to(tl.int64) * rows
@@ -249,7 +257,7 @@ def backward(
     with torch.cuda.device_of(q):
         query_grad_kernel[(batch * parts * heads * tiles,)](
             *operands, grad_q, *numbers(call, parts), call.scale * LOG2_E, call.dropout_p,
-            BLOCK_M=config.queries, BLOCK_N=config.keys, **form.constants, **config.options,
+            BLOCK_M=config.queries, BLOCK_N=config.keys, APART=config.apart, **form.constants, **config.options,
         )  # fmt: skip
 
         config = configure("keys", form)
@@ -261,7 +269,7 @@ def backward(
         key_grad_kernel[(len(owners) * parts * kv_heads,)](
             *operands, owners, places, grad_k, grad_v, *numbers(call, parts), batch, rows,
             call.scale * LOG2_E, call.dropout_p,
-            BLOCK_M=config.queries, BLOCK_N=config.keys, **form.constants, **config.options,
+            BLOCK_M=config.queries, BLOCK_N=config.keys, APART=config.apart, **form.constants, **config.options,
         )  # fmt: skip
     d_q, d_k, d_v = (
         part[0] if len(part) == 1 else part.sum(0).to(q.dtype) for part in (grad_q, grad_k, grad_v)

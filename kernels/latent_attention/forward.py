@@ -84,6 +84,7 @@ def latent_forward_kernel(
     BLOCK_DV: tl.constexpr,
     MASKED: tl.constexpr,
     DROPOUT: tl.constexpr,
+    APART: tl.constexpr,  # a step that is not full has code of its own, and the others no mask
 ) -> None:
     """Grid: B * parts * h * tiles, tile fastest, then head: programs that run together share keys."""
     tiles = tl.cdiv(queries, BLOCK_M)
@@ -107,19 +108,22 @@ def latent_forward_kernel(
     largest = tl.full([BLOCK_M], float("-inf"), tl.float32)
     total = tl.zeros([BLOCK_M], tl.float32)
     k_start, v_start, mask_start = k + kv_head * DQK, v + kv_head * DV, mask + sample.to(tl.int64) * padded
-    whole = first + tl.maximum(last - first, 0) // BLOCK_N * BLOCK_N
+    whole = last
+    if APART:
+        whole = first + tl.maximum(last - first, 0) // BLOCK_N * BLOCK_N
     for begin in range(first, whole, BLOCK_N):
         acc, largest, total = attend(
             acc, largest, total, q_tile, k_start, v_start, k_stride, v_stride, mask_start, seed, scale, dropout_p,
-            sample, head, tile * BLOCK_M, start, begin, last, True,
+            sample, head, tile * BLOCK_M, start, begin, last, APART,
             BLOCK_M, BLOCK_N, DQK, DV, BLOCK_DQK, BLOCK_DV, MASKED, DROPOUT,
         )  # fmt: skip
-    if whole < last:
-        acc, largest, total = attend(
-            acc, largest, total, q_tile, k_start, v_start, k_stride, v_stride, mask_start, seed, scale, dropout_p,
-            sample, head, tile * BLOCK_M, start, whole, last, False,
-            BLOCK_M, BLOCK_N, DQK, DV, BLOCK_DQK, BLOCK_DV, MASKED, DROPOUT,
-        )  # fmt: skip
+    if APART:
+        if whole < last:
+            acc, largest, total = attend(
+                acc, largest, total, q_tile, k_start, v_start, k_stride, v_stride, mask_start, seed, scale, dropout_p,
+                sample, head, tile * BLOCK_M, start, whole, last, False,
+                BLOCK_M, BLOCK_N, DQK, DV, BLOCK_DQK, BLOCK_DV, MASKED, DROPOUT,
+            )  # fmt: skip
 
     if DROPOUT:
         acc = acc / (1.0 - dropout_p)
@@ -218,7 +222,7 @@ def forward(call: Call) -> tuple[Tensor, Tensor]:
         latent_forward_kernel[(batch * parts * heads * tiles,)](
             q, call.k, call.v, call.starts, call.lengths, *optional(call), outs, lses, *numbers(call, parts),
             call.scale * LOG2_E, call.dropout_p,
-            BLOCK_M=config.queries, BLOCK_N=config.keys, **form.constants, **config.options,
+            BLOCK_M=config.queries, BLOCK_N=config.keys, APART=config.apart, **form.constants, **config.options,
         )  # fmt: skip
         if several:
             rows = batch * queries * heads

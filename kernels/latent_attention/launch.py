@@ -78,36 +78,61 @@ def configure(kernel: Kernel, form: Form) -> Config:
         return config
     if not form.half:  # no tensor cores: products are unrolled, so the tiles are small
         side = 32 if form.block_d <= 64 else 16
+        if kernel == "keys" and form.dropout:
+            return Config(16, side, 8, 1)
         return Config(side, side, 4 if kernel == "forward" and side == 32 else 8, 1)
-    return _hopper(kernel, form) if form.arch >= 90 else _ampere(kernel, form)
+    if form.arch >= 90:
+        return _careful(kernel, form) if form.dropout else _hopper(kernel, form)
+    return _ampere(kernel, form)
 
 
 def _hopper(kernel: Kernel, form: Form) -> Config:
     match kernel, max(form.block_d, 32):
         case "forward", 32:
-            return Config(128, 64, 4, 4)
+            return Config(128, 64, 4, 4, apart=True)
         case "forward", 64:
-            return Config(64, 128, 4, 3)
+            return Config(64, 128, 4, 3, apart=True)
         case "forward", 128:
-            return Config(64, 64, 4, 3)
+            return Config(64, 64, 4, 3, apart=True)
         case "forward", _:
-            return Config(128, 64, 8, 2)
+            return Config(128, 64, 8, 2, apart=True)
         case "queries", 32:
-            return Config(64, 64, 4, 3)
+            return Config(64, 64, 4, 3, apart=True)
         case "queries", 64:
-            return Config(64, 128, 4, 3)
+            return Config(64, 128, 4, 3, apart=True)
         case "queries", 128:
-            return Config(128, 64, 8, 3)
+            return Config(128, 64, 8, 3, apart=True)
         case "queries", _:
             return Config(32, 32, 4, 1)
         case _, 32:
-            return Config(64, 128, 4, 1)
+            return Config(64, 128, 4, 1, apart=True)
         case _, 64:
-            return Config(32, 128, 4, 1)
+            return Config(32, 128, 4, 1, apart=True)
         case _, 128:
-            return Config(32, 64, 4, 1)
+            return Config(32, 64, 4, 1, apart=True)
         case _:
-            return Config(32, 32, 8, 1)
+            return Config(32, 32, 8, 1, apart=True)
+
+
+def _careful(kernel: Kernel, form: Form) -> Config:
+    """For sm_90 with dropout, whose random numbers take registers; not timed."""
+    match kernel, form.block_d:
+        case "forward", 256:
+            return Config(64, 32, 8, 2)
+        case "forward", 128:
+            return Config(128, 64, 8, 2)
+        case "forward", _:
+            return Config(128, 64, 8, 3)
+        case "queries" | "keys", 256:
+            return Config(32, 32, 4 if kernel == "queries" else 8, 1)
+        case "queries", 128:
+            return Config(64, 64, 8, 2)
+        case "queries", _:
+            return Config(128, 64, 8, 2)
+        case _, 128:
+            return Config(32, 64, 8, 2)
+        case _:
+            return Config(64, 64, 8, 2)
 
 
 def _ampere(kernel: Kernel, form: Form) -> Config:
@@ -127,6 +152,6 @@ def _ampere(kernel: Kernel, form: Form) -> Config:
         case _, 256:
             return Config(32, 32, 8, 1)
         case _, 128:
-            return Config(32, 64, 8, 2)
+            return Config(32, 64 if form.dqk == form.dv else 32, 8, 1)
         case _:
-            return Config(32, 64, 4, 2) if form.dropout else Config(64, 64, 8, 2)
+            return Config(32, 64, 4 if form.dropout else 8, 1)

@@ -79,7 +79,19 @@ def _fake_forward(
     return out, q.new_empty((batch, heads, queries), dtype=torch.float32)
 
 
-@operator("latent_attention_forward", _fake_forward)
+def _setup_context(ctx: Any, inputs: tuple[Any, ...], output: tuple[Tensor, Tensor]) -> None:
+    *tensors, ctx.longest, ctx.dense, ctx.scale, ctx.dropout_p = inputs
+    ctx.save_for_backward(*output, *tensors)
+
+
+def _autograd(ctx: Any, grad_out: Tensor, grad_lse: Tensor) -> tuple[Tensor | None, ...]:
+    grads = _backward(
+        grad_out, grad_lse, *ctx.saved_tensors, ctx.longest, ctx.dense, ctx.scale, ctx.dropout_p
+    )
+    return *grads, *[None] * 8
+
+
+@operator("latent_attention_forward", _fake_forward, (_autograd, _setup_context))
 def _forward(
     q: Tensor,
     k: Tensor,
@@ -147,21 +159,6 @@ def _backward(
 
     call = _call(q, k, v, starts, lengths, mask, seed, longest, dense, scale, dropout_p)
     return backward(call, _aligned(grad_out), out, lse, grad_lse)
-
-
-def _setup_context(ctx: Any, inputs: tuple[Any, ...], output: tuple[Tensor, Tensor]) -> None:
-    *tensors, ctx.longest, ctx.dense, ctx.scale, ctx.dropout_p = inputs
-    ctx.save_for_backward(*output, *tensors)
-
-
-def _autograd(ctx: Any, grad_out: Tensor, grad_lse: Tensor) -> tuple[Tensor | None, ...]:
-    grads = _backward(
-        grad_out, grad_lse, *ctx.saved_tensors, ctx.longest, ctx.dense, ctx.scale, ctx.dropout_p
-    )
-    return *grads, *[None] * 8
-
-
-torch.library.register_autograd("auroraio::latent_attention_forward", _autograd, setup_context=_setup_context)
 
 
 def _call(

@@ -165,12 +165,12 @@ def fused_config(form: Form) -> Config | None:
     fast as they are for all that."""
     if "fused" in forced:
         return forced["fused"]
-    if form.tight or not form.half or form.block_d > 64:
+    if form.tight or not form.half or form.block_d > (64 if form.arch >= 90 else 32):
         return None
     warps = power_of_two(form.slots) // 16
-    if form.block_d == 64:
-        return Config(0, 0, warps, 2, programs=2)
-    return Config(0, 0, warps, 3, late=form.arch < 90)
+    if form.arch < 90:
+        return None if form.cosine and form.block_d == 32 else Config(0, 0, warps, 2, late=True)
+    return Config(0, 0, warps, 2, programs=2) if form.block_d == 64 else Config(0, 0, warps, 3)
 
 
 Kernel = Literal["forward", "queries", "keys", "bias"]
@@ -185,7 +185,7 @@ def configure(kernel: Kernel, form: Form) -> Config:
         return Config(0, 0, power_of_two(form.slots) // 16, 2 if form.block_d == 64 else 3, programs=walkers)
     if not form.half:  # no tensor cores: products are unrolled, so the tiles are small
         side = 32 if form.block_d <= 64 else 16
-        return Config(side, side, 8, 1)
+        return Config(side, 16 if kernel == "bias" else side, 8, 1)
     return _hopper(kernel, form) if form.arch >= 90 else _ampere(kernel, form)
 
 
@@ -214,17 +214,17 @@ def _ampere(kernel: Kernel, form: Form) -> Config:
         case "forward", 128:
             return Config(32, 32, 4, 1 if tight else 2)
         case "queries", 128:
-            return Config(32, 16, 4, 2) if tight else Config(32 if cosine else 64, 32, 4, 2)
+            return Config(32, 16, 4, 2) if tight else Config(32, 32, 4, 2)
         case "keys", 128:
             return Config(16 if cosine or tight else 32, 32, 4, 1 if tight else 2)
         case "bias", 128:
-            return Config(32, 32 if tight else 64, 4, 1)
+            return Config(32, 32 if tight or cosine else 64, 4, 1)
         case "forward", _:
-            return Config(64, 64, 4, 3)
+            return Config(64, 32 if tight else 64, 4, 3)
         case "queries", 64:
             return Config(64, 32, 4, 2)
         case "keys", 64:
-            return Config(32, 32 if tight else 64, 4, 2 if tight else 1)
+            return Config(32, 32, 4, 2) if tight or cosine else Config(32, 64, 4, 1)
         case "bias", 64:
             return Config(32, 64, 4, 1 if tight else 2)
         case "queries", _:
@@ -234,4 +234,4 @@ def _ampere(kernel: Kernel, form: Form) -> Config:
         case "keys", _:
             return Config(32, 64, 4, 2)
         case _:
-            return Config(64, 64, 4, 1 if tight else 2)
+            return Config(32 if tight and cosine else 64, 64, 4, 1 if tight else 2)

@@ -80,7 +80,23 @@ def _fake_forward(
     return out, qkv.new_empty(_lse_shape(call, training), dtype=torch.float32)
 
 
-@operator("window_attention_forward", _fake_forward)
+def _setup_context(ctx: Any, inputs: tuple[Any, ...], output: tuple[Tensor, Tensor]) -> None:
+    qkv, bias, logit_scale, pad_kv, *ctx.numbers, _ = inputs
+    out, lse = output
+    ctx.mark_non_differentiable(lse)
+    # A backward in one kernel has no lse, and does not read out.
+    ctx.save_for_backward(qkv, bias, logit_scale, pad_kv, out if lse.numel() else lse, lse)
+
+
+def _autograd(ctx: Any, grad: Tensor, _: Tensor) -> tuple[Tensor | None, ...]:
+    qkv, bias, logit_scale, pad_kv, out, lse = ctx.saved_tensors
+    bias_grad = bias is not None and ctx.needs_input_grad[1]
+    found = _backward(grad, qkv, out, lse, bias, logit_scale, pad_kv, *ctx.numbers, bias_grad)
+    wanted = (True, bias_grad, logit_scale is not None, pad_kv is not None)
+    return *(one if want else None for one, want in zip(found, wanted, strict=True)), *[None] * 6
+
+
+@operator("window_attention_forward", _fake_forward, (_autograd, _setup_context))
 def _forward(
     qkv: Tensor,
     bias: Tensor | None,
@@ -186,25 +202,6 @@ def _backward(
     if pad_kv is not None:  # without padding it has no part in the result
         d_pads = torch.zeros_like(pad_kv) if grads.pads is None else grads.pads.sum(0).to(pad_kv.dtype)
     return grads.qkv, d_bias, d_scale, d_pads
-
-
-def _setup_context(ctx: Any, inputs: tuple[Any, ...], output: tuple[Tensor, Tensor]) -> None:
-    qkv, bias, logit_scale, pad_kv, *ctx.numbers, _ = inputs
-    out, lse = output
-    ctx.mark_non_differentiable(lse)
-    # A backward in one kernel has no lse, and does not read out.
-    ctx.save_for_backward(qkv, bias, logit_scale, pad_kv, out if lse.numel() else lse, lse)
-
-
-def _autograd(ctx: Any, grad: Tensor, _: Tensor) -> tuple[Tensor | None, ...]:
-    qkv, bias, logit_scale, pad_kv, out, lse = ctx.saved_tensors
-    bias_grad = bias is not None and ctx.needs_input_grad[1]
-    found = _backward(grad, qkv, out, lse, bias, logit_scale, pad_kv, *ctx.numbers, bias_grad)
-    wanted = (True, bias_grad, logit_scale is not None, pad_kv is not None)
-    return *(one if want else None for one, want in zip(found, wanted, strict=True)), *[None] * 6
-
-
-torch.library.register_autograd("auroraio::window_attention_forward", _autograd, setup_context=_setup_context)
 
 
 # ---- what the launchers need
