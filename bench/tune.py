@@ -109,8 +109,8 @@ def latent_candidates(case: LatentCase) -> Iterator[Candidate]:
         yield Candidate(case.name, FORWARD, "forward", Config(queries, keys, warps, stages))
     for (queries, keys, warps), stages in itertools.product((*shapes, (128, 32, 8), (128, 32, 4)), (2, 3)):
         yield Candidate(case.name, TRAINING, "queries", Config(queries, keys, warps, stages))
-    shapes = ((64, 64, 4), (32, 64, 4), (32, 128, 4), (64, 128, 8), (64, 128, 4), (128, 64, 8), (128, 128, 8))
-    for (queries, keys, warps), stages in itertools.product((*shapes, (64, 64, 8), (16, 128, 4)), (1, 2, 3)):
+    tiles = ((64, 64, 4), (32, 64, 4), (32, 128, 4), (64, 128, 8), (64, 128, 4), (128, 64, 8), (128, 128, 8))
+    for (queries, keys, warps), stages in itertools.product((*tiles, (64, 64, 8), (16, 128, 4)), (1, 2, 3)):
         yield Candidate(case.name, TRAINING, "keys", Config(queries, keys, warps, stages))
 
 

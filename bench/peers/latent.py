@@ -162,10 +162,9 @@ def _torch(kind: SDPBackend) -> Callable[[LatentCase, str, torch.dtype], Functio
 
         def attend(q: Tensor, k: Tensor, v: Tensor) -> Tensor:
             try:
+                q, k, v = q.transpose(1, 2), k.transpose(1, 2), v.transpose(1, 2)
                 with sdpa_kernel(kind):
-                    out = scaled_dot_product_attention(
-                        *(t.transpose(1, 2) for t in (q, k, v)), attn_mask=mask
-                    )
+                    out = scaled_dot_product_attention(q, k, v, attn_mask=mask)
             except RuntimeError as error:
                 if "No available kernel" in str(error):
                     raise Absent("torch says that this kernel cannot run the call") from None

@@ -7,7 +7,7 @@ With P = softmax(s Q K^T) and delta = sum(dout * out) - dlse: dV = P^T dO, dL = 
 dK = s dL^T Q (FlashAttention-2, arXiv:2307.08691). Under dropout, P in dV and dO V^T are those of the kept weights. Partial
 sums of parts have a place of their own, and torch adds them in their order: the same bits every time.
 
-launch.py has the legend. Importing this file imports Triton. NO GPU HAS RUN IT YET.
+launch.py has the legend. Importing this file imports Triton.
 """
 
 from __future__ import annotations

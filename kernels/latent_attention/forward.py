@@ -4,7 +4,7 @@
                             FlashAttention (arXiv:2205.14135); all of it where the keys are not split
     combine_kernel          the parts of each query together, in the order of the parts: deterministic
 
-launch.py has the legend and the choice of parts. Importing this file imports Triton. NO GPU HAS RUN IT YET.
+launch.py has the legend and the choice of parts. Importing this file imports Triton.
 """
 
 from __future__ import annotations

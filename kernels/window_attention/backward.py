@@ -14,7 +14,7 @@ Every partial sum has a place of its own (a group's, a tile's), and torch or bia
 With P = softmax(L), O = P V and L = m Q K^T + bias: dV = P^T dO, dL = P * (dO V^T - delta), dQ = m dL K, dK = m dL^T Q.
 For cosine attention Q and K stand for q / |q| and k / |k|, and the gradient continues through x / |x|.
 
-tiles.py has the legend, launch.py the choice. Importing this file imports Triton. NO GPU HAS RUN IT YET.
+tiles.py has the legend, launch.py the choice. Importing this file imports Triton.
 """
 
 from __future__ import annotations

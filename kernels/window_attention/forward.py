@@ -5,7 +5,7 @@
     tiled_forward_kernel    larger windows: a program has one tile of queries and walks over its window's keys, with the
                             online softmax of FlashAttention (arXiv:2205.14135)
 
-tiles.py has the legend, launch.py the choice between the two. Importing this file imports Triton. NO GPU HAS RUN IT YET.
+tiles.py has the legend, launch.py the choice between the two. Importing this file imports Triton.
 """
 
 from __future__ import annotations

@@ -189,19 +189,19 @@ def _backward(
         side=call.form.padded if call.form.fused_backward else call.form.side,
         kinds=not call.form.fused_backward,
     )
-    grads = backward(call, _aligned(grad), qkv, out, lse, *operands, bias_grad=bias_grad)
+    found = backward(call, _aligned(grad), qkv, out, lse, *operands, bias_grad=bias_grad)
     d_bias, d_scale, d_pads = (qkv.new_empty(0) for _ in range(3))  # results may not share memory
-    if bias is not None and grads.bias is not None:
+    if bias is not None and found.bias is not None:
         if bias.dim() == 2:
-            d_bias = bias_triton.table_grad(grads.bias, wy, wx, 1.0).to(bias.dtype)
+            d_bias = bias_triton.table_grad(found.bias, wy, wx, 1.0).to(bias.dtype)
         else:
-            d_bias = grads.bias.sum(0)[:, : call.slots, : call.slots].to(bias.dtype).contiguous()
-    if logit_scale is not None and grads.multiplier is not None:
+            d_bias = found.bias.sum(0)[:, : call.slots, : call.slots].to(bias.dtype).contiguous()
+    if logit_scale is not None and found.multiplier is not None:
         # The gradient of log(multiplier), which is the clamped logit_scale.
-        d_scale = (grads.multiplier.sum(0) * (logit_scale.float() <= MAX_LOGIT_SCALE)).to(logit_scale.dtype)
+        d_scale = (found.multiplier.sum(0) * (logit_scale.float() <= MAX_LOGIT_SCALE)).to(logit_scale.dtype)
     if pad_kv is not None:  # without padding it has no part in the result
-        d_pads = torch.zeros_like(pad_kv) if grads.pads is None else grads.pads.sum(0).to(pad_kv.dtype)
-    return grads.qkv, d_bias, d_scale, d_pads
+        d_pads = torch.zeros_like(pad_kv) if found.pads is None else found.pads.sum(0).to(pad_kv.dtype)
+    return found.qkv, d_bias, d_scale, d_pads
 
 
 # ---- what the launchers need
