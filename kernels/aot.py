@@ -61,6 +61,6 @@ def cases(arch: int) -> list[AotCase]:
     where there is none."""
     from kernels.latent_attention import aot as latent
     from kernels.window_attention import aot as window
-    from kernels.window_attention import bias_triton as bias
+    from kernels.window_attention import bias
 
     return [*bias.aot_cases(arch), *window.aot_cases(arch), *latent.aot_cases(arch)]

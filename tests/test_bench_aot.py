@@ -8,6 +8,7 @@ import json
 import os
 import sys
 from collections.abc import Callable, Iterable
+from functools import partial
 from pathlib import Path
 from typing import Any
 
@@ -25,7 +26,7 @@ triton = pytest.importorskip("triton", reason="needs Triton, which is for Linux:
 if os.environ.get("TRITON_INTERPRET") == "1":
     pytest.skip("TRITON_INTERPRET is set: unset it, compiling is what is tested", allow_module_level=True)
 tl = importlib.import_module("triton.language")
-bias_triton = importlib.import_module("kernels.window_attention.bias_triton")
+bias = importlib.import_module("kernels.window_attention.bias")
 examine: Callable[[AotCase, int], Row] = importlib.import_module("bench.aot.examine").examine
 
 ROOT = Path(__file__).resolve().parent.parent
@@ -124,18 +125,17 @@ def launch_bias_kernels() -> None:
         for padded in (wy * wx, wy * wx + 3, -(-wy * wx // 16) * 16):
             for heads in (1, 3, 16):
                 table = torch.zeros((2 * wy - 1) * (2 * wx - 1) * heads + 1)
-                for dtype in bias_triton.OUT_DTYPES:
-                    for some in (table[:-1], table[1:]):
-                        bias_triton.expand(some.view(-1, heads), wy, wx, padded, 1.0, dtype)
+                for some in (table[:-1], table[1:]):
+                    bias.expand(some.view(-1, heads), wy, wx, padded, 1.0)
             for groups in (1, 2, 16):
                 partials = torch.zeros(groups * padded**2 + 1)
                 for some in (partials[:-1], partials[1:]):
-                    bias_triton.table_grad(some.view(groups, 1, padded, padded), wy, wx, 1.0)
+                    bias.table_grad(some.view(groups, 1, padded, padded), wy, wx, 1.0)
 
 
 @pytest.mark.parametrize("arch", ARCHS)
 def test_bias_launches_are_the_listed_ones(arch: int, monkeypatch: pytest.MonkeyPatch) -> None:
-    assert launches(arch, monkeypatch, launch_bias_kernels) == listed(bias_triton.aot_cases(arch))
+    assert launches(arch, monkeypatch, launch_bias_kernels) == listed(bias.aot_cases(arch))
 
 
 @pytest.mark.parametrize("arch", ARCHS)
@@ -145,12 +145,9 @@ def test_window_launches_are_the_listed_ones(arch: int, monkeypatch: pytest.Monk
     from kernels.window_attention import launch, triton_ops
 
     monkeypatch.setattr(launch, "processor", lambda device: (arch, 108))
-    monkeypatch.setattr(
-        triton_ops,
-        "expand_bias_table",
-        lambda table, window, padded, multiplier: torch.zeros(3, padded, padded),
-    )
-    monkeypatch.setattr(triton_ops, "bias_table_grad", lambda partials, window: torch.zeros(window[0], 3))
+    expanded = partial(torch.zeros, 3)
+    monkeypatch.setattr(bias, "expand", lambda table, wy, wx, padded, multiplier: expanded(padded, padded))
+    monkeypatch.setattr(bias, "table_grad", lambda partials, wy, wx, multiplier: torch.zeros(wy, 3))
     dtypes = {"bf16": torch.bfloat16, "fp16": torch.float16, "fp32": torch.float32}
 
     def launch_all() -> None:
@@ -160,9 +157,9 @@ def test_window_launches_are_the_listed_ones(arch: int, monkeypatch: pytest.Monk
             numbers = (wy, wx, 1, 0, 0.5)
             scale = torch.zeros(3) if form.cosine else None
             pads = torch.zeros(7, 3, form.head_dim).to(qkv)[1:3] if form.pads_are_keys else None
-            bias = torch.zeros(wy, 3)
-            out, lse = triton_ops._forward(qkv, bias, scale, pads, *numbers, True)
-            triton_ops._backward(torch.zeros_like(out), qkv, out, lse, bias, scale, pads, *numbers, True)
+            table = torch.zeros(wy, 3)
+            out, lse = triton_ops._forward(qkv, table, scale, pads, *numbers, True)
+            triton_ops._backward(torch.zeros_like(out), qkv, out, lse, table, scale, pads, *numbers, True)
 
     assert launches(arch, monkeypatch, launch_all) == listed(window_aot.aot_cases(arch))
 

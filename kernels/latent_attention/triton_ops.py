@@ -1,8 +1,7 @@
 """Latent attention on Triton, as two operators that torch.compile does not look into: one for each pass.
 
 Keys are rows [rows, h_kv, d] that belong to samples by a first row and a length, whether they came as [B, N, h_kv, d] or
-packed: nothing is copied into a padded batch, and no length is read on the host. NO GPU HAS RUN THEM YET: numbers were
-checked in Triton's interpreter, machine code by `python -m bench.aot`. Triton is imported at the first call.
+packed: nothing is copied into a padded batch, and no length is read on the host. Triton is imported at the first call.
 """
 
 from __future__ import annotations

@@ -10,7 +10,7 @@ and for larger windows three kernels, as in FlashAttention-2 (arXiv:2307.08691),
     key_grad_kernel         dk and dv for a tile of keys, over all queries
     bias_grad_kernel        one tile of the bias gradient, over windows
 
-Every partial sum has a place of its own (a group's, a tile's), and torch or bias_triton.py adds them in a fixed order.
+Every partial sum has a place of its own (a group's, a tile's), and torch or bias.py adds them in a fixed order.
 With P = softmax(L), O = P V and L = m Q K^T + bias: dV = P^T dO, dL = P * (dO V^T - delta), dQ = m dL K, dK = m dL^T Q.
 For cosine attention Q and K stand for q / |q| and k / |k|, and the gradient continues through x / |x|.
 

@@ -1,10 +1,9 @@
 """Window attention on Triton, as two operators that torch.compile does not look into: one for each pass.
 
-    auroraio::window_attention_forward     bias expanded (bias_triton.py), then forward.py
+    auroraio::window_attention_forward     bias expanded (bias.py), then forward.py
     auroraio::window_attention_backward    bias expanded again, then backward.py; partial sums added
 
-NO GPU HAS RUN THEM YET: numbers were checked in Triton's interpreter, machine code by `python -m bench.aot`. Triton is
-imported at the first call.
+Triton is imported at the first call.
 """
 
 from __future__ import annotations
@@ -176,8 +175,8 @@ def _backward(
         for part in grads:
             part.zero_()
         return grads
-    from kernels.window_attention import bias_triton
     from kernels.window_attention.backward import backward
+    from kernels.window_attention.bias import table_grad
 
     qkv = _aligned(qkv)
     operands = _operands(
@@ -193,7 +192,7 @@ def _backward(
     d_bias, d_scale, d_pads = (qkv.new_empty(0) for _ in range(3))  # results may not share memory
     if bias is not None and found.bias is not None:
         if bias.dim() == 2:
-            d_bias = bias_triton.table_grad(found.bias, wy, wx, 1.0).to(bias.dtype)
+            d_bias = table_grad(found.bias, wy, wx, 1.0).to(bias.dtype)
         else:
             d_bias = found.bias.sum(0)[:, : call.slots, : call.slots].to(bias.dtype).contiguous()
     if logit_scale is not None and found.multiplier is not None:
@@ -251,9 +250,9 @@ def _operands(
     if bias is None:
         expanded = remember(qkv, _no_bias, call.slots, side)
     elif bias.dim() == 2:
-        from kernels.window_attention.bias_triton import expand
+        from kernels.window_attention.bias import expand
 
-        expanded = expand(bias.detach().float(), *call.grid.window, side, LOG2_E, torch.float32)
+        expanded = expand(bias.detach().float(), *call.grid.window, side, LOG2_E)
     else:
         more = side - call.slots
         expanded = F.pad(bias.detach().float() * LOG2_E, (0, more), value=float("-inf"))
