@@ -135,6 +135,24 @@ def test_exact_in_bf16(name: str) -> None:
 
 
 @on_each_device
+def test_exact_with_the_tiles_of_sm_90(device: str) -> None:
+    """The interpreter takes sm_80's configurations; Hopper's have a code of its own for steps that are full."""
+    with mock.patch("kernels.latent_attention.forward.processor", lambda _: (90, 2)):
+        for name in ("many-queries", "lengths", "packed", "mask", "dropout", "head-dim-128"):
+            check(*some(**CALLS[name], dtype=HALF, device=device))
+        check(*some(130, 200, 2, 1, 32, 32, dtype=HALF, device=device))
+
+
+@on_each_device
+def test_any_scale(device: str) -> None:
+    """Negative: the largest logit is that of the smallest product. Zero: an average, with hidden keys too."""
+    for scale in (-0.3, 0.0):
+        for call in (CALLS["lengths"], CALLS["mask"]):
+            tensors, more = some(**call, dtype=HALF, device=device)
+            check(tensors, more | {"scale": scale})
+
+
+@on_each_device
 def test_any_shape(device: str) -> None:
     """What hypothesis draws."""
     pytest.importorskip("hypothesis", reason="needs hypothesis: pip install hypothesis")
