@@ -131,6 +131,7 @@ CPU_GATES = (
     Gate("accelerated_attention", "swinv2-window14-batch1/training/bfloat16", "accelerated", "timm", 1.03),
 )
 
+
 def _window_gates(limit: float) -> tuple[Gate, ...]:
     return tuple(
         Gate("window_attention", f"{case.name}/training/bfloat16", "auto", "plain", limit)

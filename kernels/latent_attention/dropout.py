@@ -33,15 +33,27 @@ def philox(counter: tuple[Tensor, Tensor, Tensor, Tensor], key: tuple[Tensor, Te
 
 
 def keep_mask(
-    seed: Tensor, probability: float, batch: int, heads: int, queries: int, keys: int, first_sample: int = 0
+    seed: Tensor,
+    probability: float,
+    batch: int,
+    heads: int,
+    queries: int,
+    keys: int,
+    first_sample: int = 0,
+    first_key: int = 0,
 ) -> Tensor:
     """bool [B, h, M, N], True = kept (with probability 1 - `probability`). seed: int64 scalar on the device
-    to use."""
+    to use. first_key: a multiple of 4."""
 
     def count(size: int, dims: int, start: int = 0) -> Tensor:
         return torch.arange(start, start + size, device=seed.device).view(-1, *[1] * dims)
 
-    counter = (count(-(-keys // 4), 0), count(queries, 1), count(heads, 2), count(batch, 3, first_sample))
+    counter = (
+        count(-(-keys // 4), 0, first_key // 4),
+        count(queries, 1),
+        count(heads, 2),
+        count(batch, 3, first_sample),
+    )
     words = torch.stack(
         philox(counter, (seed & LOW, (seed >> 32) & LOW)), dim=-1
     )  # [B, h, M, ceil(N / 4), 4]

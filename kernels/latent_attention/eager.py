@@ -2,7 +2,9 @@
 M, N].
 
 One autograd function, so that scale, mask and softmax work in place on tensors that nobody else sees, and
-one tensor of probabilities is kept for the backward. Half types are computed in float32.
+one tensor of probabilities is kept for the backward. Where that tensor would be large, another one takes a piece of the
+keys at a time, keeps the log-sum-exp, and computes the probabilities again in the backward (FlashAttention,
+arXiv:2205.14135). Half types are computed in float32.
 """
 
 from __future__ import annotations
@@ -15,6 +17,9 @@ from torch.autograd.function import once_differentiable
 
 from kernels.latent_attention.dropout import keep_mask
 from kernels.latent_attention.reference import compute_dtype
+
+LARGE = 2**26  # numbers in [B, h, M, N] from which on they are never there at once
+PIECE = 2**22  # then so many at a time
 
 
 def latent_attention(
@@ -36,13 +41,18 @@ def latent_attention(
         mask, empty = additive_mask(visible, compute_dtype(q))
     elif keys == 0:
         empty = torch.ones(batch, dtype=torch.bool, device=q.device)
-    if seed is not None:
+    large = batch * heads * queries * keys > LARGE
+    if seed is not None and not large:
         keep = keep_mask(seed, dropout_p, batch, heads, queries, keys)
         keep = keep.view(batch * kv_heads, heads // kv_heads * queries, keys)
     folded, k, v = (
         t.to(compute_dtype(q)) for t in (fold_heads(q, kv_heads), k.transpose(1, 2), v.transpose(1, 2))
     )
-    out, lse = _Attention.apply(folded, k, v, mask, keep, scale, dropout_p, return_lse)
+    if large:
+        out, lse = _Pieces.apply(folded, k, v, mask, seed, scale, dropout_p, heads)
+        lse = lse if return_lse else None
+    else:
+        out, lse = _Attention.apply(folded, k, v, mask, keep, scale, dropout_p, return_lse)
     if empty is not None:
         out = out.masked_fill(empty[:, None, None, None], 0)
         lse = None if lse is None else lse.masked_fill(empty[:, None, None], float("-inf"))
@@ -97,6 +107,88 @@ class _Attention(torch.autograd.Function):
             d_k = torch.bmm(d_logits.mT, scaled)
         d_q, d_k, d_v = (t.unflatten(0, ctx.sizes) for t in (d_q, d_k, d_v))
         return d_q, d_k, d_v, None, None, None, None, None
+
+
+class _Pieces(torch.autograd.Function):
+    """The same for many keys, of which a piece at a time is looked at; lse always. `heads` are the queries' heads before
+    they were folded: dropout counts by them."""
+
+    @staticmethod
+    def forward(
+        ctx: Any,
+        q: Tensor,
+        k: Tensor,
+        v: Tensor,
+        mask: Tensor | None,
+        seed: Tensor | None,
+        scale: float,
+        dropout_p: float,
+        heads: int,
+    ) -> tuple[Tensor, Tensor]:
+        sizes = q.shape[:2]
+        scaled = torch.mul(q, scale, out=q.new_empty(q.shape)).flatten(0, 1)
+        k, v = k.flatten(0, 1), v.flatten(0, 1)
+        ctx.sizes, ctx.scale, ctx.dropout_p, ctx.heads = sizes, scale, dropout_p, heads
+        largest = scaled.new_full((*scaled.shape[:2], 1), float("-inf"))
+        total = torch.zeros_like(largest)
+        out = scaled.new_zeros(*scaled.shape[:2], v.shape[-1])
+        for some in _pieces(scaled, k):
+            logits = _logits(scaled, k[:, some], mask, some, sizes)
+            new = torch.maximum(largest, logits.amax(-1, keepdim=True))
+            shown = new.masked_fill(new == float("-inf"), 0)  # where nothing was visible yet, not -inf - -inf
+            weights = logits.sub_(shown).exp_()
+            decay = (largest - shown).exp_()
+            total.mul_(decay).add_(weights.sum(-1, keepdim=True))
+            kept = _kept(ctx, seed, scaled, some)
+            out.mul_(decay).baddbmm_(_dropped(weights, kept, dropout_p), v[:, some])
+            largest = new
+        out.div_(total)
+        lse = (largest + total.log()).squeeze(-1)
+        ctx.save_for_backward(scaled, k, v, mask, seed, out, lse)
+        return out.unflatten(0, sizes), lse.unflatten(0, sizes)
+
+    @staticmethod
+    @once_differentiable
+    def backward(ctx: Any, d_out: Tensor, d_lse: Tensor) -> tuple[Tensor | None, ...]:
+        scaled, k, v, mask, seed, out, lse = ctx.saved_tensors
+        with torch.autocast(d_out.device.type, enabled=False):
+            d_out = d_out.flatten(0, 1)
+            delta = (d_out * out).sum(-1, keepdim=True) - d_lse.flatten(0, 1)[..., None]
+            d_q, d_k, d_v = torch.zeros_like(scaled), torch.empty_like(k), torch.empty_like(v)
+            for some in _pieces(scaled, k):
+                weights = _logits(scaled, k[:, some], mask, some, ctx.sizes).sub_(lse[..., None]).exp_()
+                kept = _kept(ctx, seed, scaled, some)
+                d_v[:, some] = torch.bmm(_dropped(weights, kept, ctx.dropout_p).mT, d_out)
+                d_weights = _dropped(torch.bmm(d_out, v[:, some].mT), kept, ctx.dropout_p)
+                d_logits = weights.mul_(d_weights.sub_(delta))
+                d_q.baddbmm_(d_logits, k[:, some])
+                d_k[:, some] = torch.bmm(d_logits.mT, scaled)
+            d_q.mul_(ctx.scale)
+        d_q, d_k, d_v = (t.unflatten(0, ctx.sizes) for t in (d_q, d_k, d_v))
+        return d_q, d_k, d_v, None, None, None, None, None
+
+
+def _pieces(scaled: Tensor, k: Tensor) -> list[slice]:
+    """Of the keys; each begins at a multiple of 4, as dropout wants it."""
+    size = max(4, PIECE // (scaled.shape[0] * scaled.shape[1]) // 4 * 4)
+    return [slice(start, min(start + size, k.shape[1])) for start in range(0, k.shape[1], size)]
+
+
+def _logits(scaled: Tensor, k: Tensor, mask: Tensor | None, some: slice, sizes: torch.Size) -> Tensor:
+    logits = torch.bmm(scaled, k.mT)
+    if mask is not None:
+        logits.unflatten(0, sizes).add_(mask[:, None, None, some])
+    return logits
+
+
+def _kept(ctx: Any, seed: Tensor | None, scaled: Tensor, some: slice) -> Tensor | None:
+    """What dropout keeps of a piece, [B * h_kv, g * M, keys]."""
+    if seed is None:
+        return None
+    batch, count = ctx.sizes[0], some.stop - some.start
+    queries = scaled.shape[0] * scaled.shape[1] // (batch * ctx.heads)
+    keep = keep_mask(seed, ctx.dropout_p, batch, ctx.heads, queries, count, first_key=some.start)
+    return keep.view(*scaled.shape[:2], count)
 
 
 def _dropped(weights: Tensor, keep: Tensor | None, dropout_p: float) -> Tensor:

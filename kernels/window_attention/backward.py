@@ -241,7 +241,7 @@ def query_grad_kernel(
 
     if COSINE:
         acc, along = grad_of_unit(acc, q, q_norm, scale * LN_2)
-        tl.store(grad_multiplier + (window * tiles + tile) * heads + head, tl.sum(along, 0))
+        tl.store(grad_multiplier + (window.to(tl.int64) * tiles + tile) * heads + head, tl.sum(along, 0))
     else:
         acc = acc * (scale * LN_2)
     d_start = grad_qkv + plane * token_stride + head * HEAD_DIM
@@ -335,7 +335,7 @@ def key_grad_kernel(
     if PADS_ARE_KEYS:
         pad = ((kn < slots) & ~k_real)[:, None]
         d = tl.arange(0, BLOCK_D)
-        k_start = grad_pads + ((window * tiles + tile) * 2 * heads + head).to(tl.int64) * HEAD_DIM
+        k_start = grad_pads + ((window.to(tl.int64) * tiles + tile) * 2 * heads + head) * HEAD_DIM
         tl.store(k_start + d, tl.sum(tl.where(pad, d_k, 0.0), 0), mask=d < HEAD_DIM)
         tl.store(k_start + heads * HEAD_DIM + d, tl.sum(tl.where(pad, d_v, 0.0), 0), mask=d < HEAD_DIM)
 

@@ -8,7 +8,6 @@ Triton is imported at the first call.
 
 from __future__ import annotations
 
-import math
 from typing import Any
 
 import torch
@@ -19,23 +18,23 @@ from kernels.backend import triton_refusal
 from kernels.launch import LOG2_E
 from kernels.operators import operator
 from kernels.window_attention.geometry import Grid, masks, remember
-from kernels.window_attention.launch import MAX_GRID, MAX_HEAD_DIM, Call
+from kernels.window_attention.launch import BIAS_STEP, MAX_GRID, MAX_HEAD_DIM, Call
 from kernels.window_attention.reference import MAX_LOGIT_SCALE, logit_multiplier
 
-MAX_OFFSET = 2**31  # offsets within one sample, and within one head's bias, are 32-bit
+MAX_OFFSET = 2**31  # offsets within one sample, and from one kind of window's bias to the next, are 32-bit
 
 
 def refusal(qkv: Tensor, grid: Grid) -> str | None:
     """Why the kernels cannot run this call; None where they can."""
-    slots = grid.slots
+    bias = qkv.shape[4] * (-(-grid.slots // BIAS_STEP) * BIAS_STEP) ** 2
     if (why := triton_refusal(qkv.device)) is not None:
         return why
     if qkv.dtype == torch.float64:
         return "it computes in float32 at most, got float64"
     if qkv.shape[-1] > MAX_HEAD_DIM:
         return f"head_dim must be from 1 to {MAX_HEAD_DIM}, got {qkv.shape[-1]}"
-    if slots * slots >= MAX_OFFSET:
-        return f"a window must have fewer than {math.isqrt(MAX_OFFSET) + 1:,} slots, got {slots:,}"
+    if bias >= MAX_OFFSET:
+        return f"the expanded bias must have fewer than 2^31 numbers, got {bias:,}"
     if qkv[:1].numel() >= MAX_OFFSET:
         return f"one sample of qkv must have fewer than 2^31 numbers, got {qkv[:1].numel():,}"
     if max(len(qkv), grid.windows) > MAX_GRID:
