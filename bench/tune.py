@@ -65,11 +65,12 @@ def window_cases() -> list[WindowCase]:
 
 
 def latent_cases() -> list[LatentCase]:
-    """Both head_dims; a full GPU and the dead band of FlashAttention-2."""
+    """One for each kind of configuration."""
     return [
         LatentCase("tune-32", 8, 512, 8192, 16, 32),
         LatentCase("tune-64", 8, 512, 8192, 16, 64),
         LatentCase("tune-128", 8, 512, 8192, 12, 128),
+        LatentCase("tune-256", 4, 512, 8192, 8, 256),
     ]
 
 
@@ -106,12 +107,12 @@ def latent_candidates(case: LatentCase) -> Iterator[Candidate]:
     yield dataclasses.replace(own, mode=TRAINING)
     shapes = ((64, 64, 4), (64, 128, 4), (128, 64, 4), (128, 64, 8), (128, 128, 8), (64, 32, 4))
     for (queries, keys, warps), stages in itertools.product(shapes, (2, 3, 4)):
-        yield Candidate(case.name, FORWARD, "forward", Config(queries, keys, warps, stages))
+        yield Candidate(case.name, FORWARD, "forward", Config(queries, keys, warps, stages, apart=True))
     for (queries, keys, warps), stages in itertools.product((*shapes, (128, 32, 8), (128, 32, 4)), (2, 3)):
-        yield Candidate(case.name, TRAINING, "queries", Config(queries, keys, warps, stages))
+        yield Candidate(case.name, TRAINING, "queries", Config(queries, keys, warps, stages, apart=True))
     tiles = ((64, 64, 4), (32, 64, 4), (32, 128, 4), (64, 128, 8), (64, 128, 4), (128, 64, 8), (128, 128, 8))
     for (queries, keys, warps), stages in itertools.product((*tiles, (64, 64, 8), (16, 128, 4)), (1, 2, 3)):
-        yield Candidate(case.name, TRAINING, "keys", Config(queries, keys, warps, stages))
+        yield Candidate(case.name, TRAINING, "keys", Config(queries, keys, warps, stages, apart=True))
 
 
 SUBJECTS: dict[str, tuple[Subject, Any, Any]] = {

@@ -6,9 +6,19 @@ import torch
 from torch import Tensor
 
 # Asked once: torch 2.11's compiler cannot look into the question.
-DEVICES = {
-    name for name in ("cpu", "cuda", "xpu", "mps", "hpu", "mtia") if torch.amp.is_autocast_available(name)
-}
+KNOWN = (
+    "cpu",
+    "cuda",
+    "xpu",
+    "mps",
+    "hpu",
+    "mtia",
+    "xla",
+    "ipu",
+    "maia",
+    torch._C._get_privateuse1_backend_name(),
+)
+DEVICES = {name for name in KNOWN if torch.amp.is_autocast_available(name)}
 
 
 def autocast_dtype(tensor: Tensor) -> torch.dtype | None:

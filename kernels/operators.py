@@ -7,7 +7,8 @@ from typing import Any
 
 import torch
 
-DEVICES = ("CPU", "CUDA")
+DEVICES = ("cpu", "cuda")
+LIBRARIES: dict[str, torch.library.Library] = {}  # each operator's registrations last as long as its library
 
 
 def operator(
@@ -20,7 +21,7 @@ def operator(
 
     torch.library.custom_op does the same and more: it looks at every call for results that share memory with arguments,
     and that takes longer than the launch of a kernel. What is decorated here must not return an argument, a view of one, or
-    one tensor twice.
+    one tensor twice. A module that is loaded again replaces its operators.
     """
 
     def make(function: Callable[..., Any]) -> Any:
@@ -29,11 +30,15 @@ def operator(
         def refuse(*_: Any) -> None:
             raise RuntimeError(f"{full} cannot be differentiated")
 
-        torch.library.define(full, torch.library.infer_schema(function, mutates_args=()))
-        torch.library.impl(full, DEVICES)(function)
-        torch.library.register_fake(full)(fake)
+        if name in LIBRARIES:
+            LIBRARIES.pop(name)._destroy()
+        library = LIBRARIES[name] = torch.library.Library("auroraio", "FRAGMENT")
+        schema = torch.library.infer_schema(function, mutates_args=())
+        library.define(f"{name}{schema}", tags=(torch.Tag.pt2_compliant_tag,))
+        torch.library.register_kernel(full, DEVICES, function, lib=library)
+        torch.library.register_fake(full, fake, lib=library)
         backward, setup_context = derivative or (refuse, None)
-        torch.library.register_autograd(full, backward, setup_context=setup_context)
+        torch.library.register_autograd(full, backward, setup_context=setup_context, lib=library)
         return getattr(torch.ops.auroraio, name).default
 
     return make

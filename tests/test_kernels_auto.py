@@ -63,16 +63,19 @@ def test_latent_attention_goes_to_triton_where_torch_cannot() -> None:
     for dropout_p, return_lse, dense in ((0.1, False, True), (0.0, True, True), (0.0, False, False)):
         assert latent.plan(q, q, q, dropout_p, return_lse, dense).preferred == "triton"
     single = q.float()
-    assert latent.plan(single, single, single, 0.0, False, dense=True).preferred == "sdpa"
+    assert latent.plan(single, single, single, 0.0, False, dense=True).preferred == "eager"
+    odd, none = q[..., :100], q[:0]  # what cuDNN does not take, and nothing at all
+    assert latent.plan(odd, odd, odd, 0.0, False, dense=True).preferred == "triton"
+    assert latent.plan(none, none, none, 0.0, False, dense=True).preferred == "triton"
 
 
 @pytest.mark.usefixtures("hopper")
 def test_window_attention_goes_to_triton_which_was_fastest() -> None:
     qkv = torch.empty(2, 28, 28, 3, 4, 32, device="meta", dtype=torch.bfloat16)
     grid = Grid(28, 28, (7, 7), (3, 3))
-    assert window.plan(qkv, grid).preferred == "triton"
-    assert window.plan(qkv.float(), grid).preferred == "eager"
-    assert window.plan(qkv.double(), grid).preferred == "sdpa"
+    assert window.plan(qkv, grid, True, False).preferred == "triton"
+    assert window.plan(qkv.float(), grid, True, False).preferred == "eager"
+    assert window.plan(qkv.double(), grid, True, False).preferred == "sdpa"
     found = rows_of("2026-11-27-h200-window")
     for rows in found.values():
         assert min(rows.values(), key=lambda row: row.median).peer == "triton"

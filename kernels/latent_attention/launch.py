@@ -63,8 +63,9 @@ def splits(programs: int, steps: int, slots: int) -> int:
     return next(parts for parts in choices if waste(parts) <= 1.1 * best)
 
 
-# ---- the configurations. Those for sm_90 are the fastest of what `python -m bench.tune` tried on an H200 (2026-11-27);
-# those for sm_80 are large tiles that compile without spilling registers, and none was ever timed.
+# ---- the configurations. Those for sm_90 without dropout are the fastest of what `python -m bench.tune` tried on an H200
+# (2026-11-27), but for the backward at head_dim 256; that one, dropout, and sm_80 have large tiles that compile without
+# spilling registers, and were never timed.
 
 
 def blocks_per_sm(config: Config) -> int:

@@ -119,6 +119,8 @@ def explain(
 ) -> Choice:
     """`kernels.explain(latent_attention, ...)`."""
     _check(q, k, v, key_lengths, cu_seqlens_k, key_mask, dropout_p)
+    if (low := autocast_dtype(q)) is not None:
+        q, k, v = q.to(low), k.to(low), v.to(low)
     dense = key_lengths is None and cu_seqlens_k is None and key_mask is None
     return describe(NAME, backend, plan(q, k, v, dropout_p, return_lse, dense))
 
@@ -136,12 +138,14 @@ def plan(q: Tensor, k: Tensor, v: Tensor, dropout_p: float, return_lse: bool, de
     if k.shape[-3] == 0:
         reasons.append("there are no keys")
     hopper = why is None and is_hopper(q.device) and q.dtype.itemsize == 2
-    if hopper and (reasons or not (dense and fills_hopper(q, v))):
+    if hopper and (reasons or not (dense and sdpa.takes_cudnn(q, k, v) and fills_hopper(q, v))):
         if reasons:
             refusals["sdpa"] = "; ".join(reasons)
         return Plan("triton", "measured faster on an H200 than torch's kernels for such a call", refusals)
     if reasons:
         return Plan("eager", "the fastest that was measured", refusals | {"sdpa": "; ".join(reasons)})
+    if is_hopper(q.device) and q.dtype == torch.float32:
+        return Plan("eager", "measured faster on an H200 in float32", refusals)
     if hopper:
         return Plan("sdpa", "cuDNN's attention, measured faster on an H200 where it fills the GPU", refusals)
     if q.device.type != "cpu":
@@ -158,6 +162,8 @@ def fills_hopper(q: Tensor, v: Tensor) -> bool:
     """Whether cuDNN's attention, which has a program for 128 queries of a head and does not split keys, keeps so much of a
     Hopper GPU busy that it beats `triton`."""
     programs = q.shape[0] * q.shape[2] * -(-q.shape[1] // 128)
+    if programs == 0:
+        return False
     slots = torch.cuda.get_device_properties(q.device).multi_processor_count
     busy = programs / (-(-programs // slots) * slots)
     dim = max(q.shape[-1], v.shape[-1])

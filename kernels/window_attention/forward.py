@@ -136,8 +136,8 @@ def tiled_forward_kernel(
     sy: tl.int32,
     sx: tl.int32,
     heads: tl.int32,
-    kind_stride: tl.int32,  # from one kind of window to the next: 0 where all are alike
-    bias_stride: tl.int32,  # from head to head: 0 where all share one
+    kind_stride: tl.int64,  # from one kind of window to the next: 0 where all are alike
+    bias_stride: tl.int64,  # from head to head: 0 where all share one
     scale: tl.float32,  # times log2 e
     WY: tl.constexpr,
     WX: tl.constexpr,

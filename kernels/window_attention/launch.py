@@ -155,9 +155,9 @@ def tail_of(form: Form) -> int:
     return power_of_two(rest) if rest else 0
 
 
-# ---- the configurations. Those for sm_90 are the fastest of what `python -m bench.tune` tried on an H200 (2026-11-27),
-# at head_dim 32 and 64; those for sm_80, and for other head_dims, are the largest tiles that compile without spilling
-# registers, and were never timed. head_dim counts as the next power of two, 16 to 128
+# ---- the configurations. Those for sm_90 at head_dim 32 and 64 are the fastest, or within a few percent of it, of what
+# `python -m bench.tune` tried on an H200 (2026-11-27). Those for sm_80, and at other head_dims, are the largest tiles that
+# compile without spilling registers: nothing else was tried. head_dim counts as the next power of two, 16 to 128.
 
 
 def fused_config(form: Form) -> Config | None:

@@ -61,7 +61,8 @@ def window_attention(
     if low is not None:
         qkv = qkv.to(low)
     grid = _check(qkv, bias, window, shift, scale, logit_scale, pad_kv)
-    run = BACKEND_FUNCTIONS[resolve(NAME, backend, plan(qkv, grid))]
+    plan_ = plan(qkv, grid, logit_scale is not None, pad_kv is not None)
+    run = BACKEND_FUNCTIONS[resolve(NAME, backend, plan_)]
     scale = qkv.shape[-1] ** -0.5 if scale is None else scale
     if low is None:
         return run(qkv, bias, logit_scale, pad_kv, grid, scale)
@@ -84,12 +85,14 @@ def explain(
 ) -> Choice:
     """`kernels.explain(window_attention, ...)`."""
     grid = _check(qkv, bias, window, shift, scale, logit_scale, pad_kv)
-    return describe(NAME, backend, plan(qkv, grid))
+    if (low := autocast_dtype(qkv)) is not None:
+        qkv = qkv.to(low)
+    return describe(NAME, backend, plan(qkv, grid, logit_scale is not None, pad_kv is not None))
 
 
-def plan(qkv: Tensor, grid: Grid) -> Plan:
+def plan(qkv: Tensor, grid: Grid, cosine: bool, pads: bool) -> Plan:
     """What auto takes for this call. The figures behind it are in kernels/README.md."""
-    why = triton_ops.refusal(qkv, grid)
+    why = triton_ops.refusal(qkv, grid, cosine, pads)
     refusals = {} if why is None else {"triton": why}
     if qkv.device.type == "cpu":
         return Plan("eager", "measured faster on CPUs at every shape that was tried", refusals)

@@ -2,7 +2,8 @@
 
 Legend: a map H x W of each of B samples, cut into ny x nx windows of N = wy * wx slots after a roll by (-sy, -sx);
 h heads of D numbers. qkv is [B, H, W, 3, h, D]. Slot n of a window is its row n // wx and column n % wx. The meaning of
-all this is geometry.py; here it is index arithmetic, and no index or mask is ever in memory.
+all this is geometry.py; here it is index arithmetic, and no index is ever in memory. Tiled kernels find the mask in the
+bias of a window's kind, the others make it.
 
 Importing this file imports Triton.
 """

@@ -15,30 +15,40 @@ import torch.nn.functional as F
 from torch import Tensor
 
 from kernels.backend import triton_refusal
-from kernels.launch import LOG2_E
+from kernels.launch import LOG2_E, processor
 from kernels.operators import operator
 from kernels.window_attention.geometry import Grid, masks, remember
-from kernels.window_attention.launch import BIAS_STEP, MAX_GRID, MAX_HEAD_DIM, Call
+from kernels.window_attention.launch import MAX_GRID, MAX_HEAD_DIM, Call, Form
 from kernels.window_attention.reference import MAX_LOGIT_SCALE, logit_multiplier
 
-MAX_OFFSET = 2**31  # offsets within one sample, and from one kind of window's bias to the next, are 32-bit
+MAX_OFFSET = 2**31  # offsets within one sample, and within one head's bias, are 32-bit
 
 
-def refusal(qkv: Tensor, grid: Grid) -> str | None:
+def refusal(qkv: Tensor, grid: Grid, cosine: bool, pads: bool) -> str | None:
     """Why the kernels cannot run this call; None where they can."""
-    bias = qkv.shape[4] * (-(-grid.slots // BIAS_STEP) * BIAS_STEP) ** 2
     if (why := triton_refusal(qkv.device)) is not None:
         return why
     if qkv.dtype == torch.float64:
         return "it computes in float32 at most, got float64"
     if qkv.shape[-1] > MAX_HEAD_DIM:
         return f"head_dim must be from 1 to {MAX_HEAD_DIM}, got {qkv.shape[-1]}"
-    if bias >= MAX_OFFSET:
-        return f"the expanded bias must have fewer than 2^31 numbers, got {bias:,}"
+    form = Form(
+        grid.window,
+        qkv.shape[-1],
+        qkv.dtype.itemsize == 2,
+        cosine,
+        pads and grid.padded,
+        processor(qkv.device)[0],
+    )
+    if form.side**2 >= MAX_OFFSET:
+        return f"a window's bias must have fewer than 2^31 numbers, got {form.side**2:,}"
     if qkv[:1].numel() >= MAX_OFFSET:
         return f"one sample of qkv must have fewer than 2^31 numbers, got {qkv[:1].numel():,}"
-    if max(len(qkv), grid.windows) > MAX_GRID:
-        return f"it takes up to {MAX_GRID:,} samples of as many windows, got {len(qkv):,} of {grid.windows:,}"
+    if max(len(qkv), grid.windows) > MAX_GRID and not form.fused_backward:
+        sizes = f"{len(qkv):,} samples of {grid.windows:,} windows"
+        return (
+            f"for such windows it takes up to {MAX_GRID:,} samples, and as many windows of each, got {sizes}"
+        )
     return None
 
 
@@ -260,7 +270,7 @@ def _operands(
         ).contiguous()  # F.pad keeps the strides of what it need not pad
     expanded = expanded[None]
     if call.masked and kinds:
-        expanded = expanded + remember(qkv, _kinds, call.grid, not call.pads_are_keys, side)
+        expanded = expanded + remember(qkv, _kinds, _least(call.grid), not call.pads_are_keys, side)
     multiplier = expanded
     if logit_scale is not None:
         multiplier = logit_multiplier(logit_scale.detach(), torch.float32) * LOG2_E
@@ -273,6 +283,12 @@ def _no_bias(slots: int, side: int, device: torch.device) -> Tensor:
     bias = torch.zeros(1, side, side, device=device)
     bias[:, :, slots:] = float("-inf")
     return bias
+
+
+def _least(grid: Grid) -> Grid:
+    """The smallest map with the same mask: what is remembered does not depend on the map's size."""
+    (wy, wx), pads_y, pads_x = grid.window, -grid.height % grid.window[0], -grid.width % grid.window[1]
+    return Grid(2 * wy - pads_y, 2 * wx - pads_x, grid.window, grid.shift)
 
 
 def _kinds(grid: Grid, mask_pads: bool, side: int, device: torch.device) -> Tensor:
