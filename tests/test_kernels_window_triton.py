@@ -370,7 +370,7 @@ def test_refuses_what_it_cannot_do(device: str) -> None:
     huge = torch.zeros((), device=device).expand(2, 4096, 4096, 3, 1, 64)
     with pytest.raises(BackendError, match=r"fewer than 2\^31 numbers, got 3,221,225,472"):
         window_attention(huge, window=4, backend="triton")
-    with pytest.raises(BackendError, match=r"the expanded bias must have fewer than 2\^31 numbers, got 2,"):
+    with pytest.raises(BackendError, match=r"a window's bias must have fewer than 2\^31 numbers, got 2,"):
         window_attention(
             torch.zeros((), device=device).expand(1, 232, 200, 3, 1, 1), window=(232, 200), backend="triton"
         )

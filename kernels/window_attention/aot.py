@@ -47,8 +47,8 @@ HEAD_DIMS = (16, 32, 64, 128)
 def forms(arch: int) -> Iterator[tuple[str, Form]]:
     """Each dtype with the forms that are compiled for it: every configuration, with the constants that need most.
 
-    Window 7 is one tile of 64, window 14 three steps of 64 (sm_90: six of 32) and a tail of 16. The other windows, other tiles or tails of
-    the same code, and fp16, which differs from bf16 in a conversion, are there for a few head_dims.
+    Window 7 is one tile of 64, window 14 three steps of 64 (sm_90: six of 32) and a tail of 16. The other windows, other
+    tiles or tails of the same code, and fp16, which differs from bf16 in a conversion, are there for a few head_dims.
     """
     both = (False, True)
     small, large = (7, 7), (14, 14)

@@ -22,7 +22,8 @@ BIAS_STEP = 64  # a multiple of what the tiled kernels take of the bias's column
 
 @dataclass(frozen=True)
 class Form:
-    """What the choice of a configuration depends on: everything but the sizes of batch and map."""
+    """What the choice of a configuration depends on: everything but the sizes of batch and map. (Nothing is cached in it:
+    torch.compile looks into it, and before Python 3.12 not into cached_property.)"""
 
     window: tuple[int, int]
     head_dim: int
@@ -31,37 +32,37 @@ class Form:
     pads_are_keys: bool
     arch: int  # 80 or 90
 
-    @cached_property
+    @property
     def slots(self) -> int:
         """N."""
         return self.window[0] * self.window[1]
 
-    @cached_property
+    @property
     def side(self) -> int:
         """Of the bias that the tiled kernels read: N up to whole tiles."""
         return -(-self.slots // BIAS_STEP) * BIAS_STEP
 
-    @cached_property
+    @property
     def block_d(self) -> int:
         """head_dim, padded."""
         return power_of_two(self.head_dim)
 
-    @cached_property
+    @property
     def tight(self) -> bool:
         """Whether masks or pads take registers, so that tiles have to be smaller."""
         return self.pads_are_keys or self.head_dim != self.block_d
 
-    @cached_property
+    @property
     def whole(self) -> bool:
         """Whether a window is one tile in the forward: all logits of a head are in registers at once."""
         return self.slots <= (64 if self.half else 32) and self.block_d <= 64
 
-    @cached_property
+    @property
     def fused_backward(self) -> bool:
         """Whether one kernel does the backward of a whole window: where that takes no more registers than there are."""
         return self.whole and fused_config(self) is not None
 
-    @cached_property
+    @property
     def padded(self) -> int:
         """Np: N up to a power of two, where a window is one tile."""
         return power_of_two(self.slots)

@@ -15,7 +15,7 @@ import torch.nn.functional as F
 from torch import Tensor
 
 from kernels.backend import triton_refusal
-from kernels.launch import LOG2_E, processor
+from kernels.launch import LOG2_E
 from kernels.operators import operator
 from kernels.window_attention.geometry import Grid, masks, remember
 from kernels.window_attention.launch import MAX_GRID, MAX_HEAD_DIM, Call, Form
