@@ -14,7 +14,7 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor
 
-from kernels.backend import triton_refusal
+from kernels.backend import is_hopper, triton_refusal
 from kernels.launch import LOG2_E
 from kernels.operators import operator
 from kernels.window_attention.geometry import Grid, masks, remember
@@ -38,7 +38,7 @@ def refusal(qkv: Tensor, grid: Grid, cosine: bool, pads: bool) -> str | None:
         qkv.dtype.itemsize == 2,
         cosine,
         pads and grid.padded,
-        processor(qkv.device)[0],
+        90 if is_hopper(qkv.device) else 80,
     )
     if form.side**2 >= MAX_OFFSET:
         return f"a window's bias must have fewer than 2^31 numbers, got {form.side**2:,}"
