@@ -17,6 +17,7 @@ from __future__ import annotations
 
 import argparse
 import json
+import os
 import re
 import shutil
 import subprocess
@@ -30,7 +31,7 @@ from pathlib import Path
 
 from bench import machine, record
 from bench.importing import make_torchvision_importable
-from bench.profiles import PROFILES, Profile, choose
+from bench.profiles import PROFILES, Profile, Task, choose
 from bench.record import RUN_FILE
 from bench.session import Session
 
@@ -68,6 +69,9 @@ def main(arguments: Sequence[str] | None = None) -> int:
     parser.add_argument("--profile", default="auto", help=f"auto, {', '.join(PROFILES)}")
     parser.add_argument("--rehearse", action="store_true", help="walk through it on a machine without a GPU")
     parser.add_argument(
+        "--tasks", default="", help="only those whose SUBJECT/CASE/MODE/DTYPE has this pattern"
+    )
+    parser.add_argument(
         "--subject", help=argparse.SUPPRESS
     )  # what the processes of the benchmark are started with
     options = parser.parse_args(arguments)
@@ -80,17 +84,22 @@ def main(arguments: Sequence[str] | None = None) -> int:
         profile = choose(options.profile, kind, machine.device_name(kind))
     except ValueError as error:
         parser.error(str(error))
+    if not chosen_tasks(profile, options.tasks):
+        parser.error(f"no task of profile {profile.name} matches {options.tasks!r}")
     minutes = options.minutes or (FULL if options.full else SHORT)
     if options.subject:
-        return measure(profile, options.subject, options.out, 60 * minutes, options.rehearse)
-    return Program(profile, options.out, 60 * minutes, options.rehearse).run()
+        return measure(profile, options.subject, options.out, 60 * minutes, options.rehearse, options.tasks)
+    return Program(profile, options.out, 60 * minutes, options.rehearse, options.tasks).run()
 
 
 class Program:
     """The sections, and the time that is left for them."""
 
-    def __init__(self, profile: Profile, out: Path, seconds: float, rehearsed: bool) -> None:
+    def __init__(
+        self, profile: Profile, out: Path, seconds: float, rehearsed: bool, pattern: str = ""
+    ) -> None:
         self.profile, self.out, self.rehearsed = profile, out.resolve(), rehearsed
+        self.pattern, self.tasks = pattern, chosen_tasks(profile, pattern)
         self.seconds, self.end = seconds, time.monotonic() + seconds
         self.done: list[Section] = []
 
@@ -119,7 +128,7 @@ class Program:
     @property
     def runs(self) -> list[Path]:
         """Where each subject's process leaves what it measured."""
-        subjects = dict.fromkeys(task.subject for task in self.profile.tasks())
+        subjects = dict.fromkeys(task.subject for task in self.tasks)
         return [self.out / subject / RUN_FILE for subject in subjects]
 
     @property
@@ -156,7 +165,10 @@ class Program:
         else:  # these files alone: others import what may be absent here
             chosen = [str(file) for file in files if GPU_TEST.search(file.read_text(encoding="utf-8"))]
             chosen += ["-m", "gpu"]
-        self.process("tests", [*_pytest(), *chosen], MOST["tests"] * self.seconds)
+        # They compile more than they compute, so a process for each core, up to 16, where pytest-xdist is there.
+        cores = min(os.cpu_count() or 1, 16)
+        many = ["-n", str(cores)] if machine.there("xdist") and not self.rehearsed else []
+        self.process("tests", [*_pytest(), *many, *chosen], MOST["tests"] * self.seconds)
 
     def sanitizer(self) -> None:
         """Reads and writes that are out of bounds, and races in shared memory."""
@@ -186,13 +198,13 @@ class Program:
 
     def subjects(self) -> None:
         """A process for each; each gets its tasks' share of what the earlier ones left."""
-        waiting = Counter(task.subject for task in self.profile.tasks())
+        waiting = Counter(task.subject for task in self.tasks)
         for name in [*waiting]:
             share = max(self.left, 0.0) * waiting[name] / waiting.total()
             del waiting[name]
             command = [
                 sys.executable, "-m", "bench.gpu", "--subject", name, "--profile", self.profile.name,
-                "--out", str(self.out / name), "--minutes", str(0.8 * share / 60),
+                "--out", str(self.out / name), "--minutes", str(0.8 * share / 60), "--tasks", self.pattern,
             ]  # fmt: skip
             self.process(name, command + ["--rehearse"] * self.rehearsed, share + GRACE)
 
@@ -248,10 +260,17 @@ def _pytest() -> list[str]:
     ]
 
 
-def measure(profile: Profile, subject: str, out: Path, seconds: float, rehearsed: bool) -> int:
+def chosen_tasks(profile: Profile, pattern: str) -> list[Task]:
+    """Those whose SUBJECT/NAME has the pattern, an "re"."""
+    return [task for task in profile.tasks() if re.search(pattern, f"{task.subject}/{task.name}")]
+
+
+def measure(
+    profile: Profile, subject: str, out: Path, seconds: float, rehearsed: bool, pattern: str = ""
+) -> int:
     """One subject's tasks, in this process; those for which no time is left are not begun, and named."""
     kept = make_torchvision_importable()
-    tasks = [task for task in profile.tasks() if task.subject == subject]
+    tasks = [task for task in chosen_tasks(profile, pattern) if task.subject == subject]
     session = Session(profile, profile.budget, out, rehearsed)
     start, bad = time.monotonic(), 0
     for i, task in enumerate(tasks):

@@ -161,6 +161,20 @@ def test_the_gpu_program_is_bounded_and_leaves_what_it_measured(tmp_path: Path) 
     assert json.loads((tmp_path / "machine.json").read_text())["absent"].keys() >= {"flash_attn"}
 
 
+def test_the_gpu_program_measures_some_tasks(tmp_path: Path) -> None:
+    """By a pattern of subject, case, mode and dtype; one that nothing has is refused."""
+    program = Program(
+        PROFILES["h200-bf16"], tmp_path, 60.0, rehearsed=False, pattern="window_attention/swin-b.*/training"
+    )
+    assert {task.subject for task in program.tasks} == {"window_attention"} and len(program.runs) == 1
+    assert 1 < len(program.tasks) < 10 and all("/training/" in task.name for task in program.tasks)
+    done = subprocess.run(
+        [sys.executable, "-m", "bench.gpu", "--rehearse", "--tasks", "swin-q"],
+        cwd=ROOT, capture_output=True, text=True, timeout=120,
+    )  # fmt: skip
+    assert done.returncode == 2 and "no task of profile cpu matches 'swin-q'" in done.stderr
+
+
 def test_the_gpu_program_asks_the_sanitizer(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     """Both checks, on tests that there are; and a machine without the tool is told so."""
     program = Program(PROFILES["cpu"], tmp_path, 4000.0, rehearsed=False)
