@@ -40,6 +40,7 @@ from kernels.window_attention.tiles import (
     own_window,
     place_of,
     regions,
+    scaled_products,
     windows_of,
     with_pads,
 )
@@ -232,9 +233,8 @@ def query_grad_kernel(
         if PADS_ARE_KEYS:
             k = with_pads(k, pad_kv + head * HEAD_DIM, kn, slots, real, HEAD_DIM, BLOCK_D)
             v = with_pads(v, pad_kv + (heads + head) * HEAD_DIM, kn, slots, real, HEAD_DIM, BLOCK_D)
-        if COSINE:
-            k = (k * inverse_norm(k)[:, None]).to(k.dtype)
-        logits = product(q, tl.trans(k)) * q_scale[:, None] + tl.load(bias_rows + kn[None, :])
+        products, k = scaled_products(q, k, q_scale, COSINE)
+        logits = products + tl.load(bias_rows + kn[None, :])
         weights = tl.exp2(logits - q_lse[:, None])
         d_logits = weights * (product(d_out, tl.trans(v)) - q_delta[:, None])
         acc += product(d_logits.to(k.dtype), k)
@@ -317,9 +317,8 @@ def key_grad_kernel(
         d_out = load_rows(grad_out + place, token, heads * HEAD_DIM, real, HEAD_DIM, BLOCK_D)
         q_lse = tl.load(lse + line + qn, mask=real, other=float("inf"))
         q_delta = tl.load(delta + line + qn, mask=real, other=0.0)
-        if COSINE:
-            q = (q * inverse_norm(q)[:, None]).to(q.dtype)
-        logits = product(k, tl.trans(q)) * k_scale[:, None] + tl.load(bias_rows + qn[None, :])
+        products, q = scaled_products(k, q, k_scale, COSINE)
+        logits = products + tl.load(bias_rows + qn[None, :])
         weights = tl.exp2(logits - q_lse[None, :])
         d_v += product(weights.to(d_out.dtype), d_out)
         d_logits = weights * (product(v, tl.trans(d_out)) - q_delta[None, :])
@@ -410,8 +409,8 @@ def bias_grad_kernel(
         q_scale = tl.zeros([BLOCK_Q], tl.float32) + scale
         if COSINE:
             q_scale = scale * inverse_norm(q)
-            k = (k * inverse_norm(k)[:, None]).to(k.dtype)
-        weights = tl.exp2(product(q, tl.trans(k)) * q_scale[:, None] + bias_tile - q_lse[:, None])
+        products, unused = scaled_products(q, k, q_scale, COSINE)
+        weights = tl.exp2(products + bias_tile - q_lse[:, None])
         acc += weights * (product(d_out, tl.trans(v)) - q_delta[:, None])
         sample, row, column = next_place(sample, row, column, down, across)
 

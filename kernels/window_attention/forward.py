@@ -29,6 +29,7 @@ from kernels.window_attention.tiles import (
     own_window,
     place_of,
     regions,
+    scaled_products,
     windows_of,
     with_pads,
 )
@@ -209,10 +210,8 @@ def attend(
     if PADS_ARE_KEYS:
         k = with_pads(k, pad_kv + head * HEAD_DIM, kn, WY * WX, real, HEAD_DIM, BLOCK_D)
         v = with_pads(v, pad_kv + (heads + head) * HEAD_DIM, kn, WY * WX, real, HEAD_DIM, BLOCK_D)
-    if COSINE:
-        k = (k * inverse_norm(k)[:, None]).to(k.dtype)
-    logits = product(q, tl.trans(k)) * q_scale[:, None] + tl.load(bias_rows + kn[None, :])
-    return absorb(acc, largest, total, logits, v)
+    products, unused = scaled_products(q, k, q_scale, COSINE)
+    return absorb(acc, largest, total, products + tl.load(bias_rows + kn[None, :]), v)
 
 
 def forward(call: Call, qkv: Tensor, bias: Tensor, multiplier: Tensor, pad_kv: Tensor, lse: Tensor) -> Tensor:

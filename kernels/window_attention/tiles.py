@@ -157,6 +157,20 @@ def inverse_norm(rows):
 
 
 @triton.jit
+def scaled_products(left, right, left_scale, COSINE: tl.constexpr):
+    """left_scale * left right^T, for COSINE with right's rows of unit length; and those rows. float32 gets their lengths
+    after the product: to round unit vectors first would be most of its error. Half types round them, as plain PyTorch does,
+    and save a multiplication for each logit."""
+    unit = right
+    if COSINE:
+        norm = inverse_norm(right)
+        unit = (right * norm[:, None]).to(right.dtype)
+        if right.dtype == tl.float32:
+            return product(left, tl.trans(right)) * left_scale[:, None] * norm[None, :], unit
+    return product(left, tl.trans(unit)) * left_scale[:, None], unit
+
+
+@triton.jit
 def grad_of_unit(grad, rows, norm, multiplier):
     """From the gradient to rows / |rows| (times multiplier) to that of rows, and sum(grad * unit rows) of each row.
 
