@@ -186,7 +186,7 @@ def configure(kernel: Kernel, form: Form) -> Config:
         return Config(0, 0, power_of_two(form.slots) // 16, 2 if form.block_d == 64 else 3, programs=walkers)
     if not form.half:  # no tensor cores: products are unrolled, so the tiles are small
         side = 32 if form.block_d <= 64 else 16
-        return Config(side, side, 8, 1)
+        return Config(side, 16 if kernel == "keys" and form.block_d == 64 else side, 8, 1)
     return _hopper(kernel, form) if form.arch >= 90 else _ampere(kernel, form)
 
 
