@@ -121,7 +121,8 @@ $(PY) -c "$$CONSTRAINTS" > $(VENV)/constraints.txt
 echo "$$TORCH" > $(VENV)/torch-choice
 endef
 
-# Holds the torch that is installed, and the torchvision that fits it (0.28 goes with torch 2.13, one up each time).
+# Holds the torch that is installed, and the torchvision and torchcodec that fit it (0.28 and 0.13 go with torch 2.13, one
+# up each time).
 define CONSTRAINTS
 import importlib.metadata, re, sys
 if sys.version_info < (3, 11):
@@ -136,5 +137,6 @@ if (major, minor) < (2, 11):
 print(f"torch=={torch}")
 if major == 2:
     print(f"torchvision==0.{minor + 15}.*")
+    print(f"torchcodec==0.{minor}.*")
 endef
 export FIND_PYTHON MAKE_VENV CONSTRAINTS
