@@ -10,6 +10,11 @@ _JUDGED_FROM = 20
 """tried samples, before the share of broken ones can stop a run"""
 
 
+class BrokenSample(ValueError):
+    """The bytes are nothing that can be used; the message says why. Decoders raise one of its subclasses for
+    bytes from outside, and nothing else."""
+
+
 class TooManyBroken(RuntimeError):
     """The share of broken samples is over the limit."""
 

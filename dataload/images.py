@@ -20,6 +20,8 @@ import numpy as np
 import torch
 from PIL import Image, ImageEnhance, UnidentifiedImageError
 
+from dataload.broken import BrokenSample
+
 MAX_PIXELS = 89_478_485
 """Default limit on width * height; Pillow's own, at which it begins to warn."""
 MEAN = (0.485, 0.456, 0.406)
@@ -39,7 +41,7 @@ _UPRIGHT = {
 }
 
 
-class BrokenImage(ValueError):
+class BrokenImage(BrokenSample):
     """The bytes are no picture that can be used; the message says why."""
 
 

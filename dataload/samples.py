@@ -9,8 +9,7 @@ import numpy as np
 from PIL import Image
 
 from dataload import images, order
-from dataload.broken import Broken, TooManyBroken
-from dataload.images import BrokenImage
+from dataload.broken import Broken, BrokenSample, TooManyBroken
 from dataload.masking import mim_mask, mlm_mask
 from dataload.shards import ShardIndex
 from dataload.tokenizer import Tokenizer
@@ -131,7 +130,7 @@ class SampleMaker:
         while True:
             try:
                 return self._make(epoch, sample, captioned, broken)
-            except (BrokenImage, OSError) as error:
+            except (BrokenSample, OSError) as error:
                 broken.append(Broken(*self._index.where(sample), str(error)))
             if len(broken) > _SUBSTITUTES:
                 few = "; ".join(str(one) for one in broken[:3])
