@@ -184,7 +184,7 @@ def _clear_to_write(output: Path, overwrite: bool) -> list[Path]:
         for split in json.loads(listing.read_text("utf-8"))["splits"].values()
         for name in split["shards"]
     ]
-    return [listing, *(output / f"{name}{end}" for name in shards for end in ("", ".index.json"))]
+    return [listing, *(output / f"{name}{end}" for name in shards for end in ("", ".index"))]
 
 
 def _account(
