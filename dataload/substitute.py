@@ -34,12 +34,18 @@ def first_whole(
         try:
             return sample, make(sample), broken
         except BrokenSample as error:
-            broken.append(index.broken(sample, str(error), "decode"))
+            broken.append(describe(index, sample, str(error), "decode"))
         except OSError as error:
-            broken.append(index.broken(sample, str(error), "fetch"))
+            broken.append(describe(index, sample, str(error), "fetch"))
         if len(broken) > SUBSTITUTES:
             few = "; ".join(str(one) for one in broken[:3])
             raise TooManyBroken(f"a sample and {SUBSTITUTES} substitutes for it are broken: {few}; ...")
         if generator is None:
             generator = rng()
         sample = int(candidates[generator.integers(len(candidates))])
+
+
+def describe(index: ShardIndex, sample: int, reason: str, tier: str) -> Broken:
+    """For reports: where the sample lies, what is wrong with it, and where that showed (see `Broken`)."""
+    shard, key = index.where(sample)
+    return Broken(shard, key, reason, tier, index.offset(sample))

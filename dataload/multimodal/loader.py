@@ -47,7 +47,7 @@ class Origin:
         self.name = name
         self.config = config
         self.index: ShardIndex = shards.index(shards.expand(config.shards))
-        have = {kind: self._has(kind) for kind in config.modalities}
+        self._have = have = {kind: self._all(kind) for kind in config.modalities}
         usable = np.any(list(have.values()), axis=0)
         for kind in config.needs:
             usable &= have[kind]
@@ -55,8 +55,9 @@ class Origin:
         """samples that lack what the source needs"""
         if not usable.any():
             counts = ", ".join(f"{int(has.sum())} have {kind}" for kind, has in have.items())
+            wanted = " and ".join(config.needs) or "anything that it reads"
             raise ValueError(
-                f"source {name!r}: none of its {len(usable)} samples has {' and '.join(config.needs or ('anything',))} ({counts})"
+                f"source {name!r}: none of its {len(usable)} samples has {wanted} ({counts})"
             )
         per_shard, start = [], 0
         for shard in self.index.shards:
@@ -64,7 +65,11 @@ class Origin:
             start += len(shard)
         self.stream = order.Source(per_shard, seed, kind=number)
 
-    def _has(self, kind: str) -> np.ndarray:
+    def has(self, sample: int, kind: str) -> bool:
+        """Whether the sample has this modality, and the source reads it."""
+        return kind in self._have and bool(self._have[kind][sample])
+
+    def _all(self, kind: str) -> np.ndarray:
         return self.index.captioned if kind == "text" else self.index.has(kind)
 
 

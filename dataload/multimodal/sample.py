@@ -19,7 +19,7 @@ from dataload.multimodal.config import MixtureConfig
 from dataload.packed import pack
 from dataload.sandbox import Sandbox
 from dataload.stages import Stages
-from dataload.substitute import first_whole
+from dataload.substitute import describe, first_whole
 from dataload.tokenizer import BOS, EOS, Tokenizer
 
 if TYPE_CHECKING:
@@ -74,7 +74,7 @@ class ClipMaker:
             rng,
             origin.index,
         )
-        partial = [origin.index.broken(sample, note, "partial") for note in clip.notes]
+        partial = [describe(origin.index, sample, note, "partial") for note in clip.notes]
         clip.source, clip.sample, clip.broken = number, sample, broken + partial
         return clip
 
@@ -86,21 +86,21 @@ class ClipMaker:
 
         clip = Clip()
         flipped = False
-        if "image" in modalities and index.has("image")[sample]:
+        if origin.has(sample, "image"):
             flipped = self._image(clip, self._fetch(origin, sample, "image"), rng(order.IMAGE))
             grid = config.image.size // config.image.cell
             clip.image_mask = mim_mask((grid, grid), rng(order.MIM), config.image.mask_ratio)
-        has_sound_file = "audio" in modalities and bool(index.has("audio")[sample])
+        has_sound_file = origin.has(sample, "audio")
         if has_sound_file:
             data = self._fetch(origin, sample, "audio")
             with self._stages("audio"):
                 self._audio(clip, data, rng(order.AUDIO))
-        if "video" in modalities and index.has("video")[sample]:
+        if origin.has(sample, "video"):
             sound = config.video.sound and "audio" in modalities and not has_sound_file
             data = self._fetch(origin, sample, "video")
             with self._stages("video"):
                 flipped |= self._video(clip, data, sound, rng(order.VIDEO), flipped)
-        if "text" in modalities and index.captioned[sample]:
+        if origin.has(sample, "text"):
             with self._stages("fetch"):
                 captions = index.captions(sample)
             with self._stages("text"):
@@ -193,7 +193,7 @@ def collate(config: MixtureConfig, clips: Sequence[Clip], keys: tuple[str, ...])
 
 def _stack(arrays: list[np.ndarray], shape: tuple[int, ...], dtype: type) -> torch.Tensor:
     """[len(arrays), *shape], also where there is none."""
-    stacked = np.empty((len(arrays), *shape), dtype=dtype)
+    stacked: np.ndarray = np.empty((len(arrays), *shape), dtype=dtype)
     for i, array in enumerate(arrays):
         stacked[i] = array
     return torch.from_numpy(stacked)
