@@ -156,7 +156,7 @@ def test_a_segment_is_that_part_of_the_whole(name: str) -> None:
         assert part.start == start and abs(len(part.samples) - len(expected)) <= (2 if start == 6.5 else 0)
         error = np.abs(part.samples[: len(expected)] - expected[: len(part.samples)]).max()
         # AAC fills in noise; Opus predicts from further back than the 0.1 s that are decoded before.
-            assert error < {"a.m4a": 2e-2, "a.aac": 2e-2, "a.opus": 2e-3}.get(name, 1e-5)
+        assert error < {"a.m4a": 2e-2, "a.aac": 2e-2, "a.opus": 2e-3}.get(name, 1e-5)
 
 
 def test_a_place_is_a_share_of_what_is_possible() -> None:
