@@ -46,26 +46,36 @@ class AvReader:
     """A sound stream of a container; see audio_decode.Reader."""
 
     def __init__(self, data: bytes) -> None:
-        import contextlib
-
-        self._stack = contextlib.ExitStack()
         self.problem = ""
-        container = self._stack.enter_context(open_container(data, BrokenAudio))
+        self._data = data
+        self._container: Any = None
+        self._open()
+        self.frames = self._declared()
+        if data.startswith(b"OggS") and not _ends(data):
+            self.problem = "cut short: its last page is missing"
+
+    def _open(self) -> None:
+        """From the beginning. (Seeking to it loses frames in some containers.)"""
+        if self._container is not None:
+            self._container.close()
+        self._container, self._used = open_container(self._data, BrokenAudio), False
         try:
-            if not container.streams.audio:
+            if not self._container.streams.audio:
                 raise BrokenAudio("no sound track")
-            self._container, self._stream = container, container.streams.audio[0]
+            self._stream = self._container.streams.audio[0]
             codec = self._stream.codec_context
             if codec is None:
                 raise BrokenAudio("FFmpeg: no decoder for its sound")
             codec.thread_count = 1
             self.rate, self.channels = int(codec.sample_rate or 0), int(codec.channels or 0)
-            self.frames = self._declared()
         except BaseException:
-            self._stack.close()
+            self._container.close()
             raise
-        if data.startswith(b"OggS") and not _ends(data):
-            self.problem = "cut short: its last page is missing"
+
+    @property
+    def start(self) -> float:
+        """Seconds, of the container's time, at which the sound begins."""
+        return float((self._stream.start_time or 0) * (self._stream.time_base or 0))
 
     def _declared(self) -> int:
         if self._stream.duration and self._stream.time_base:
@@ -76,19 +86,22 @@ class AvReader:
         return self
 
     def __exit__(self, *_: object) -> None:
-        self._stack.close()
+        self._container.close()
 
     def blocks(self, first: int) -> Iterator[np.ndarray]:
         """See Reader."""
         import av
 
+        if not first and self._used:
+            self._open()
         origin = self._stream.start_time or 0
         base, skip = self._stream.time_base or Fraction(1, self.rate), 0
-        try:
-            target = origin + int(first / self.rate / base) if first else origin
-            self._container.seek(target, stream=self._stream, backward=True, any_frame=False)
-        except (av.FFmpegError, OverflowError, ValueError):
-            if first:
+        self._used = True
+        if first:
+            try:
+                target = origin + int(first / self.rate / base)
+                self._container.seek(target, stream=self._stream, backward=True, any_frame=False)
+            except (av.FFmpegError, OverflowError, ValueError):
                 raise CannotSeek("FFmpeg: cannot seek in it") from None
         frames = self._frames()
         head = next(frames, None)

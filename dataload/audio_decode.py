@@ -57,7 +57,7 @@ def decode_here(
     for opener in _openers(data):
         try:
             with opener(data) as reader:
-                _check(reader)
+                check(reader)
                 return _decode(reader, start, seconds, place, max_seconds)
         except (BrokenAudio, OverLimit) as error:
             if isinstance(error, OverLimit):
@@ -79,7 +79,8 @@ def _openers(data: bytes) -> tuple[Callable[[bytes], Reader], ...]:
     return (SndfileReader, AvReader) if data.startswith(_NATIVE) or mp3 else (AvReader, SndfileReader)
 
 
-def _check(reader: Reader) -> None:
+def check(reader: Reader) -> None:
+    """Raises OverLimit for a rate or a number of channels beyond the limits."""
     if not 1 <= reader.channels <= MAX_CHANNELS:
         raise OverLimit(f"{reader.channels} channels; 1 to {MAX_CHANNELS} are read")
     if not LOWEST_RATE <= reader.rate <= HIGHEST_RATE:
@@ -95,14 +96,14 @@ def _decode(
     if start is None and seconds is not None and place > 0:
         if reader.frames:
             drawn = place * max(0.0, declared - seconds)
-            samples = _stretch(reader, drawn, seconds, max_seconds)
+            samples = stretch(reader, drawn, seconds, max_seconds)
             if len(samples) >= min(seconds, declared) * RATE - 1:
                 return samples, drawn, reader.problem
         # The length is not declared, or not true: the place is one of what there is.
-        samples = _stretch(reader, 0.0, None, max_seconds)
+        samples = stretch(reader, 0.0, None, max_seconds)
         first = round(place * max(0, len(samples) - round(seconds * RATE)))
         return _some(samples[first : first + round(seconds * RATE)], reader), first / RATE, reader.problem
-    samples = _stretch(reader, start or 0.0, seconds, max_seconds)
+    samples = stretch(reader, start or 0.0, seconds, max_seconds)
     return _some(samples, reader), start or 0.0, reader.problem
 
 
@@ -112,7 +113,7 @@ def _some(samples: np.ndarray, reader: Reader) -> np.ndarray:
     return samples
 
 
-def _stretch(reader: Reader, start: float, seconds: float | None, max_seconds: float) -> np.ndarray:
+def stretch(reader: Reader, start: float, seconds: float | None, max_seconds: float) -> np.ndarray:
     """16 kHz samples [start, start + seconds) of the file, whose first sample is at time 0; fewer where it ends."""
     first = round(start * RATE)
     count = None if seconds is None else round(seconds * RATE)
