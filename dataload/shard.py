@@ -137,11 +137,13 @@ def load_shard(
     if isinstance(path, Remote):
         return _load_remote(path, cache, facts or remote.facts(path, cache.timeout), fresh)
     status = path.stat()
-    stores = [path.with_name(path.name + indexfile.SUFFIX), _store_elsewhere(path, cache)]
-    for store in stores if not fresh else ():
-        head = indexfile.read_head(store)
+    places = (lambda: path.with_name(path.name + indexfile.SUFFIX), lambda: _store_elsewhere(path, cache))
+    stores = []
+    for place in places:
+        stores.append(place())
+        head = None if fresh else indexfile.read_head(stores[-1])
         if head is not None and (head.size, head.stamp) == (status.st_size, str(status.st_mtime_ns)):
-            return Shard(path, head, cache, store=store)
+            return Shard(path, head, cache, store=stores[-1])
     with open(path, "rb") as file:
         status = os.fstat(file.fileno())
         data = _index(file, status.st_size, str(path), str(status.st_mtime_ns))
