@@ -22,6 +22,7 @@ from dataload.remote import Facts, Remote
 GIB = 1 << 30
 _STALE = 24 * 3600.0  # seconds after which an unfinished download is given up
 _POLL = 0.05
+_GRACE = 5.0  # seconds of pauses between two tries, and to spare
 
 
 def default_directory() -> Path:
@@ -145,7 +146,7 @@ def _digest(address: Remote, facts: Facts) -> str:
 def _locked(lock: Path, partial: Path, address: Remote, timeout: float) -> Iterator[None]:
     """Holds the lock on a download. Waits for another holder as long as its download grows, and raises
     OSError when it has not for longer than all of its tries can take."""
-    patience = (1 + remote.RETRIES) * (timeout + 5)
+    patience = (1 + remote.RETRIES) * (timeout + _GRACE)
     seen, since = -1, time.monotonic()
     while True:
         file = os.open(lock, os.O_RDWR | os.O_CREAT, 0o644)
