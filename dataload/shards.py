@@ -15,14 +15,14 @@ from collections.abc import Callable, Iterator, Sequence
 from concurrent.futures import ThreadPoolExecutor
 from functools import cached_property
 from pathlib import Path
-from typing import Any, BinaryIO
+from typing import Any
 
 import numpy as np
 
 from dataload import exclude as excluding
 from dataload import remote
 from dataload.broken import BrokenSample
-from dataload.cache import Cache
+from dataload.cache import Cache, TarFile
 from dataload.exclude import ExcludeList
 from dataload.remote import Facts, Remote
 from dataload.shard import Address, Shard, load_shard
@@ -384,7 +384,7 @@ class _Handles(threading.local):
     """The last few open tars of each thread."""
 
     def __init__(self) -> None:
-        self._files: OrderedDict[Address, BinaryIO] = OrderedDict()
+        self._files: OrderedDict[Address, TarFile] = OrderedDict()
         self._asked: dict[Address, float] = {}  # when a server was last asked whether a shard is the same
 
     def read(self, shard: Shard, offset: int, size: int) -> bytes:
@@ -418,7 +418,7 @@ class _Handles(threading.local):
         return data[BLOCK:]
 
 
-def _read_at(file: BinaryIO, offset: int, size: int) -> bytes:
+def _read_at(file: TarFile, offset: int, size: int) -> bytes:
     if hasattr(os, "pread"):  # leaves the file's position alone, which a forked process would share
         data = os.pread(file.fileno(), size, offset)
         while 0 < len(data) < size and (

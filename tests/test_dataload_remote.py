@@ -438,7 +438,7 @@ def test_a_download_goes_on_where_another_process_was_killed(
     facts = remote.facts(address, 5)
     cache.directory.mkdir()
     cache.path(address, facts).with_suffix(".partial").write_bytes(data[: 5 * 4096 + 7])
-    assert cache.fetch(address, facts).read_bytes() == data
+    assert cache.open(address, facts).read() == data
     first = [one for one in server.requests if one[0] == "GET"][0][2]
     assert first == f"bytes={5 * 4096 + 7}-{6 * 4096 + 6}"
     # without a stamp nothing says that the part is of this file
@@ -447,7 +447,7 @@ def test_a_download_goes_on_where_another_process_was_killed(
     facts = remote.facts(address, 5)
     assert facts.stamp == ""
     cache.path(address, facts).with_suffix(".partial").write_bytes(b"?" * 5000)
-    assert cache.fetch(address, facts).read_bytes() == data
+    assert cache.open(address, facts).read() == data
 
 
 def test_a_shard_that_changes_while_it_is_downloaded(
@@ -467,7 +467,7 @@ def test_a_shard_that_changes_while_it_is_downloaded(
 
     server.before = swap
     with pytest.raises(OSError, match="has changed since it was indexed"):
-        Cache().fetch(address, facts)
+        Cache().open(address, facts)
     assert not [path for path in Cache().directory.iterdir() if path.suffix in (".tar", ".partial")]
 
 
@@ -549,12 +549,12 @@ def test_what_was_used_least_recently_goes(tmp_path: Path, served: Callable[...,
     facts = [remote.facts(address, 5) for address in addresses]
     cache = Cache(max_bytes=2 * size + 100)
     for n in (0, 1, 0, 2):
-        cache.fetch(addresses[n], facts[n])
+        cache.open(addresses[n], facts[n])
         time.sleep(0.02)  # times of files tell who was last
     there = [cache.path(*one).exists() for one in zip(addresses, facts, strict=True)]
     assert there == [True, False, True, False]
     tiny = Cache(max_bytes=10)
-    assert tiny.fetch(addresses[3], facts[3]).read_bytes() == paths[3].read_bytes(), "one fits always"
+    assert tiny.open(addresses[3], facts[3]).read() == paths[3].read_bytes(), "one fits always"
     assert [path.name for path in cache.directory.glob("*.tar")] == [cache.path(addresses[3], facts[3]).name]
     # an index with open shards does not mind
     index = quiet_index(*map(str, addresses), cache=tiny)
@@ -564,14 +564,14 @@ def test_what_was_used_least_recently_goes(tmp_path: Path, served: Callable[...,
     old = cache.directory / "0123.partial"
     old.write_bytes(b"x")
     os.utime(old, (time.time() - 2 * 24 * 3600,) * 2)
-    cache.fetch(addresses[0], facts[0])
+    cache.open(addresses[0], facts[0])
     assert not old.exists()
 
 
 def _fetch(url: str, folder: str, done: Any) -> None:
     address = Remote(url)
     cache = Cache(Path(folder), timeout=20)
-    done.put(len(cache.fetch(address, remote.facts(address, 20)).read_bytes()))
+    done.put(len(cache.open(address, remote.facts(address, 20)).read()))
 
 
 def test_several_processes_download_a_shard_once(tmp_path: Path, served: Callable[..., Server]) -> None:
@@ -610,8 +610,8 @@ def test_a_downloader_that_stands_still_is_not_waited_for_for_ever(
     with open(cache.path(address, facts).with_suffix(".lock"), "w") as held:
         fcntl.flock(held, fcntl.LOCK_EX)
         with pytest.raises(OSError, match=r"t-000\.tar: another process has been downloading it"):
-            cache.fetch(address, facts)
-    assert cache.fetch(address, facts).stat().st_size == facts.size
+            cache.open(address, facts)
+    assert len(cache.open(address, facts).read()) == facts.size
 
 
 def test_a_cache_that_cannot_be_written_says_so(tmp_path: Path, served: Callable[..., Server]) -> None:
