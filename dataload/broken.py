@@ -26,6 +26,11 @@ class Broken:
     shard: str
     key: str
     reason: str
+    tier: str = "decode"
+    """where it showed: fetch (the bytes did not come), decode (they are nothing that can be used), or partial (they were
+    used as far as they are whole)"""
+    offset: int = -1
+    """of the sample's first file in the tar; -1 where it is not known"""
 
     def __str__(self) -> str:
         return f"{self.shard}: {self.key}: {self.reason}"
@@ -43,8 +48,10 @@ class BrokenReport:
     """samples, substitutes included"""
     count: int = 0
     """times a broken one was met; one sample counts again in every epoch"""
+    partial: int = 0
+    """times a sample was used of which a part is missing; these do not stop a run"""
     samples: list[Broken] = field(default_factory=list)
-    """each broken sample once"""
+    """each broken or partial sample once"""
     _seen: set[Broken] = field(default_factory=set, repr=False)
 
     @property
@@ -52,11 +59,14 @@ class BrokenReport:
         """count / tried"""
         return self.count / max(self.tried, 1)
 
-    def add(self, whole: int, broken: Sequence[Broken]) -> None:
-        """Counts a batch of `whole` samples. Raises TooManyBroken, naming the first few, over the limit."""
-        self.tried += whole + len(broken)
-        self.count += len(broken)
-        for one in broken:
+    def add(self, whole: int, found: Sequence[Broken]) -> None:
+        """Counts a batch of `whole` samples, and what was found broken or partial on the way to them. Raises
+        TooManyBroken, naming the first few, over the limit."""
+        broken = sum(one.tier != "partial" for one in found)
+        self.tried += whole + broken
+        self.count += broken
+        self.partial += len(found) - broken
+        for one in found:
             if one not in self._seen:
                 self._seen.add(one)
                 self.samples.append(one)
@@ -72,4 +82,5 @@ class BrokenReport:
     def __str__(self) -> str:
         few = "; ".join(str(one) for one in self.samples[:5])
         more = f"; and {len(self.samples) - 5} more" if len(self.samples) > 5 else ""
-        return f"{self.count} of {self.tried} samples are broken" + (f": {few}{more}" if few else "")
+        partial = f", {self.partial} used in part" if self.partial else ""
+        return f"{self.count} of {self.tried} samples are broken{partial}" + (f": {few}{more}" if few else "")

@@ -21,7 +21,7 @@ GROUP = 16
 no permutation is as long as the data."""
 
 # What a generator is for: part of its counter, so that no two uses share random numbers.
-SHARD_ORDER, SAMPLE_ORDER, IMAGE, TEXT, MIM, SUBSTITUTE = range(6)
+SHARD_ORDER, SAMPLE_ORDER, IMAGE, TEXT, MIM, SUBSTITUTE, AUDIO, VIDEO = range(8)
 
 
 class _Key(ISeedSequence):

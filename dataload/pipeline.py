@@ -5,22 +5,17 @@
     SampleMaker.draw (threads)         fetch -> decode -> crop -> flip -> caption, tokens, MLM mask | MIM mask
     Loader._collect                    arrays -> Batch
 
-There is no thread but the pool that draws: `__next__` keeps `prefetch` batches in the pool and waits for the
-oldest. So the state is the position after the last batch that the consumer was given, and nothing has to be
-drained or undone.
+`prefetch.py` keeps the pool of threads and the position. `print(loader)` shows the stages and what each has cost.
 """
 
 from __future__ import annotations
 
-import os
-import threading
-from collections import deque
-from collections.abc import Iterator, Sequence
-from concurrent.futures import Future
+import time
+from collections.abc import Iterator
 from dataclasses import asdict, dataclass
 from fractions import Fraction
 from types import TracebackType
-from typing import Any
+from typing import Any, NamedTuple
 
 import numpy as np
 import torch
@@ -30,9 +25,10 @@ from dataload.batch import Batch, EvalBatch
 from dataload.broken import Broken, BrokenReport, TooManyBroken
 from dataload.evalset import EvalSet
 from dataload.order import Position
+from dataload.prefetch import Limits, Prefetch, SlowWorkerWarning, WorkerStuck
 from dataload.samples import PATCH, Drawn, LoaderConfig, SampleMaker
+from dataload.stages import Stages
 from dataload.tokenizer import Tokenizer
-from dataload.workers import Workers
 
 __all__ = [
     "Batch",
@@ -42,21 +38,39 @@ __all__ = [
     "EvalSet",
     "Loader",
     "LoaderConfig",
+    "SlowWorkerWarning",
     "TooManyBroken",
+    "WorkerStuck",
 ]
 
 STATE_VERSION = 1
 
 
-@dataclass
-class _Pending:
-    """A batch in the pool."""
+STAGES = {
+    "fetch": "encoded bytes and captions, by offset from the tar",
+    "decode": "to RGB, upright",
+    "augment": "random crop, resize, jitter, flip",
+    "text": "caption, tokens, masked words",
+    "mask": "cells hidden from masked image modelling",
+    "collect": "arrays to one Batch",
+}
+
+
+@dataclass(frozen=True)
+class _Plan:
+    """A batch before it is drawn."""
 
     pairs: int
     asked: int
     """pairs whose captions masked language modelling reads; they come first"""
-    chunks: list[Future[list[Drawn]]]
     after: Position
+
+
+class _Job(NamedTuple):
+    source: order.Source
+    epoch: int
+    sample: int
+    captioned: bool
 
 
 class Loader:
@@ -81,13 +95,21 @@ class Loader:
         self._captioned = order.Source(self.index.source(captioned=True), config.seed, kind=0)
         self._uncaptioned = order.Source(self.index.source(captioned=False), config.seed, kind=1)
         self._share = _uncaptioned_share(config, len(self._captioned), len(self._uncaptioned))
-        self._maker = SampleMaker(config, self.index, tokenizer)
+        self.stages = Stages(STAGES)
+        self.waited = 0.0
+        """seconds that the reader has waited for batches"""
+        self._maker = SampleMaker(config, self.index, tokenizer, self.stages)
         self.broken = BrokenReport(config.max_broken, config.quarantine)
-        self._position = Position()
-        self._pending: deque[_Pending] = deque()
-        self._workers: Workers | None = None
-        self._process = os.getpid()
-        self._closed = threading.Event()
+        self._prefetch: Prefetch[_Job, Drawn, _Plan, Position] = Prefetch(
+            Position(),
+            self._plan,
+            lambda job: self._maker.draw(*job),
+            lambda job: self.index.key(job.sample),
+            self.stages,
+            workers=config.workers,
+            ahead=config.prefetch,
+            limits=Limits(config.stall_warning, config.stall_limit),
+        )
 
     @property
     def counts(self) -> dict[str, int]:
@@ -107,69 +129,42 @@ class Loader:
     def epoch(self) -> float:
         """Passes over the captioned samples so far (over the uncaptioned ones where there are no others)."""
         if len(self._captioned):
-            return self._position.captioned / len(self._captioned)
-        return self._position.uncaptioned / len(self._uncaptioned)
+            return self._prefetch.position.captioned / len(self._captioned)
+        return self._prefetch.position.uncaptioned / len(self._uncaptioned)
 
     def __iter__(self) -> Iterator[Batch]:
         return self
 
     def __next__(self) -> Batch:
         """The next batch. What a worker raised is raised here, and TooManyBroken where `max_broken` is
-        exceeded; the position then stays before the batch, so that nothing is skipped by asking again."""
-        if self._closed.is_set():
-            raise RuntimeError("the loader is closed")
-        if self._process != os.getpid():
-            self._after_fork()
+        exceeded; the position then stays before the batch, so that nothing is skipped by asking again.
+        Raises WorkerStuck where no batch comes within `stall_limit`."""
+        started = time.perf_counter()
+        plan, drawn = self._prefetch.oldest()
+        self.waited += time.perf_counter() - started
         try:
-            self._fill()
-            oldest = self._pending[0]
-            drawn = [one for chunk in oldest.chunks for one in chunk.result()]
             self.broken.add(len(drawn), [broken for one in drawn for broken in one.broken])
-        except Exception:
-            self._drop_pending()
+        except TooManyBroken:
+            self._prefetch.drop()
             raise
-        batch = self._collect(drawn, oldest.pairs, oldest.asked)
-        self._pending.popleft()
-        self._position = oldest.after
+        with self.stages("collect"):
+            batch = self._collect(drawn, plan.pairs, plan.asked)
+        self._prefetch.taken()
         return batch
 
-    def _fill(self) -> None:
-        """Puts batches into the pool until `prefetch` are there besides the one that is wanted now."""
-        ahead = self.config.prefetch if self.config.workers else 0
-        while len(self._pending) <= ahead:
-            start = self._pending[-1].after if self._pending else self._position
-            part = order.split(start, self.config.batch_size, self.rank, self.world_size, self._share)
-            pairs = sorted(part.pairs, key=lambda at: not self._asked(at))
-            jobs = [(self._captioned, *self._captioned.at(at), True) for at in pairs]
-            jobs += [(self._uncaptioned, *self._uncaptioned.at(at), False) for at in part.uncaptioned]
-            chunks = self._submit(jobs)
-            self._pending.append(_Pending(len(pairs), sum(map(self._asked, pairs)), chunks, part.after))
+    def _plan(self, start: Position) -> tuple[_Plan, list[_Job]]:
+        """The batch that begins at `start`, and its samples: those asked for masked words first."""
+        part = order.split(start, self.config.batch_size, self.rank, self.world_size, self._share)
+        pairs = sorted(part.pairs, key=lambda at: not self._asked(at))
+        jobs = [_Job(self._captioned, *self._captioned.at(at), True) for at in pairs]
+        jobs += [_Job(self._uncaptioned, *self._uncaptioned.at(at), False) for at in part.uncaptioned]
+        return _Plan(len(pairs), sum(map(self._asked, pairs)), part.after), jobs
 
     def _asked(self, at: int) -> bool:
         """Whether masked language modelling reads the captioned sample at this place of the stream: `mlm_share` of
         all places, evenly spread, the same on any number of ranks."""
         share = Fraction(self.config.mlm_share).limit_denominator(1000)
         return int((at + 1) * share) > int(at * share)
-
-    def _submit(self, jobs: list[tuple[order.Source, int, int, bool]]) -> list[Future[list[Drawn]]]:
-        workers = self.config.workers
-        if workers == 0:
-            future: Future[list[Drawn]] = Future()
-            future.set_result(self._draw(jobs))
-            return [future]
-        if self._workers is None:
-            self._workers = Workers(workers, self._closed, "dataload")
-        size = -(-len(jobs) // workers)
-        return [self._workers.submit(self._draw, jobs[i : i + size]) for i in range(0, len(jobs), size)]
-
-    def _draw(self, jobs: Sequence[tuple[order.Source, int, int, bool]]) -> list[Drawn]:
-        """What a worker runs: a share of one batch."""
-        drawn = []
-        for job in jobs:
-            if self._closed.is_set():
-                raise RuntimeError("the loader is closed")
-            drawn.append(self._maker.draw(*job))
-        return drawn
 
     def _collect(self, drawn: list[Drawn], pairs: int, asked: int) -> Batch:
         size, length = self.config.image_size, self.config.text_length
@@ -204,7 +199,7 @@ class Loader:
             "tokenizer": self.tokenizer.sha,
             "seed": self.config.seed,
             "uncaptioned_share": str(self._share),
-            **asdict(self._position),
+            **asdict(self._prefetch.position),
         }
 
     def load_state_dict(self, state: dict[str, Any]) -> None:
@@ -224,28 +219,23 @@ class Loader:
         differences += _manifest_differences(state["manifest"], now["manifest"])
         if differences:
             raise ValueError("the loader's state belongs to other data: " + "; ".join(differences))
-        self._drop_pending()
-        self._position = Position(state["captioned"], state["uncaptioned"], state["batches"])
+        self._prefetch.drop()
+        self._prefetch.position = Position(state["captioned"], state["uncaptioned"], state["batches"])
 
-    def _drop_pending(self) -> None:
-        for pending in self._pending:
-            for chunk in pending.chunks:
-                chunk.cancel()
-        self._pending.clear()
+    def __str__(self) -> str:
+        """The stages with what they have cost so far."""
+        counts = self.counts
+        batches = self._prefetch.position.batches
+        return (
+            f"Loader, rank {self.rank} of {self.world_size}: {counts['captioned']:,} pairs and "
+            f"{counts['uncaptioned']:,} uncaptioned pictures in {counts['shards']:,} shards, "
+            f"{self.config.workers} threads\n{self.stages}\n"
+            f"  {batches:,} batches; the reader waited {1e3 * self.waited / max(batches, 1):.1f} ms for each; {self.broken}"
+        )
 
     def close(self) -> None:
         """Stops the workers; what was prefetched is dropped. The state can still be read."""
-        self._closed.set()
-        self._drop_pending()
-        if self._workers is not None and self._process == os.getpid():
-            self._workers.close()
-
-    def _after_fork(self) -> None:
-        """Threads do not survive a fork: goes on from the last batch that was handed out, with new ones."""
-        if self._workers is not None:
-            self._workers.abandon()
-        self._workers, self._closed, self._process = None, threading.Event(), os.getpid()
-        self._pending.clear()
+        self._prefetch.close()
 
     def __enter__(self) -> Loader:
         return self

@@ -12,6 +12,7 @@ from dataload import images, order
 from dataload.broken import Broken, BrokenSample, TooManyBroken
 from dataload.masking import mim_mask, mlm_mask
 from dataload.shards import ShardIndex
+from dataload.stages import Stages
 from dataload.tokenizer import Tokenizer
 
 PATCH = 32
@@ -74,6 +75,10 @@ class LoaderConfig:
     """the run stops when more than this share of the pictures is broken (judged from 20 on)"""
     max_pixels: int = images.MAX_PIXELS
     """a picture whose header declares more pixels counts as broken"""
+    stall_warning: float = 60.0
+    """seconds after which a batch that does not come is announced, with the threads and their samples"""
+    stall_limit: float = 600.0
+    """seconds after which it ends the run; 0 = never"""
     quarantine: str = ""
     """file to which broken samples are appended, one JSON object per line; empty = none"""
 
@@ -95,6 +100,8 @@ class LoaderConfig:
         check("captions_per_image", self.captions_per_image >= 1, "1 or more")
         check("seed", 0 <= self.seed < 2**63, "0 to 2**63 - 1")
         check("workers", self.workers >= 0, "0 or more")
+        for name in ("stall_warning", "stall_limit"):
+            check(name, getattr(self, name) >= 0, "0 or more")
         check("prefetch", self.prefetch >= 1, "1 or more")
 
 
@@ -117,7 +124,8 @@ class SampleMaker:
     """Makes samples of an index. Thread-safe; the result depends on (seed, epoch, sample) and on nothing
     else."""
 
-    def __init__(self, config: LoaderConfig, index: ShardIndex, tokenizer: Tokenizer) -> None:
+    def __init__(self, config: LoaderConfig, index: ShardIndex, tokenizer: Tokenizer, stages: Stages) -> None:
+        self._stages = stages
         self._config = config
         self._index = index
         self._tokenizer = tokenizer
@@ -145,29 +153,39 @@ class SampleMaker:
         if captioned:
             return Drawn(sample, image, self._text(epoch, sample, flipped), None, broken)
         grid = (config.image_size // PATCH, config.image_size // PATCH)
-        mask = mim_mask(grid, order.generator(config.seed, epoch, sample, order.MIM), config.mim_ratio)
+        with self._stages("mask"):
+            mask = mim_mask(grid, order.generator(config.seed, epoch, sample, order.MIM), config.mim_ratio)
         return Drawn(sample, image, None, mask, broken)
 
     def _image(self, epoch: int, sample: int) -> tuple[np.ndarray, bool]:
         """uint8 [H, W, 3], and whether it is mirrored."""
         config = self._config
-        picture = images.decode(self._index.image(sample), config.max_pixels)
-        rng = order.generator(config.seed, epoch, sample, order.IMAGE)
-        flipped = rng.random() < config.flip  # first, so that it does not depend on the crop's settings
-        picture = images.random_resized_crop(
-            picture, config.image_size, rng, config.crop_scale, config.crop_ratio, config.interpolation
-        )
-        if config.color_jitter:
-            picture = images.color_jitter(picture, config.color_jitter, rng)
-        if flipped:
-            picture = picture.transpose(Image.Transpose.FLIP_LEFT_RIGHT)
-        return np.asarray(picture), flipped
+        with self._stages("fetch"):
+            data = self._index.image(sample)
+        with self._stages("decode"):
+            picture = images.decode(data, config.max_pixels)
+        with self._stages("augment"):
+            rng = order.generator(config.seed, epoch, sample, order.IMAGE)
+            flipped = rng.random() < config.flip  # first, so that it does not depend on the crop's settings
+            picture = images.random_resized_crop(
+                picture, config.image_size, rng, config.crop_scale, config.crop_ratio, config.interpolation
+            )
+            if config.color_jitter:
+                picture = images.color_jitter(picture, config.color_jitter, rng)
+            if flipped:
+                picture = picture.transpose(Image.Transpose.FLIP_LEFT_RIGHT)
+            return np.asarray(picture), flipped
 
     def _text(self, epoch: int, sample: int, flipped: bool) -> np.ndarray:
         """int64 [3, K, T], see `Drawn.text`."""
+        rng = order.generator(self._config.seed, epoch, sample, order.TEXT)
+        with self._stages("fetch"):
+            captions = self._index.captions(sample)
+        with self._stages("text"):
+            return self._rows(captions, rng, flipped)
+
+    def _rows(self, captions: list[str], rng: np.random.Generator, flipped: bool) -> np.ndarray:
         config, tokenizer = self._config, self._tokenizer
-        rng = order.generator(config.seed, epoch, sample, order.TEXT)
-        captions = self._index.captions(sample)
         count, length = config.captions_per_image, config.text_length
         picks = rng.permutation(len(captions)).tolist()[:count]
         text = np.empty((3, count, length), dtype=np.int64)

@@ -7,6 +7,7 @@ few batches of large pictures are a long time after Ctrl-C.
 from __future__ import annotations
 
 import threading
+import time
 import weakref
 from collections.abc import Callable
 from concurrent.futures import Future
@@ -16,6 +17,8 @@ from typing import ParamSpec, TypeVar
 P = ParamSpec("P")
 R = TypeVar("R")
 _Queue = SimpleQueue["Callable[[], None] | None"]
+_PATIENCE = 30.0
+"""seconds for which closing waits for a job that does not end"""
 
 
 class Workers:
@@ -27,13 +30,13 @@ class Workers:
 
     def __init__(self, count: int, stop: threading.Event, name: str) -> None:
         self._queue: _Queue = SimpleQueue()
-        threads = [
+        self._threads = [
             threading.Thread(target=_work, args=(self._queue, stop), name=f"{name}-{i}", daemon=True)
             for i in range(count)
         ]
         # Daemons are not waited for, so that this is reached at exit; it then waits until they have stopped.
-        self._finalizer = weakref.finalize(self, _stop, self._queue, stop, threads)
-        for thread in threads:
+        self._finalizer = weakref.finalize(self, _stop, self._queue, stop, self._threads)
+        for thread in self._threads:
             thread.start()
 
     def submit(self, function: Callable[P, R], *args: P.args, **kwargs: P.kwargs) -> Future[R]:
@@ -51,9 +54,17 @@ class Workers:
         self._queue.put(run)
         return future
 
+    def dead(self) -> list[str]:
+        """Names of the threads that have ended although the pool is open."""
+        return (
+            [thread.name for thread in self._threads if not thread.is_alive()]
+            if self._finalizer.alive
+            else []
+        )
+
     def close(self) -> None:
         """Stops the threads after the jobs they are in; what is still queued is never run, and its futures
-        never end."""
+        never end. A job that goes on for another 30 seconds is left behind: a stuck one must not hold the process."""
         self._finalizer()
 
     def abandon(self) -> None:
@@ -71,6 +82,7 @@ def _stop(queue: _Queue, stop: threading.Event, threads: list[threading.Thread])
     stop.set()
     for _ in threads:
         queue.put(None)
+    until = time.monotonic() + _PATIENCE
     for thread in threads:
         if thread is not threading.current_thread():  # the last reference may have been dropped by a job
-            thread.join()
+            thread.join(max(0.0, until - time.monotonic()))

@@ -128,3 +128,23 @@ def test_profiles_are_chosen_by_device() -> None:
         choose("a100", "cuda", "NVIDIA A100-SXM4-80GB")
     with pytest.raises(ValueError, match="a100-bf16 is for a cuda device, and this machine has AMD"):
         choose("a100-bf16", "cpu", "AMD EPYC")
+
+
+def test_what_fails_is_measured_again_and_alone(monkeypatch: pytest.MonkeyPatch) -> None:
+    """A bad moment is forgiven, a slowdown that stays is not."""
+    asked: list[tuple[int, float]] = []
+    gates = CPU.gates[:2]
+
+    def measure(profile: Any, some: Any, budget: float) -> list[Any]:
+        asked.append((len(some), budget))
+        return []
+
+    def judge(some: Any, rows: Any) -> list[gate.Verdict]:
+        bad = {gates[0]: len(asked) == 1, gates[1]: True}
+        return [gate.Verdict(g, 2.0 if bad[g] else 0.5, "4 times the limit" if bad[g] else "") for g in some]
+
+    monkeypatch.setattr(gate, "_measure", measure)
+    monkeypatch.setattr(gate, "judge", judge)
+    _, verdicts = gate.run(replace(CPU, gates=gates), 0.5)
+    assert asked == [(2, 0.5), (2, 1.0)]
+    assert [v.holds for v in verdicts] == [True, False]

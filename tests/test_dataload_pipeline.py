@@ -8,7 +8,6 @@ import pickle
 import signal
 import subprocess
 import sys
-import tarfile
 import threading
 import time
 from collections import Counter
@@ -19,6 +18,7 @@ from typing import Any
 import numpy as np
 import pytest
 import torch
+from clips import png, write_tar
 from PIL import Image
 
 from dataload import order
@@ -29,25 +29,6 @@ from dataload.tokenizer import BOS, EOS, MASK, PAD, Tokenizer, train_tokenizer
 
 ROOT = Path(__file__).resolve().parent.parent
 PAIRS, ALONE = 40, 16
-
-
-def png(number: int, size: int = 32) -> bytes:
-    """A picture whose red is its number; green rises to the right, so that a flip shows."""
-    pixels = np.zeros((size, size, 3), dtype=np.uint8)
-    pixels[..., 0] = number
-    pixels[..., 1] = np.linspace(0, 255, size).astype(np.uint8)
-    data = io.BytesIO()
-    Image.fromarray(pixels).save(data, "PNG")
-    return data.getvalue()
-
-
-def write_tar(path: Path, samples: dict[str, dict[str, bytes]]) -> None:
-    with tarfile.open(path, "w") as tar:
-        for key, files in samples.items():
-            for extension, data in files.items():
-                member = tarfile.TarInfo(f"{key}.{extension}")
-                member.size = len(data)
-                tar.addfile(member, io.BytesIO(data))
 
 
 def sample(number: int, captioned: bool = True) -> dict[str, bytes]:

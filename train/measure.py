@@ -8,7 +8,6 @@ captions="first" asks for one.
 from __future__ import annotations
 
 from collections.abc import Collection, Iterator, Sequence
-from pathlib import Path
 
 import numpy as np
 import torch

@@ -12,7 +12,7 @@ import sys
 import time
 from collections.abc import Sequence
 
-from dataload.pipeline import TooManyBroken
+from dataload.pipeline import TooManyBroken, WorkerStuck
 from train import cli
 from train.checkpoint import CheckpointError
 from train.config import ConfigError, PretrainConfig
@@ -129,7 +129,7 @@ def main(argv: Sequence[str] | None = None) -> int:
     except (ConfigError, CheckpointError, FileNotFoundError) as error:
         print(f"error: {error}", file=sys.stderr)
         return 2
-    except (TrainingError, TooManyBroken) as error:
+    except (TrainingError, TooManyBroken, WorkerStuck) as error:
         print(f"error: {error}", file=sys.stderr)
         return 1
     except KeyboardInterrupt:

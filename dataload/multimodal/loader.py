@@ -1,0 +1,253 @@
+"""The multimodal loader.
+
+    schedule.split                 which source gives each sample: exact shares, a function of the counts alone
+    order.Source.at                which sample of the source comes next: a function of (seed, position)
+    ClipMaker.draw (threads)       fetch -> decode picture, sound, video -> crops, segments -> caption, tokens, masks
+    collate                        arrays -> MultimodalBatch, without padding
+
+It shares the pool, the order, the random numbers and the report of broken samples with `pipeline.Loader`.
+"""
+
+from __future__ import annotations
+
+import time
+from collections import Counter
+from collections.abc import Iterator
+from types import TracebackType
+from typing import Any, NamedTuple
+
+import numpy as np
+
+from dataload import order, shards
+from dataload.broken import BrokenReport, TooManyBroken
+from dataload.multimodal.batch import MultimodalBatch
+from dataload.multimodal.config import MixtureConfig, SourceConfig
+from dataload.multimodal.sample import Clip, ClipMaker, collate
+from dataload.prefetch import Limits, Prefetch
+from dataload.schedule import Progress, Schedule, Share, shares, split
+from dataload.shards import ShardIndex
+from dataload.stages import Stages
+from dataload.tokenizer import Tokenizer
+
+STATE_VERSION = 1
+STAGES = {
+    "fetch": "encoded bytes and captions, by offset from the tar",
+    "image": "decode, random crop, resize, jitter, flip",
+    "audio": "decode a segment, to mono at 16 kHz",
+    "video": "decode frames and sound track, crop, resize, flip",
+    "text": "caption, tokens, masked words",
+    "collate": "arrays to one MultimodalBatch",
+}
+
+
+class Origin:
+    """One source of the mixture: its shards, and the endless stream of those of its samples that can be used."""
+
+    def __init__(self, name: str, config: SourceConfig, seed: int, number: int) -> None:
+        self.name = name
+        self.config = config
+        self.index: ShardIndex = shards.index(shards.expand(config.shards))
+        self._have = have = {kind: self._all(kind) for kind in config.modalities}
+        usable = np.any(list(have.values()), axis=0)
+        for kind in config.needs:
+            usable &= have[kind]
+        self.left_out = int(len(usable) - usable.sum())
+        """samples that lack what the source needs"""
+        if not usable.any():
+            counts = ", ".join(f"{int(has.sum())} have {kind}" for kind, has in have.items())
+            wanted = " and ".join(config.needs) or "anything that it reads"
+            raise ValueError(
+                f"source {name!r}: none of its {len(usable)} samples has {wanted} ({counts})"
+            )
+        per_shard, start = [], 0
+        for shard in self.index.shards:
+            per_shard.append(start + np.flatnonzero(usable[start : start + len(shard)]))
+            start += len(shard)
+        self.stream = order.Source(per_shard, seed, kind=number)
+
+    def has(self, sample: int, kind: str) -> bool:
+        """Whether the sample has this modality, and the source reads it."""
+        return kind in self._have and bool(self._have[kind][sample])
+
+    def _all(self, kind: str) -> np.ndarray:
+        return self.index.captioned if kind == "text" else self.index.has(kind)
+
+
+class _Job(NamedTuple):
+    source: int
+    epoch: int
+    sample: int
+
+
+class MixtureLoader:
+    """Endless, deterministic batches of one rank from several sources.
+
+    The batches depend on the shards, the tokenizer, the config and (rank, world_size), never on threads or timing; the
+    global micro-batch does not depend on how many ranks share it. Raises what `shards.expand` and `shards.index`
+    raise, and ValueError for a source without a usable sample.
+    """
+
+    def __init__(
+        self, config: MixtureConfig, tokenizer: Tokenizer, *, rank: int = 0, world_size: int = 1
+    ) -> None:
+        if not 0 <= rank < world_size:
+            raise ValueError(f"rank is {rank} of world_size {world_size}; it must be 0 to {world_size - 1}")
+        self.config, self.tokenizer, self.rank, self.world_size = config, tokenizer, rank, world_size
+        self.origins = [
+            Origin(name, source, config.seed, i) for i, (name, source) in enumerate(config.sources.items())
+        ]
+        self.shares = shares({name: source.weight for name, source in config.sources.items()})
+        """the exact share of each source among the samples"""
+        self._schedule = Schedule(list(self.shares.values()))
+        self.stages = Stages(STAGES)
+        self.waited = 0.0
+        """seconds that the reader has waited for batches"""
+        self.broken = BrokenReport(config.max_broken, config.quarantine)
+        self._broken_of: Counter[str] = Counter()
+        self._maker = ClipMaker(config, tokenizer, self.stages)
+        self._prefetch: Prefetch[_Job, Clip, Share, Progress] = Prefetch(
+            Progress((0,) * len(self.origins)),
+            self._plan,
+            lambda job: self._maker.draw(self.origins[job.source], job.source, job.epoch, job.sample),
+            lambda job: self.origins[job.source].index.key(job.sample),
+            self.stages,
+            workers=config.workers,
+            ahead=config.prefetch,
+            limits=Limits(config.stall_warning, config.stall_limit),
+        )
+
+    @property
+    def counters(self) -> dict[str, dict[str, float]]:
+        """For each source: its samples, those left out, its share, how many samples all ranks have consumed, the
+        passes over it, and how many broken ones this rank has met."""
+        consumed = self._prefetch.position.consumed
+        return {
+            one.name: {
+                "samples": len(one.stream),
+                "left_out": one.left_out,
+                "share": float(self.shares[one.name]),
+                "consumed": done,
+                "epoch": done / len(one.stream),
+                "broken": self._broken_of[one.name],
+            }
+            for one, done in zip(self.origins, consumed, strict=True)
+        }
+
+    def __iter__(self) -> Iterator[MultimodalBatch]:
+        return self
+
+    def __next__(self) -> MultimodalBatch:
+        """The next batch; errors as in `pipeline.Loader`."""
+        started = time.perf_counter()
+        _, clips = self._prefetch.oldest()
+        self.waited += time.perf_counter() - started
+        try:
+            self.broken.add(len(clips), [broken for clip in clips for broken in clip.broken])
+        except TooManyBroken:
+            self._prefetch.drop()
+            raise
+        for clip in clips:
+            self._broken_of[self.origins[clip.source].name] += sum(
+                one.tier != "partial" for one in clip.broken
+            )
+        with self.stages("collate"):
+            keys = tuple(self.origins[clip.source].index.key(clip.sample) for clip in clips)
+            batch = collate(self.config, clips, keys)
+        self._prefetch.taken()
+        return batch
+
+    def _plan(self, start: Progress) -> tuple[Share, list[_Job]]:
+        share = split(start, self._schedule, self.config.batch_size, self.rank, self.world_size)
+        return share, [_Job(source, *self.origins[source].stream.at(place)) for source, place in share.places]
+
+    def state_dict(self) -> dict[str, Any]:
+        """Where the stream stands after the last batch that was handed out: a few numbers per source, good for JSON,
+        the same on every rank."""
+        position = self._prefetch.position
+        return {
+            "version": STATE_VERSION,
+            "tokenizer": self.tokenizer.sha,
+            "seed": self.config.seed,
+            "batches": position.batches,
+            "sources": {
+                one.name: {
+                    "manifest": dict(one.index.manifest),
+                    "usable": len(one.stream),
+                    "share": str(self.shares[one.name]),
+                    "consumed": done,
+                }
+                for one, done in zip(self.origins, position.consumed, strict=True)
+            },
+        }
+
+    def load_state_dict(self, state: dict[str, Any]) -> None:
+        """Goes to where `state` was taken, on any number of ranks and with any batch size. ValueError where the
+        tokenizer, the seed, or a source (its name, shards, usable samples or share) differs."""
+        now = self.state_dict()
+        if state.get("version") != STATE_VERSION:
+            raise ValueError(
+                f"the loader's state has version {state.get('version')}; supported is {STATE_VERSION}"
+            )
+        differences = [
+            f"{name} was {state[name]}, is {now[name]}"
+            for name in ("seed", "tokenizer")
+            if state[name] != now[name]
+        ]
+        if list(state["sources"]) != list(now["sources"]):
+            differences.append(f"the sources were {list(state['sources'])}, are {list(now['sources'])}")
+        else:
+            for name, then in state["sources"].items():
+                mine = now["sources"][name]
+                differences += [
+                    f"{name}: {what} was {then[what]}, is {mine[what]}"
+                    for what in ("manifest", "usable", "share")
+                    if then[what] != mine[what]
+                ]
+        if differences:
+            raise ValueError("the loader's state belongs to other data: " + "; ".join(differences))
+        self._prefetch.drop()
+        consumed = tuple(one["consumed"] for one in state["sources"].values())
+        self._prefetch.position = Progress(consumed, state["batches"])
+
+    def __str__(self) -> str:
+        """The sources, and the stages with what they have cost so far."""
+        lines = [
+            f"MixtureLoader, rank {self.rank} of {self.world_size}: {len(self.origins)} sources, "
+            f"{self.config.workers} threads"
+        ]
+        width = max(len(one.name) for one in self.origins)
+        for name, c in self.counters.items():
+            left = f", {c['left_out']:,} left out" if c["left_out"] else ""
+            lines.append(
+                f"  {name.ljust(width)}  {100 * c['share']:5.1f}%  {c['samples']:,} samples{left}; "
+                f"{c['consumed']:,} consumed (epoch {c['epoch']:.2f}), {c['broken']:,} broken"
+            )
+        batches = self._prefetch.position.batches
+        wait = (
+            f"  {batches:,} batches; the reader waited {1e3 * self.waited / max(batches, 1):.1f} ms for each"
+        )
+        return "\n".join([*lines, str(self.stages), f"{wait}; {self.broken}"])
+
+    def close(self) -> None:
+        """Stops the threads and the processes; what was prefetched is dropped. The state can still be read."""
+        self._prefetch.close()
+        self._maker.close()
+
+    def __enter__(self) -> MixtureLoader:
+        return self
+
+    def __exit__(
+        self, kind: type[BaseException] | None, error: BaseException | None, trace: TracebackType | None
+    ) -> None:
+        self.close()
+
+    def __reduce__(self) -> tuple[Any, ...]:
+        return _rebuild, (self.config, self.tokenizer, self.rank, self.world_size, self.state_dict())
+
+
+def _rebuild(
+    config: MixtureConfig, tokenizer: Tokenizer, rank: int, world_size: int, state: dict[str, Any]
+) -> MixtureLoader:
+    loader = MixtureLoader(config, tokenizer, rank=rank, world_size=world_size)
+    loader.load_state_dict(state)
+    return loader

@@ -1,0 +1,199 @@
+"""One sample of the multimodal loader: whatever of picture, sound, video and text it has, from its own random
+numbers; and many of them as one batch."""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+from dataclasses import dataclass, field
+from typing import TYPE_CHECKING
+
+import numpy as np
+import torch
+from PIL import Image
+
+from dataload import audio, images, order, video
+from dataload.broken import Broken
+from dataload.masking import mim_mask, mlm_mask
+from dataload.multimodal.batch import MultimodalBatch
+from dataload.multimodal.config import MixtureConfig
+from dataload.packed import pack
+from dataload.sandbox import Sandbox
+from dataload.stages import Stages
+from dataload.substitute import describe, first_whole
+from dataload.tokenizer import BOS, EOS, Tokenizer
+
+if TYPE_CHECKING:
+    from dataload.multimodal.loader import Origin
+
+_SOURCE = 1 << 48
+"""Sample numbers of source i begin at i times this in the counters of random numbers: two sources share none."""
+
+
+@dataclass
+class Clip:
+    """One sample before it is put into a batch; None for what it does not have."""
+
+    source: int = 0
+    sample: int = 0
+    image: np.ndarray | None = None
+    """uint8 [H, W, 3]"""
+    image_mask: np.ndarray | None = None
+    """bool [H/cell, W/cell]"""
+    audio: np.ndarray | None = None
+    """float32 [n], 16 kHz"""
+    frames: np.ndarray | None = None
+    """uint8 [F, H, W, 3]"""
+    times: np.ndarray | None = None
+    """float32 [F], seconds"""
+    text: np.ndarray | None = None
+    """int64 [3, T]: tokens, mlm_tokens, mlm_targets"""
+    broken: list[Broken] = field(default_factory=list)
+    """what was tried before, and what is missing of this one"""
+    notes: list[str] = field(default_factory=list)
+    """what is missing of it although it is used, in words"""
+
+
+class ClipMaker:
+    """Makes samples. Thread-safe; the result depends on (seed, source, epoch, sample) and on nothing else."""
+
+    def __init__(self, config: MixtureConfig, tokenizer: Tokenizer, stages: Stages) -> None:
+        self._config, self._tokenizer, self._stages = config, tokenizer, stages
+        self._sandbox = Sandbox(max(1, config.workers))
+
+    def draw(self, origin: Origin, number: int, epoch: int, wanted: int) -> Clip:
+        """A sample of source `number` as it is in that epoch, or a substitute of the same source."""
+        base = number * _SOURCE
+
+        def rng() -> np.random.Generator:
+            return order.generator(self._config.seed, epoch, base + wanted, order.SUBSTITUTE)
+
+        sample, clip, broken = first_whole(
+            lambda sample: self._make(origin, base, epoch, sample),
+            wanted,
+            origin.stream.all,
+            rng,
+            origin.index,
+        )
+        partial = [describe(origin.index, sample, note, "partial") for note in clip.notes]
+        clip.source, clip.sample, clip.broken = number, sample, broken + partial
+        return clip
+
+    def _make(self, origin: Origin, base: int, epoch: int, sample: int) -> Clip:
+        config, index, modalities = self._config, origin.index, origin.config.modalities
+
+        def rng(purpose: int) -> np.random.Generator:
+            return order.generator(config.seed, epoch, base + sample, purpose)
+
+        clip = Clip()
+        flipped = False
+        if origin.has(sample, "image"):
+            flipped = self._image(clip, self._fetch(origin, sample, "image"), rng(order.IMAGE))
+            grid = config.image.size // config.image.cell
+            clip.image_mask = mim_mask((grid, grid), rng(order.MIM), config.image.mask_ratio)
+        has_sound_file = origin.has(sample, "audio")
+        if has_sound_file:
+            data = self._fetch(origin, sample, "audio")
+            with self._stages("audio"):
+                self._audio(clip, data, rng(order.AUDIO))
+        if origin.has(sample, "video"):
+            sound = config.video.sound and "audio" in modalities and not has_sound_file
+            data = self._fetch(origin, sample, "video")
+            with self._stages("video"):
+                flipped |= self._video(clip, data, sound, rng(order.VIDEO), flipped)
+        if origin.has(sample, "text"):
+            with self._stages("fetch"):
+                captions = index.captions(sample)
+            with self._stages("text"):
+                clip.text = self._text(captions, rng(order.TEXT), flipped)
+        return clip
+
+    def _fetch(self, origin: Origin, sample: int, kind: str) -> bytes:
+        with self._stages("fetch"):
+            return origin.index.media(sample, kind)
+
+    def _image(self, clip: Clip, data: bytes, rng: np.random.Generator) -> bool:
+        """Sets the picture; returns whether it is mirrored."""
+        config = self._config.image
+        with self._stages("image"):
+            picture = images.decode(data, config.max_pixels)
+            flipped = rng.random() < config.flip  # first, so that it does not depend on the crop's settings
+            picture = images.random_resized_crop(
+                picture, config.size, rng, config.crop_scale, config.crop_ratio, config.interpolation
+            )
+            if config.color_jitter:
+                picture = images.color_jitter(picture, config.color_jitter, rng)
+            if flipped:
+                picture = picture.transpose(Image.Transpose.FLIP_LEFT_RIGHT)
+            clip.image = np.asarray(picture)
+        return flipped
+
+    def _audio(self, clip: Clip, data: bytes, rng: np.random.Generator) -> None:
+        sound = audio.decode(
+            data, seconds=self._config.audio.seconds, place=rng.random(), sandbox=self._sandbox
+        )
+        clip.audio = sound.samples
+        if sound.problem:
+            clip.notes.append(f"the sound is not whole: {sound.problem}")
+
+    def _text(self, captions: list[str], rng: np.random.Generator, flipped: bool) -> np.ndarray:
+        """int64 [3, T]: tokens, mlm_tokens, mlm_targets."""
+        config, tokenizer = self._config.text, self._tokenizer
+        caption = captions[int(rng.integers(len(captions)))]
+        if flipped:
+            caption = images.mirror_caption(caption)
+        if config.sampling:
+            ids = tokenizer.sample(caption, config.sampling, int(rng.integers(2**31)))
+        else:
+            ids = tokenizer.encode(caption)
+        tokens = np.array([BOS, *ids[: config.length - 2], EOS], dtype=np.int64)
+        masked, targets = mlm_mask(tokens, rng, tokenizer.word_starts, config.mlm_probability)
+        return np.stack([tokens, masked, targets])
+
+    def close(self) -> None:
+        """Ends the decoders' processes."""
+        self._sandbox.close()
+
+
+def collate(config: MixtureConfig, clips: Sequence[Clip], keys: tuple[str, ...]) -> MultimodalBatch:
+    """One batch of B samples, in their order, without padding."""
+
+    def of(name: str) -> tuple[list[np.ndarray], torch.Tensor]:
+        """What the samples have of it, and which samples these are."""
+        have = [i for i, clip in enumerate(clips) if getattr(clip, name) is not None]
+        return [getattr(clips[i], name) for i in have], torch.tensor(have, dtype=torch.int64)
+
+    size, cells = config.image.size, config.image.size // config.image.cell
+    pictures, image_sample = of("image")
+    masks, _ = of("image_mask")
+    sounds, audio_sample = of("audio")
+    frames, video_sample = of("frames")
+    times, _ = of("times")
+    texts, text_sample = of("text")
+    side = config.video.size
+    tokens, masked, targets = (
+        pack([text[i] for text in texts], like=torch.zeros(0, dtype=torch.int64)) for i in range(3)
+    )
+    return MultimodalBatch(
+        images=_stack(pictures, (size, size, 3), np.uint8),
+        image_sample=image_sample,
+        image_mask=_stack(masks, (cells, cells), np.bool_),
+        audio=pack(sounds, like=torch.zeros(0, dtype=torch.float32)),
+        audio_sample=audio_sample,
+        video=pack(frames, like=torch.zeros((0, side, side, 3), dtype=torch.uint8)),
+        video_times=pack(times, like=torch.zeros(0, dtype=torch.float32)).values,
+        video_sample=video_sample,
+        text=tokens,
+        mlm_tokens=masked.values,
+        mlm_targets=targets.values,
+        text_sample=text_sample,
+        sources=torch.tensor([clip.source for clip in clips], dtype=torch.int64),
+        keys=keys,
+    )
+
+
+def _stack(arrays: list[np.ndarray], shape: tuple[int, ...], dtype: type) -> torch.Tensor:
+    """[len(arrays), *shape], also where there is none."""
+    stacked: np.ndarray = np.empty((len(arrays), *shape), dtype=dtype)
+    for i, array in enumerate(arrays):
+        stacked[i] = array
+    return torch.from_numpy(stacked)
