@@ -226,18 +226,19 @@ class ShardIndex:
         return sum(shard.excluded for shard in self.shards)
 
     @cached_property
-    def _flags(self) -> np.ndarray:
+    def flags(self) -> np.ndarray:
+        """uint8 [samples], see tarindex."""
         return np.concatenate([shard.flags for shard in self.shards] or [np.zeros(0, dtype=np.uint8)])
 
     @cached_property
     def captioned(self) -> np.ndarray:
         """bool [samples]: which samples have at least one caption."""
-        return (self._flags & CAPTIONED) != 0
+        return (self.flags & CAPTIONED) != 0
 
     def has(self, *kinds: str) -> np.ndarray:
         """bool [samples]: which samples have a file of each of the kinds image, audio, video, txt, json."""
         mask = sum(BIT[kind] for kind in dict.fromkeys(kinds))
-        return (self._flags & mask) == mask
+        return (self.flags & mask) == mask
 
     def source(self, captioned: bool, needs: Sequence[str] = ("image",)) -> list[np.ndarray]:
         """Numbers of the samples with (or without) captions that have a file of each kind in `needs`, one
