@@ -1,0 +1,180 @@
+"""Sound through FFmpeg's libraries, by PyAV: what libsndfile does not read, or reads more slowly."""
+
+from __future__ import annotations
+
+import io
+from collections.abc import Iterator
+from fractions import Fraction
+from typing import Any
+
+import numpy as np
+
+from dataload.audio import BrokenAudio, CannotSeek
+from dataload.broken import BrokenSample
+
+BLOCK = 1 << 16
+CONTAINERS = (
+    "mov,mp4,m4a,3gp,3g2,mj2,matroska,webm,ogg,flac,mp3,wav,w64,aiff,au,caf,asf,avi,flv,mpeg,mpegts,mpegvideo,"
+    "aac,ac3,eac3,dts,amr,ape,wv,tta,tak,mpc,mpc8,dsf,gif,ivf,h264,hevc,m4v,mxf,nut,rm,voc,y4m,yuv4mpegpipe"
+)
+"""FFmpeg's demuxers that may open a file. Not those of playlists (HLS, DASH, concat, SDP), which would open other files and
+addresses that are named in it."""
+LATE = 0.1
+"""seconds that may be missing at the beginning, and become silence"""
+_SCALE = {"u8": 1 / 128, "s16": 1 / 32768, "s32": 1 / 2**31, "s64": 1 / 2**63, "flt": 1.0, "dbl": 1.0}
+
+
+def open_container(data: bytes, broken: type[BrokenSample]) -> Any:
+    """An av.container.InputContainer of bytes, of the kinds above alone. Raises `broken`, or ImportError."""
+    try:
+        import av
+    except ImportError as error:
+        raise ImportError(f"sound and video need PyAV ({error}): pip install 'auroraio[data]'") from error
+    av.logging.set_level(None)
+    try:
+        return av.open(io.BytesIO(data), metadata_errors="replace", options={"format_whitelist": CONTAINERS})
+    except (av.FFmpegError, ValueError, TypeError, OverflowError, UnicodeError) as error:
+        raise broken(f"FFmpeg: {words(error)}") from None
+
+
+def words(error: Exception) -> str:
+    """What FFmpeg says, without file names and numbers."""
+    return str(getattr(error, "strerror", "") or f"{type(error).__name__}: {error}")
+
+
+class AvReader:
+    """A sound stream of a container; see audio_decode.Reader."""
+
+    def __init__(self, data: bytes) -> None:
+        self.problem = ""
+        self._data = data
+        self._container: Any = None
+        self._open()
+        self.frames = self._declared()
+        if data.startswith(b"OggS") and not _ends(data):
+            self.problem = "cut short: its last page is missing"
+
+    def _open(self) -> None:
+        """From the beginning. (Seeking to it loses frames in some containers.)"""
+        if self._container is not None:
+            self._container.close()
+        self._container, self._used = open_container(self._data, BrokenAudio), False
+        try:
+            if not self._container.streams.audio:
+                raise BrokenAudio("no sound track")
+            self._stream = self._container.streams.audio[0]
+            codec = self._stream.codec_context
+            if codec is None:
+                raise BrokenAudio("FFmpeg: no decoder for its sound")
+            codec.thread_count = 1
+            self.rate, self.channels = int(codec.sample_rate or 0), int(codec.channels or 0)
+        except BaseException:
+            self._container.close()
+            raise
+
+    @property
+    def start(self) -> float:
+        """Seconds, of the container's time, at which the sound begins."""
+        return float((self._stream.start_time or 0) * (self._stream.time_base or 0))
+
+    def _declared(self) -> int:
+        if self._stream.duration and self._stream.time_base:
+            return max(0, round(float(self._stream.duration * self._stream.time_base) * self.rate))
+        return max(0, round((self._container.duration or 0) / 1e6 * self.rate))
+
+    def __enter__(self) -> AvReader:
+        return self
+
+    def __exit__(self, *_: object) -> None:
+        self._container.close()
+
+    def blocks(self, first: int) -> Iterator[np.ndarray]:
+        """See Reader."""
+        import av
+
+        if not first and self._used:
+            self._open()
+        origin = self._stream.start_time or 0
+        base, skip = self._stream.time_base or Fraction(1, self.rate), 0
+        self._used = True
+        if first:
+            try:
+                target = origin + int(first / self.rate / base)
+                self._container.seek(target, stream=self._stream, backward=True, any_frame=False)
+            except (av.FFmpegError, OverflowError, ValueError):
+                raise CannotSeek("FFmpeg: cannot seek in it") from None
+        frames = self._frames()
+        head = next(frames, None)
+        if head is None:
+            return
+        if head.pts is not None:
+            skip = first - round(float((head.pts - origin) * base) * self.rate)
+        elif first:
+            raise CannotSeek("FFmpeg: its frames have no times")
+        if skip < 0:
+            if first:
+                raise CannotSeek("FFmpeg: seeking in it is not exact")
+            if -skip > LATE * self.rate:
+                raise BrokenAudio(f"FFmpeg: its sound begins {-skip} samples late")
+            yield np.zeros(-skip, np.float32)  # FFmpeg's Vorbis decoder drops the first 128
+        frames = _chain(head, frames)
+        for block in self._gathered(frames):
+            if skip < len(block):
+                yield block[skip:] if skip > 0 else block
+            skip = max(0, skip - len(block))
+
+    def _frames(self) -> Iterator[Any]:
+        """Decoded frames up to the first damage, which `problem` then names."""
+        import av
+
+        decoder = self._container.decode(self._stream)
+        while True:
+            try:
+                frame = next(decoder)
+            except StopIteration:
+                return
+            except (av.FFmpegError, ValueError, OverflowError) as error:
+                self.problem = f"FFmpeg: {words(error)}"
+                return
+            if frame.sample_rate != self.rate:
+                self.problem = f"its rate changes from {self.rate} to {frame.sample_rate}"
+                return
+            yield frame
+
+    def _gathered(self, frames: Iterator[Any]) -> Iterator[np.ndarray]:
+        """Mono blocks of many frames each: a frame is 20 ms, and Python is slow."""
+        import av
+
+        fifo, kind = av.AudioFifo(), None
+        for frame in frames:
+            if kind != (frame.format.name, frame.layout.name) or fifo.samples >= BLOCK:
+                if fifo.samples:
+                    yield mono(fifo.read())
+                fifo, kind = av.AudioFifo(), (frame.format.name, frame.layout.name)
+            frame.pts = None  # gaps are closed
+            fifo.write(frame)
+        if fifo.samples:
+            yield mono(fifo.read())
+
+
+def mono(frame: Any) -> np.ndarray:
+    """float32 [n]: the mean of a frame's channels."""
+    values, name = frame.to_ndarray(), frame.format.name.removesuffix("p")
+    if not frame.format.is_planar:
+        values = values.reshape(-1, frame.layout.nb_channels).T
+    out = np.add.reduce(values, axis=0, dtype=np.float64 if values.dtype.itemsize > 4 else np.float32)
+    if name == "u8":
+        out -= 128.0 * len(values)
+    out *= _SCALE[name] / len(values)
+    return out.astype(np.float32, copy=False)
+
+
+def _chain(head: Any, rest: Iterator[Any]) -> Iterator[Any]:
+    yield head
+    yield from rest
+
+
+def _ends(data: bytes) -> bool:
+    """Whether the last page of an Ogg file is marked as the last of its stream (RFC 3533)."""
+    last = data.rfind(b"OggS")
+    return len(data) > last + 5 and bool(data[last + 5] & 4)

@@ -1,0 +1,242 @@
+"""The part of audio.py that touches bytes from outside: it runs in a sandbox's child, or here for trusted files.
+
+A reader (of libsndfile or of PyAV) gives mono blocks at the file's rate from a frame on; a resampler takes them to 16 kHz.
+"""
+
+from __future__ import annotations
+
+import io
+import math
+import re
+from collections.abc import Callable, Iterator
+from contextlib import AbstractContextManager
+from typing import Protocol
+
+import numpy as np
+
+from dataload.audio import RATE, BrokenAudio, CannotSeek
+
+MAX_CHANNELS = 64
+LOWEST_RATE, HIGHEST_RATE = 1_000, 768_000
+MARGIN = 0.1
+"""seconds decoded before and after a segment: the resampler's filter, and what codecs need before they are exact"""
+BLOCK = 1 << 16
+"""frames per block"""
+_MISSING = 0.1  # seconds by which headers of whole files are wrong: MP3s declare a frame or two too many
+_NATIVE = (
+    b"RIFF",
+    b"RIFX",
+    b"RF64",
+    b"FORM",
+    b".snd",
+    b"caff",
+    b"ID3",
+)  # libsndfile is the faster one for these
+
+
+class Reader(AbstractContextManager["Reader"], Protocol):
+    """An open sound. `frames` is what the header declares, 0 for unknown; `problem` is set while reading."""
+
+    rate: int
+    channels: int
+    frames: int
+    problem: str
+
+    def blocks(self, first: int) -> Iterator[np.ndarray]:
+        """float32 [n] blocks, mono, from frame `first` on. Raises CannotSeek where `first` cannot be reached directly."""
+        ...
+
+
+def decode_here(
+    data: bytes, start: float | None, seconds: float | None, place: float, max_seconds: float
+) -> tuple[np.ndarray, float, str]:
+    """(samples, start, problem); see audio.decode."""
+    if not data:
+        raise BrokenAudio("no bytes")
+    reasons = []
+    for opener in _openers(data):
+        try:
+            with opener(data) as reader:
+                check(reader)
+                return _decode(reader, start, seconds, place, max_seconds)
+        except (BrokenAudio, OverLimit) as error:
+            if isinstance(error, OverLimit):
+                raise
+            reasons.append(str(error))
+    raise BrokenAudio("; ".join(dict.fromkeys(reasons)))
+
+
+class OverLimit(BrokenAudio):
+    """A limit was exceeded: another library would not change that."""
+
+
+def _openers(data: bytes) -> tuple[Callable[[bytes], Reader], ...]:
+    """The two libraries, the one that is better for these bytes first."""
+    from dataload.audio_av import AvReader
+
+    mp3 = data[0] == 0xFF and len(data) > 1 and data[1] & 0xE0 == 0xE0
+    # ID3 before anything else than MP3 is rare; libsndfile skips it as well.
+    return (SndfileReader, AvReader) if data.startswith(_NATIVE) or mp3 else (AvReader, SndfileReader)
+
+
+def check(reader: Reader) -> None:
+    """Raises OverLimit for a rate or a number of channels beyond the limits."""
+    if not 1 <= reader.channels <= MAX_CHANNELS:
+        raise OverLimit(f"{reader.channels} channels; 1 to {MAX_CHANNELS} are read")
+    if not LOWEST_RATE <= reader.rate <= HIGHEST_RATE:
+        raise OverLimit(f"{reader.rate} samples per second; {LOWEST_RATE} to {HIGHEST_RATE} are read")
+
+
+def _decode(
+    reader: Reader, start: float | None, seconds: float | None, place: float, max_seconds: float
+) -> tuple[np.ndarray, float, str]:
+    declared = reader.frames / reader.rate
+    if seconds is None and declared - (start or 0) > max_seconds:
+        raise OverLimit(f"{declared:.0f} seconds declared, over the limit of {max_seconds:g}")
+    if start is None and seconds is not None and place > 0:
+        if reader.frames:
+            drawn = place * max(0.0, declared - seconds)
+            samples = stretch(reader, drawn, seconds, max_seconds)
+            if len(samples) >= min(seconds, declared) * RATE - 1:
+                return samples, drawn, reader.problem
+        # The length is not declared, or not true: the place is one of what there is.
+        samples = stretch(reader, 0.0, None, max_seconds)
+        first = round(place * max(0, len(samples) - round(seconds * RATE)))
+        return _some(samples[first : first + round(seconds * RATE)], reader), first / RATE, reader.problem
+    samples = stretch(reader, start or 0.0, seconds, max_seconds)
+    return _some(samples, reader), start or 0.0, reader.problem
+
+
+def _some(samples: np.ndarray, reader: Reader) -> np.ndarray:
+    if len(samples) == 0:
+        raise BrokenAudio(reader.problem or "no samples")
+    return samples
+
+
+def stretch(reader: Reader, start: float, seconds: float | None, max_seconds: float) -> np.ndarray:
+    """16 kHz samples [start, start + seconds) of the file, whose first sample is at time 0; fewer where it ends."""
+    first = round(start * RATE)
+    count = None if seconds is None else round(seconds * RATE)
+    # Where both rates have a sample at the same time, so that a segment's samples are those of the whole file.
+    grid = reader.rate // math.gcd(reader.rate, RATE)
+    source = max(0, int((start - MARGIN) * reader.rate)) // grid * grid
+    skipped = first - source // grid * (RATE * grid // reader.rate)
+    wanted = (
+        None if count is None else math.ceil((skipped + count) * reader.rate / RATE + MARGIN * reader.rate)
+    )
+    try:
+        samples = _resampled(reader, source, wanted, max_seconds)
+    except CannotSeek:  # then everything before is decoded too
+        skipped, wanted = first, None if wanted is None else source + wanted
+        samples = _resampled(reader, 0, wanted, max_seconds)
+    return samples[skipped : None if count is None else skipped + count]
+
+
+def _resampled(reader: Reader, first: int, wanted: int | None, max_seconds: float) -> np.ndarray:
+    """16 kHz samples of `wanted` frames (None: all) from frame `first` on."""
+    resampler, parts, taken = Resampler(reader.rate), [], 0
+    limit = max_seconds * reader.rate + 2 * MARGIN * reader.rate + reader.rate
+    for block in reader.blocks(first):
+        if wanted is not None and taken + len(block) >= wanted:
+            parts.append(resampler(block[: wanted - taken]))
+            break
+        taken += len(block)
+        if taken > limit:
+            raise OverLimit(f"more than {max_seconds:g} seconds, the limit")
+        parts.append(resampler(block))
+    else:
+        if not reader.problem and first + taken + _MISSING * reader.rate < reader.frames:
+            reader.problem = f"cut short: {first + taken} of {reader.frames} samples"
+    parts.append(resampler.end())
+    return np.concatenate(parts)
+
+
+class Resampler:
+    """Blocks at any rate to float32 blocks at 16 kHz, -1..1."""
+
+    def __init__(self, rate: int) -> None:
+        self._stream = None
+        if rate != RATE:
+            try:
+                import soxr
+            except ImportError as error:
+                raise missing(error) from error
+            self._stream = soxr.ResampleStream(rate, RATE, 1, dtype="float32", quality="HQ")
+
+    def __call__(self, block: np.ndarray) -> np.ndarray:
+        """float32 [n] to float32 [m]."""
+        if not np.isfinite(block).all():
+            block = np.nan_to_num(block, nan=0.0, posinf=0.0, neginf=0.0)
+        if self._stream is not None:
+            block = self._stream.resample_chunk(np.clip(block, -_LOUDEST, _LOUDEST))
+        return np.clip(block, -1, 1)
+
+    def end(self) -> np.ndarray:
+        """What is left."""
+        empty = np.zeros(0, np.float32)
+        return (
+            empty if self._stream is None else np.clip(self._stream.resample_chunk(empty, last=True), -1, 1)
+        )
+
+
+_LOUDEST = 1e6  # beyond, float32 sums in a resampler overflow
+
+
+class SndfileReader:
+    """Through libsndfile. Raises BrokenAudio for what it does not open."""
+
+    def __init__(self, data: bytes) -> None:
+        try:
+            import soundfile
+        except (ImportError, OSError) as error:  # OSError: without libsndfile
+            raise missing(error) from error
+        self._error = soundfile.SoundFileError
+        try:
+            self._file = soundfile.SoundFile(io.BytesIO(data))
+        except (self._error, ValueError, TypeError, OverflowError) as error:
+            raise BrokenAudio(f"libsndfile: {_plain(error)}") from None
+        self.rate, self.channels, self.frames = self._file.samplerate, self._file.channels, self._file.frames
+        self.problem = ""
+        if found := _SHORT.search(self._file.extra_info):
+            declared, there = int(found[1]), int(found[2])
+            if (
+                declared < 0xFFFF_FF00 and declared != 0x7FFF_FFFF
+            ):  # what a recorder writes that cannot go back
+                self.problem = f"cut short: {there} of {declared} bytes of samples"
+
+    def __exit__(self, *_: object) -> None:
+        self._file.close()
+
+    def __enter__(self) -> SndfileReader:
+        return self
+
+    def blocks(self, first: int) -> Iterator[np.ndarray]:
+        """See Reader."""
+        weights = np.full(self.channels, 1 / self.channels, np.float32)
+        size = max(1, min(BLOCK, (1 << 22) // self.channels))
+        try:
+            self._file.seek(min(first, self.frames))
+        except (self._error, ValueError, OverflowError) as error:
+            raise CannotSeek(f"libsndfile: {_plain(error)}") from None
+        while True:
+            try:
+                block = self._file.read(size, dtype="float32", always_2d=True)
+            except (self._error, ValueError, OverflowError) as error:
+                self.problem = f"libsndfile: {_plain(error)}"
+                return
+            if len(block) == 0:
+                return
+            yield block[:, 0] if self.channels == 1 else block @ weights
+
+
+_SHORT = re.compile(r"^\s*(?:data|SSND)\s*: (\d+) \(should be (\d+)\)", re.MULTILINE)
+
+
+def _plain(error: Exception) -> str:
+    """libsndfile's words without the address of our buffer, which differs each time."""
+    return re.sub(r"Error opening <.*?>: ", "", str(error))
+
+
+def missing(error: Exception) -> ImportError:
+    """What to say when a library is not there."""
+    return ImportError(f"sound needs soundfile, soxr and PyAV ({error}): pip install 'auroraio[data]'")

@@ -1,0 +1,435 @@
+"""Sound: every usual format to 16 kHz without aliases; segments by seeking; log-mel; bad files cost one sample."""
+
+from __future__ import annotations
+
+import csv
+import functools
+import io
+import math
+import shutil
+import struct
+import subprocess
+from collections.abc import Callable, Iterator
+from pathlib import Path
+
+import numpy as np
+import pytest
+import torch
+
+from dataload import audio
+from dataload.audio import BrokenAudio
+from dataload.broken import BrokenSample
+from dataload.sandbox import Sandbox
+
+sf = pytest.importorskip("soundfile")
+SECONDS = 2.0
+
+
+def chirp(rate: int, seconds: float = SECONDS, loud: float = 0.5, late: float = 0.0) -> np.ndarray:
+    """float64 [S]: 200 Hz to 3 kHz, known at every time; `late` by so many seconds."""
+    t = np.arange(int(rate * seconds)) / rate - late
+    return loud * np.sin(2 * np.pi * (200 * t + (2800 / seconds) * t**2 / 2))
+
+
+def encoded(samples: np.ndarray, rate: int, kind: str = "WAV", subtype: str | None = None) -> bytes:
+    out = io.BytesIO()
+    sf.write(out, samples, rate, format=kind, subtype=subtype)
+    return out.getvalue()
+
+
+@functools.cache
+def by_ffmpeg(name: str, *options: str, rate: int = 44100, seconds: float = SECONDS) -> bytes:
+    """The chirp in both channels, encoded by the ffmpeg command in a file called `name`."""
+    if shutil.which("ffmpeg") is None:
+        pytest.skip("needs the ffmpeg command to make the file")
+    import tempfile
+
+    with tempfile.TemporaryDirectory() as folder:
+        path = Path(folder) / name
+        stereo = np.stack([chirp(rate, seconds)] * 2, axis=1)
+        command = ["ffmpeg", "-v", "error", "-i", "-", *options, str(path)]
+        subprocess.run(command, input=encoded(stereo, rate, subtype="FLOAT"), check=True, timeout=60)
+        return path.read_bytes()
+
+
+def distance(found: np.ndarray, delay: float = 0.0) -> float:
+    """RMS of the difference to the chirp at 16 kHz, over its RMS, within the middle; at the best delay up to `delay`
+    seconds."""
+    middle = slice(3200, 28800)
+    late = 0.0
+    if delay:
+        reach = round(delay * 16000)
+        match = np.correlate(found[middle], chirp(16000)[3200 + reach : 28800 - reach], "valid")
+        late = (int(match.argmax()) - reach) / 16000
+    near = [chirp(16000, late=late + step / 160000) for step in (range(-10, 11) if delay else (0,))]
+    errors = [np.sqrt(np.mean((found[middle] - one[middle]) ** 2)) for one in near]
+    return float(min(errors) / np.sqrt(np.mean(near[0][middle] ** 2)))
+
+
+LOSSLESS = [
+    ("WAV", "PCM_16"), ("WAV", "PCM_24"), ("WAV", "PCM_32"), ("WAV", "FLOAT"), ("WAV", "DOUBLE"), ("FLAC", "PCM_16"),
+    ("FLAC", "PCM_24"), ("AIFF", "PCM_16"), ("AU", "PCM_16"), ("CAF", "PCM_16"), ("W64", "PCM_16"), ("RF64", "PCM_16"),
+    ("NIST", "PCM_16"), ("VOC", "PCM_16"), ("WAV", "PCM_U8"), ("WAV", "ULAW"), ("WAV", "IMA_ADPCM"),
+]  # fmt: skip
+
+
+@pytest.mark.parametrize(("kind", "subtype"), LOSSLESS)
+def test_formats_without_loss_are_the_known_waveform(kind: str, subtype: str) -> None:
+    sound = audio.decode(encoded(chirp(44100), 44100, kind, subtype))
+    assert sound.problem == "" and sound.samples.dtype == np.float32
+    assert len(sound.samples) == (32_638 if subtype == "IMA_ADPCM" else 32_000)  # it comes in blocks
+    coarse = {"PCM_U8": 2e-2, "ULAW": 4e-2, "IMA_ADPCM": 4e-2}
+    assert distance(sound.samples) < coarse.get(subtype, 2e-4)
+
+
+LOSSY = {
+    "a.mp3": ("-c:a", "libmp3lame", "-b:a", "192k"), "a.ogg": ("-c:a", "libvorbis", "-q:a", "6"),
+    "a.opus": ("-c:a", "libopus", "-b:a", "128k"), "a.m4a": ("-c:a", "aac", "-b:a", "160k"), "a.aac": ("-c:a", "aac"),
+    "alac.m4a": ("-c:a", "alac"), "a.wma": ("-c:a", "wmav2"), "a.wv": ("-c:a", "wavpack"), "a.mka": ("-c:a", "flac"),
+    "a.mp2": ("-c:a", "mp2"), "a.ac3": ("-c:a", "ac3"), "a.tta": ("-c:a", "tta"), "a.spx": ("-c:a", "libspeex", "-ar", "16000"),
+    "a.webm": ("-c:a", "libopus"), "flac.oga": ("-c:a", "flac"), "a.mov": ("-c:a", "pcm_s24le"),
+}  # fmt: skip
+
+
+@pytest.mark.parametrize("name", LOSSY)
+def test_other_formats_are_near_it(name: str) -> None:
+    sound = audio.decode(by_ffmpeg(name, *LOSSY[name]))
+    assert sound.problem == ""
+    # Raw streams and old containers do not say how much of the beginning is the encoder's delay.
+    delay = 0.06 if name in ("a.aac", "a.ac3", "a.mp2", "a.spx", "a.wma") else 0.0
+    assert -1 <= len(sound.samples) - 32_000 <= 350 + 20_000 * delay  # AAC's last frame is full
+    lossless = name in ("alac.m4a", "a.wv", "a.mka", "a.tta", "flac.oga", "a.mov")
+    assert distance(sound.samples, delay) < (2e-4 if lossless else 0.3 if name == "a.spx" else 0.05)
+
+
+@pytest.mark.parametrize("channels", [1, 2, 3, 6, 8])
+@pytest.mark.parametrize("kind", ["WAV", "FLAC"])  # one for each library
+def test_channels_are_averaged(kind: str, channels: int) -> None:
+    weights = np.arange(channels) - 0.5
+    sound = audio.decode(encoded(chirp(48000, loud=0.2)[:, None] * weights / 8, 48000, kind, "PCM_24"))
+    expected = chirp(16000, loud=0.2) * weights.mean() / 8
+    assert np.abs(sound.samples - expected)[1000:-1000].max() < 1e-5
+
+
+def tone(frequency: float, rate: int, seconds: float = 1.0) -> np.ndarray:
+    return 0.5 * np.sin(2 * np.pi * frequency * np.arange(int(rate * seconds)) / rate)
+
+
+def decibels(found: np.ndarray) -> float:
+    """The highest line of the spectrum over that of a tone of amplitude 0.5."""
+    window = np.hanning(len(found))
+    return float(20 * np.log10(np.abs(np.fft.rfft(found * window)).max() / (0.25 * window.sum()) + 1e-12))
+
+
+@pytest.mark.parametrize("kind", ["WAV", "FLAC"])
+@pytest.mark.parametrize(
+    ("rate", "frequency"), [(44100, 9000), (44100, 15000), (48000, 8200), (96000, 30000), (32000, 12000)]
+)
+def test_what_16_khz_cannot_hold_does_not_come_back_as_another_tone(
+    kind: str, rate: int, frequency: int
+) -> None:
+    """A 9 kHz tone would appear at 7 kHz: torch and DALI let -13 and 0 dB of it through if nobody filters."""
+    found = audio.decode(encoded(tone(frequency, rate), rate, kind, "PCM_24")).samples[2000:-2000]
+    assert decibels(found) < -90
+    naive = np.interp(np.arange(16000) / 16000, np.arange(rate) / rate, tone(frequency, rate))
+    assert decibels(naive[2000:-2000]) > -30, "the measure sees an alias"
+
+
+@pytest.mark.parametrize("rate", [8000, 11025, 22050, 44100, 48000, 96000, 44056])
+def test_what_it_can_hold_stays_as_it_is(rate: int) -> None:
+    for frequency in (60, 440, 1000, 3000, 5000, 7000):
+        if frequency < 0.44 * rate:
+            found = audio.decode(encoded(tone(frequency, rate), rate, subtype="FLOAT")).samples
+            assert len(found) in (16000, 16001)
+            expected = tone(frequency, 16000)
+            assert np.abs(found[1000:15000] - expected[1000:15000]).max() < 5e-4  # 0.01 dB
+
+
+@pytest.mark.parametrize("name", ["a.wav", "a.flac", "a.ogg", "a.opus", "a.mp3", "a.m4a", "a.aac"])
+def test_a_segment_is_that_part_of_the_whole(name: str) -> None:
+    options = {"a.wav": (), "a.flac": (), **LOSSY}[name]
+    data = by_ffmpeg(name, *options, seconds=8.0)
+    whole = audio.decode(data).samples
+    for start, seconds in ((0.0, 1.0), (0.05, 1.0), (3.21, 2.0), (6.5, 5.0)):
+        part = audio.decode(data, start=start, seconds=seconds)
+        expected = whole[round(start * 16000) :][: round(seconds * 16000)]
+        assert part.start == start and abs(len(part.samples) - len(expected)) <= (2 if start == 6.5 else 0)
+        error = np.abs(part.samples[: len(expected)] - expected[: len(part.samples)]).max()
+        # AAC fills in noise; Opus predicts from further back than the 0.1 s that are decoded before.
+        assert error < {"a.m4a": 2e-2, "a.aac": 2e-2, "a.opus": 2e-3}.get(name, 1e-5)
+
+
+def test_a_place_is_a_share_of_what_is_possible() -> None:
+    data = encoded(chirp(44100, 4.0), 44100)
+    for place in (0.0, 0.25, 0.5, 1.0):
+        sound = audio.decode(data, seconds=1.0, place=place)
+        assert sound.start == pytest.approx(3 * place) and len(sound.samples) == 16000
+    short = audio.decode(data, seconds=10.0, place=0.7)
+    assert short.start == 0 and len(short.samples) == 64000
+    # A header that promises more than there is: the place is one of what there is.
+    cut = by_ffmpeg("a.flac", seconds=8.0)
+    cut = cut[: len(cut) // 2]
+    sound = audio.decode(cut, seconds=1.0, place=1.0)
+    assert 1.0 < sound.start < 6.0 and len(sound.samples) == 16000 and sound.problem
+    assert np.array_equal(sound.samples, audio.decode(cut).samples[-16000:])
+
+
+def test_seeking_does_not_decode_the_rest(monkeypatch: pytest.MonkeyPatch) -> None:
+    import dataload.audio_decode as inside
+
+    seen = []
+    plain = inside.Resampler.__call__
+
+    def counting(self: inside.Resampler, block: np.ndarray) -> np.ndarray:
+        seen.append(len(block))
+        return plain(self, block)
+
+    monkeypatch.setattr(inside.Resampler, "__call__", counting)
+    for kind in ("WAV", "FLAC"):
+        seen.clear()
+        audio.decode(encoded(chirp(44100, 60.0), 44100, kind), start=50.0, seconds=1.0)
+        assert sum(seen) <= 1.5 * 44100
+
+
+def wav(channels: int, rate: int, declared: int, body: bytes) -> bytes:
+    """A 16-bit WAV whose header says what it likes."""
+    form = struct.pack(
+        "<HHIIHH", 1, channels, rate, (rate * channels * 2) & 0xFFFFFFFF, (channels * 2) & 0xFFFF, 16
+    )
+    chunks = b"fmt " + struct.pack("<I", 16) + form + b"data" + struct.pack("<I", declared) + body
+    return b"RIFF" + struct.pack("<I", 4 + len(chunks)) + b"WAVE" + chunks
+
+
+@pytest.mark.parametrize(
+    ("data", "says"),
+    [
+        (b"", "no bytes"),
+        (b"RIFF", "libsndfile"),
+        (b"nothing that anybody reads" * 9, "Invalid data"),
+        (wav(1, 16000, 0, b""), "no samples"),
+        (wav(65, 16000, 1300, bytes(1300)), "65 channels; 1 to 64"),
+        (wav(60000, 16000, 1200, bytes(1200)), "."),
+        (wav(1, 2_000_000_000, 1000, bytes(1000)), "."),
+        (wav(1, 1, 1000, bytes(1000)), "1 samples per second; 1000 to 768000"),
+        (wav(1, 0, 1000, bytes(1000)), "."),
+    ],
+)
+def test_what_is_no_sound_says_why(data: bytes, says: str) -> None:
+    with pytest.raises(BrokenAudio, match=says):
+        audio.decode(data)
+
+
+def test_hours_are_refused_by_the_header_and_by_what_comes(monkeypatch: pytest.MonkeyPatch) -> None:
+    silence = encoded(np.zeros(8000 * 90), 8000, "FLAC")
+    assert len(silence) < 20_000
+    assert len(audio.decode(silence).samples) == 16000 * 90
+    with pytest.raises(BrokenAudio, match="90 seconds declared, over the limit of 60"):
+        audio.decode(silence, max_seconds=60)
+    lying = bytearray(silence)
+    lying[8 + 13] &= 0xF0  # STREAMINFO's 36 bits of samples: unknown
+    lying[8 + 14 : 8 + 18] = bytes(4)
+    with pytest.raises(BrokenAudio, match="more than 60 seconds, the limit|over the limit"):
+        audio.decode(bytes(lying), max_seconds=60)
+    assert len(audio.decode(bytes(lying), start=80.0, seconds=5.0).samples) == 16000 * 5
+
+
+def test_what_is_not_finite_or_too_loud() -> None:
+    samples = chirp(16000)
+    samples[100:110], samples[200], samples[300] = np.nan, np.inf, 7.0
+    found = audio.decode(encoded(samples, 16000, subtype="FLOAT")).samples
+    assert np.isfinite(found).all() and found[105] == 0 and found[200] == 0 and found[300] == 1
+    wild = np.where(np.arange(44100) % 2, 3e38, -3e38)
+    found = audio.decode(encoded(wild, 44100, subtype="FLOAT")).samples
+    assert np.isfinite(found).all() and np.abs(found).max() <= 1
+
+
+@pytest.mark.parametrize("name", ["a.wav", "a.flac", "a.ogg", "a.opus", "a.mp3", "a.aiff", "a.m4a"])
+def test_what_is_cut_short_is_used_as_far_as_it_is_whole_and_says_so(name: str) -> None:
+    data = by_ffmpeg(
+        name, *LOSSY.get(name, ()), *(("-movflags", "+faststart") if name == "a.m4a" else ()), seconds=8.0
+    )
+    whole, part = audio.decode(data), audio.decode(data[: len(data) * 6 // 10])
+    assert whole.problem == "" and part.problem
+    n = len(part.samples) - 4000
+    assert 16000 < n < 0.8 * len(whole.samples)
+    assert np.abs(part.samples[:n] - whole.samples[:n]).max() < 1e-5
+
+
+# Segments
+
+
+def test_segments() -> None:
+    waveform = np.arange(1000, dtype=np.float32)
+    assert audio.segment(waveform, 100, where="start")[0].tolist() == list(range(100))
+    assert audio.segment(waveform, 100)[0][0] == 450
+    drawn = [audio.segment(waveform, 100, np.random.default_rng(i)) for i in range(300)]
+    starts = np.array([one[0][0] for one in drawn])
+    assert starts.min() < 30 and starts.max() > 870 and all(length == 100 for _, length in drawn)
+    again, _ = audio.segment(waveform, 100, np.random.default_rng(7))
+    assert np.array_equal(again, drawn[7][0])
+    padded, length = audio.segment(waveform[:30], 100, np.random.default_rng(0))
+    assert (
+        length == 30
+        and padded[:30].tolist() == list(range(30))
+        and not padded[30:].any()
+        and len(padded) == 100
+    )
+    assert audio.segment(waveform, 1000)[1] == 1000
+    with pytest.raises(ValueError, match="where="):
+        audio.segment(waveform, 10, where="end")
+
+
+# Log-mel
+
+
+def test_no_band_is_empty_and_the_filters_are_those_of_transformers() -> None:
+    pytest.importorskip("transformers")
+    from transformers.audio_utils import mel_filter_bank
+
+    for mels in (64, 80, 128):
+        filters = audio.mel_filters(mels)
+        assert (filters > 0).any(axis=1).all()
+        theirs = mel_filter_bank(513, mels, 0.0, 8000.0, 16000, norm="slaney", mel_scale="slaney").T
+        assert np.abs(filters - theirs).max() < 1e-8 + 1e-6 * theirs.max()
+    with pytest.raises(ValueError, match="of 128 mel bands would be empty with an FFT of 256"):
+        audio.mel_filters(128, 256)
+
+
+def test_log_mel_is_that_of_transformers() -> None:
+    pytest.importorskip("transformers")
+    from transformers.audio_utils import mel_filter_bank, spectrogram, window_function
+
+    waveform = np.stack([chirp(16000), np.random.default_rng(0).normal(0, 0.1, 32000)]).astype(np.float32)
+    ours = audio.log_mel(torch.from_numpy(waveform)).numpy()
+    assert ours.shape == (2, 128, 200) and ours.dtype == np.float32
+    filters = mel_filter_bank(513, 128, 0.0, 8000.0, 16000, norm="slaney", mel_scale="slaney")
+    for mine, row in zip(ours, waveform, strict=True):
+        theirs = spectrogram(
+            row.astype(np.float64), window_function(400, "hann"), 400, 160, fft_length=1024, power=2.0,
+            center=True, mel_filters=filters, mel_floor=0.0,
+        )  # fmt: skip
+        # They put the window's 400 samples first in the FFT, which changes phases alone, and pad by half a window.
+        frames = min(mine.shape[1], theirs.shape[1])
+        inner = slice(4, frames - 4)
+        expected, mine = np.log(theirs[:, inner] + 1e-10), mine[:, inner]
+        loud = expected > -14  # what is 60 dB below the loudest is float32's rounding
+        assert loud.mean() > 0.2 and np.abs(mine - expected)[loud].max() < 2e-3 and mine[~loud].max(initial=-np.inf) < -13.9
+
+
+def test_log_mel_places_a_tone_and_refuses_what_is_too_short() -> None:
+    mel = audio.log_mel(torch.from_numpy(tone(1000, 16000)).float()[None])
+    centre = np.argmax(audio.mel_filters()[:, 64])  # bin 64 of 1024 is 1 kHz
+    assert (mel[0, :, 5:-5].argmax(dim=0) == centre).all()
+    assert torch.allclose(audio.log_mel(torch.zeros(1, 1600)), torch.tensor(math.log(audio.FLOOR)))
+    with pytest.raises(ValueError, match="more than 512 samples"):
+        audio.log_mel(torch.zeros(1, 512))
+
+
+# Files from anywhere
+
+
+@pytest.fixture(scope="module")
+def sandbox() -> Iterator[Sandbox]:
+    with Sandbox() as made:
+        yield made
+
+
+def test_a_sandbox_gives_the_same(sandbox: Sandbox) -> None:
+    for data in (encoded(chirp(44100), 44100), by_ffmpeg("a.m4a", *LOSSY["a.m4a"])):
+        here = audio.decode(data, seconds=1.0, place=0.3)
+        there = audio.decode(data, seconds=1.0, place=0.3, sandbox=sandbox)
+        assert np.array_equal(here.samples, there.samples) and here.start == there.start
+    with pytest.raises(BrokenAudio, match="^no bytes$"):
+        audio.decode(b"", sandbox=sandbox)
+
+
+def test_odd_real_files_are_read_as_soundfile_reads_them(real_data: Path, sandbox: Sandbox) -> None:
+    """All that soundfile reads, we read, with as many samples; what it does not, is read by FFmpeg or says why."""
+    files = {f.name: f for f in (real_data / "weird_audio/files").iterdir()}
+    with open(real_data / "weird_audio/manifest.csv", encoding="utf-8", newline="") as file:
+        rows = list(csv.DictReader(file))
+    assert len(files) == len(rows) == 87
+    said: dict[str, str] = {}
+    for row in rows:
+        name = next(n for n in files if n == Path(row["path"]).name)
+        data = files[name].read_bytes()
+        try:
+            sound = audio.decode(data, sandbox=sandbox)
+        except BrokenAudio as error:
+            said[name] = str(error)
+            assert row["soundfile_read"] != "ok" or row["frames_read"] == "0", (name, error)
+            assert said[name] and "0x" not in said[name]
+        else:
+            assert np.isfinite(sound.samples).all() and np.abs(sound.samples).max() <= 1
+            if row["soundfile_read"] == "ok":
+                expected = int(row["frames_read"]) * 16000 / int(row["sample_rate"])
+                assert abs(len(sound.samples) - expected) <= 1, (name, len(sound.samples), expected)
+    assert len(said) >= 20 and sandbox.restarts == 0
+
+
+def mutated(data: bytes, rng: np.random.Generator) -> bytes:
+    """Some bits flipped, a piece removed, doubled or zeroed, or the end cut off."""
+    out = bytearray(data)
+    for _ in range(int(rng.integers(5))):
+        out[int(rng.integers(min(len(out), 400) if rng.random() < 0.5 else len(out)))] ^= 1 << int(
+            rng.integers(8)
+        )
+    at, size = int(rng.integers(len(out))), int(rng.integers(1, 200))
+    match int(rng.integers(5)):
+        case 0:
+            del out[at:]
+        case 1:
+            del out[at : at + size]
+        case 2:
+            out[at:at] = out[at : at + size]
+        case 3:
+            out[at : at + size] = bytes(len(out[at : at + size]))
+    return bytes(out)
+
+
+FUZZED = ["a.flac", "a.mp3", "a.ogg", "a.opus", "a.m4a", "a.wv", "a.wma", "a.aiff", "a.wav"]
+
+
+@pytest.mark.parametrize("name", FUZZED)
+def test_fuzzed_files_cannot_take_the_process_down(name: str, sandbox: Sandbox) -> None:
+    data = by_ffmpeg(name, *LOSSY.get(name, ()), seconds=3.0)
+    rng = np.random.default_rng(len(name))
+    whole = broken = 0
+    for _ in range(40):
+        try:
+            sound = audio.decode(
+                mutated(data, rng), seconds=0.3, place=rng.random(), sandbox=sandbox, timeout=10.0
+            )
+            assert (
+                sound.samples.dtype == np.float32 and np.isfinite(sound.samples).all() and len(sound.samples)
+            )
+            whole += 1
+        except BrokenSample as error:
+            assert str(error)
+            broken += 1
+    assert whole + broken == 40 and whole
+    assert len(audio.decode(data, sandbox=sandbox).samples) > 47_000
+
+
+@pytest.mark.parametrize(
+    "answer",
+    [
+        lambda: None,
+        lambda: (np.zeros(3), 0.0, ""),
+        lambda: (np.zeros((2, 2), np.float32), 0.0, ""),
+        lambda: ("", 0.0),
+    ],
+)
+def test_an_answer_of_another_type_is_refused(
+    answer: Callable[[], object], monkeypatch: pytest.MonkeyPatch
+) -> None:
+    sandbox = Sandbox()
+    monkeypatch.setattr(sandbox, "call", lambda *_, **__: answer())
+    with pytest.raises(BrokenAudio, match="something else than a sound"):
+        audio.decode(b"x", sandbox=sandbox)
+
+
+def test_arguments_are_checked() -> None:
+    for wrong in ({"start": -1.0}, {"place": 1.5}, {"seconds": 0.0}, {"seconds": 9999.0}):
+        with pytest.raises(ValueError, match="at least 0|more than 0"):
+            audio.decode(b"x", **wrong)
