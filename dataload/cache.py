@@ -10,6 +10,7 @@ from __future__ import annotations
 
 import contextlib
 import hashlib
+import io
 import os
 import time
 from collections.abc import Iterator
@@ -22,6 +23,7 @@ from dataload.remote import Facts, Remote
 GIB = 1 << 30
 _STALE = 24 * 3600.0  # seconds after which an unfinished download is given up
 _POLL = 0.05
+_GRACE = 5.0  # seconds of pauses between two tries, and to spare
 
 
 def default_directory() -> Path:
@@ -53,32 +55,26 @@ class Cache:
         """Where the index of a remote shard is kept."""
         return self.directory / f"{_digest(address, facts)}.tar.index"
 
-    def fetch(self, address: Remote, facts: Facts) -> Path:
-        """The shard as a local file, downloaded where it is not here yet.
+    def open(self, address: Remote, facts: Facts) -> TarFile:
+        """The shard as a local file, open; downloaded where it is not here yet.
 
         Raises OSError (FileNotFoundError where it is gone) naming the address: where the server's file is
         not the one that `facts` are of, where it hangs, where the disk is full.
         """
         path = self.path(address, facts)
-        if self._here(path, facts):
-            return path
+        file = _opened(path, facts)
+        if file is not None:
+            return file
         self.directory.mkdir(parents=True, exist_ok=True)
         partial = path.with_suffix(".partial")
         with _locked(path.with_suffix(".lock"), partial, address, self.timeout):
-            if not self._here(path, facts):  # another process may have brought it
+            file = _opened(path, facts)  # another process may have brought it
+            if file is None:
                 self._download(address, facts, partial)
                 os.replace(partial, path)
+                file = TarFile(path)  # before others may remove it
         self._evict(keep=path)
-        return path
-
-    def _here(self, path: Path, facts: Facts) -> bool:
-        try:
-            if path.stat().st_size != facts.size:
-                return False
-            os.utime(path)  # what was used last stays longest
-        except OSError:
-            return False
-        return True
+        return file
 
     def _download(self, address: Remote, facts: Facts, partial: Path) -> None:
         self.must_be(address, facts)
@@ -136,6 +132,24 @@ class Cache:
                 total -= size
 
 
+class TarFile(io.FileIO):
+    """A tar that is open for reading, unbuffered; closed when it is no longer used."""
+
+    def __del__(self) -> None:
+        self.close()
+
+
+def _opened(path: Path, facts: Facts) -> TarFile | None:
+    try:
+        file = TarFile(path)
+        if os.fstat(file.fileno()).st_size != facts.size:
+            return None
+        os.utime(path)  # what was used last stays longest
+    except FileNotFoundError:
+        return None
+    return file
+
+
 def _digest(address: Remote, facts: Facts) -> str:
     words = f"{address.shown}\0{facts.size}\0{facts.stamp}"
     return hashlib.sha256(words.encode("utf-8", "surrogateescape")).hexdigest()[:40]
@@ -145,7 +159,7 @@ def _digest(address: Remote, facts: Facts) -> str:
 def _locked(lock: Path, partial: Path, address: Remote, timeout: float) -> Iterator[None]:
     """Holds the lock on a download. Waits for another holder as long as its download grows, and raises
     OSError when it has not for longer than all of its tries can take."""
-    patience = (1 + remote.RETRIES) * (timeout + 5)
+    patience = (1 + remote.RETRIES) * (timeout + _GRACE)
     seen, since = -1, time.monotonic()
     while True:
         file = os.open(lock, os.O_RDWR | os.O_CREAT, 0o644)

@@ -1,7 +1,7 @@
 """The index of a shard as a file: NAME.tar.index, made for opening thousands of them at once.
 
     8 bytes   "AURORAIX"
-    12 bytes  version, length of the head, CRC-32 of head and flags (little-endian uint32)
+    16 bytes  version, length of the head, n, CRC-32 of head and flags (little-endian uint32)
     head      JSON: size and stamp of the tar, how long the parts are, the digest, problems, ignored
     flags     uint8 [n]
     table     key_ends, file_ends (uint32), kinds (uint16), offsets, sizes (int64), keys
@@ -29,8 +29,8 @@ from dataload.tarindex import Scanned, Table
 SUFFIX = ".index"
 VERSION = 2
 _MAGIC = b"AURORAIX"
-_START = struct.Struct("<8sIII")
-_FIRST_READ = 1 << 16
+_START = struct.Struct("<8sIIII")
+_FIRST_READ = 1 << 14  # as much as a shard of 10,000 samples has before its table
 _MAX_HEAD = 1 << 28
 _DTYPES = ("<u4", "<u4", "<u2", "<i8", "<i8")
 
@@ -74,13 +74,14 @@ def pack(scanned: Scanned, stamp: str, tail: str) -> bytes:
     body = b"".join([*parts, table.keys])
     flags = scanned.flags.tobytes()
     content = {
-        "size": scanned.size, "stamp": stamp, "tail": tail, "samples": len(scanned.flags),
+        "size": scanned.size, "stamp": stamp, "tail": tail,
         "files": len(table.kinds), "key_bytes": len(table.keys), "table_crc": zlib.crc32(body),
         "extensions": table.extensions, "problems": scanned.problems, "ignored": scanned.ignored,
         "digest": scanned.digest,
     }  # fmt: skip
     head = json.dumps(content, separators=(",", ":")).encode()
-    return _START.pack(_MAGIC, VERSION, len(head), zlib.crc32(flags, zlib.crc32(head))) + head + flags + body
+    crc = zlib.crc32(flags, zlib.crc32(head))
+    return _START.pack(_MAGIC, VERSION, len(head), len(flags), crc) + head + flags + body
 
 
 def write(path: Path, data: bytes) -> bool:
@@ -103,8 +104,9 @@ def read_head(path: Path) -> Head | None:
         data = os.read(file, _FIRST_READ)
         if len(data) < _START.size:
             return None
-        _, _, length, _ = _START.unpack_from(data)
-        while len(data) < min(size, length + _FIRST_READ, _MAX_HEAD) and (more := os.read(file, 1 << 20)):
+        _, _, length, samples, _ = _START.unpack_from(data)
+        wanted = min(size, _START.size + length + samples, _MAX_HEAD)
+        while len(data) < wanted and (more := os.read(file, wanted - len(data))):
             data += more
         return unpack_head(data, size)
     except OSError:
@@ -116,12 +118,11 @@ def read_head(path: Path) -> Head | None:
 def unpack_head(data: bytes, size: int) -> Head | None:
     """Head and flags from the first bytes of an index file of `size` bytes, or None."""
     try:
-        magic, version, length, crc = _START.unpack_from(data)
+        magic, version, length, samples, crc = _START.unpack_from(data)
         if magic != _MAGIC or version != VERSION or _START.size + length > len(data):
             return None
         raw = data[_START.size : _START.size + length]
         content: dict[str, Any] = json.loads(raw)
-        samples = content["samples"]
         end = _START.size + length + samples
         flags = data[_START.size + length : end]
         if len(flags) != samples or zlib.crc32(flags, zlib.crc32(raw)) != crc:

@@ -331,22 +331,39 @@ def _request(
         except (FileNotFoundError, NoRanges, NotADirectoryError):
             raise
         except PermissionError as error:
-            raise PermissionError(f"{address.shown}: {what}: {error}") from error
+            raise PermissionError(f"{address.shown}: {what}: {_said(error, address)}") from None
         except Exception as error:
-            last = f"{type(error).__name__}: {error}"
+            last = _said(error, address)
             status = getattr(error, "status", None)
             if status in (401, 403):
-                raise PermissionError(f"{address.shown}: {what}: {last}") from error
+                raise PermissionError(f"{address.shown}: {what}: {last}") from None
             fatal = status is not None and 400 <= status < 500 and status not in (408, 429)
             if fatal or type(error).__name__ in ("NoCredentialsError", "NotImplementedError"):
-                raise OSError(f"{address.shown}: {what}: {last}") from error
+                raise OSError(f"{address.shown}: {what}: {last}") from None
     raise OSError(f"{address.shown}: {what} failed {1 + RETRIES} times; the last time: {last}")
+
+
+def _said(error: Exception, address: Remote) -> str:
+    """What an error says, without what must not be in a log."""
+    text = f"{type(error).__name__}: {error}"
+    return text.replace(address.url, address.shown).replace(
+        address.url[len(_bare(address.url)) :] or "\0", ""
+    )
+
+
+class _Status(OSError):
+    """A server's refusal."""
+
+    def __init__(self, answer: Any) -> None:
+        super().__init__(f"the server answers {answer.status} {answer.reason}")
+        self.status = answer.status
 
 
 def _check_status(answer: Any, url: str) -> None:
     if answer.status in (404, 410):
         raise FileNotFoundError(f"no file at {Remote(url).shown}")
-    answer.raise_for_status()
+    if answer.status >= 400:
+        raise _Status(answer)
 
 
 async def _http_facts(fs: Any, url: str) -> Facts:

@@ -12,7 +12,7 @@ from typing import BinaryIO
 import numpy as np
 
 from dataload import indexfile, remote
-from dataload.cache import Cache
+from dataload.cache import Cache, TarFile
 from dataload.indexfile import Head
 from dataload.remote import Facts, Remote
 from dataload.tarindex import Table, scan
@@ -101,14 +101,14 @@ class Shard:
             raise OSError(f"{again.store}: an index that was just written cannot be read")
         return table
 
-    def open(self) -> BinaryIO:
+    def open(self) -> TarFile:
         """The tar as a local file, unbuffered. OSError where it is gone or has changed."""
         if isinstance(self.path, Remote):
             assert self.facts is not None
-            return open(self.cache.fetch(self.path, self.facts), "rb", buffering=0)
-        return open(self.path, "rb", buffering=0)
+            return self.cache.open(self.path, self.facts)
+        return TarFile(self.path)
 
-    def check(self, file: BinaryIO) -> None:
+    def check(self, file: TarFile) -> None:
         """Raises OSError unless `file`, which `open` gave, is the tar that was indexed."""
         status = os.fstat(file.fileno())
         if status.st_size < self.size:
@@ -137,11 +137,13 @@ def load_shard(
     if isinstance(path, Remote):
         return _load_remote(path, cache, facts or remote.facts(path, cache.timeout), fresh)
     status = path.stat()
-    stores = [path.with_name(path.name + indexfile.SUFFIX), _store_elsewhere(path, cache)]
-    for store in stores if not fresh else ():
-        head = indexfile.read_head(store)
+    places = (lambda: path.with_name(path.name + indexfile.SUFFIX), lambda: _store_elsewhere(path, cache))
+    stores = []
+    for place in places:
+        stores.append(place())
+        head = None if fresh else indexfile.read_head(stores[-1])
         if head is not None and (head.size, head.stamp) == (status.st_size, str(status.st_mtime_ns)):
-            return Shard(path, head, cache, store=store)
+            return Shard(path, head, cache, store=stores[-1])
     with open(path, "rb") as file:
         status = os.fstat(file.fileno())
         data = _index(file, status.st_size, str(path), str(status.st_mtime_ns))
@@ -170,20 +172,22 @@ def _load_remote(address: Remote, cache: Cache, facts: Facts, fresh: bool) -> Sh
         with _ranged(address, facts, cache.timeout) as file:
             data = _index(file, facts.size, address.shown, facts.stamp)
     else:
-        with open(cache.fetch(address, facts), "rb") as file:
+        with io.BufferedReader(cache.open(address, facts)) as file:
             data = _index(file, facts.size, address.shown, facts.stamp)
     return _kept(address, cache, facts, data, [store])
 
 
 def _index(file: BinaryIO, size: int, name: str, stamp: str) -> bytes:
     """The index file's contents from one pass over a tar."""
-    scanned = scan(file, size, name)
+    return indexfile.pack(scan(file, size, name), stamp, _tail(file, size))
 
+
+def _tail(file: BinaryIO, size: int) -> str:
     def part(start: int, end: int) -> bytes:
         file.seek(start)
         return file.read(end - start)
 
-    return indexfile.pack(scanned, stamp, remote.tail_of(part, size))
+    return remote.tail_of(part, size)
 
 
 def _kept(address: Address, cache: Cache, facts: Facts | None, data: bytes, stores: list[Path]) -> Shard:
@@ -207,14 +211,11 @@ def _belongs(data: bytes, address: Remote, cache: Cache, facts: Facts) -> bool:
     if head is None or head.size != facts.size or indexfile.unpack_table(data[head.table_at :], head) is None:
         return False
     try:
-        return head.tail == remote.tail_of(
-            lambda start, end: remote.read(address, start, end, cache.timeout), facts.size
-        )
+        tail = remote.tail_of(lambda at, end: remote.read(address, at, end, cache.timeout), facts.size)
     except remote.NoRanges:
-        with open(cache.fetch(address, facts), "rb") as file:
-            return head.tail == remote.tail_of(
-                lambda at, end: (file.seek(at), file.read(end - at))[1], facts.size
-            )
+        with io.BufferedReader(cache.open(address, facts)) as file:
+            tail = _tail(file, facts.size)
+    return head.tail == tail
 
 
 class _Ranges(io.RawIOBase):

@@ -15,14 +15,14 @@ from collections.abc import Callable, Iterator, Sequence
 from concurrent.futures import ThreadPoolExecutor
 from functools import cached_property
 from pathlib import Path
-from typing import Any, BinaryIO
+from typing import Any
 
 import numpy as np
 
 from dataload import exclude as excluding
 from dataload import remote
 from dataload.broken import BrokenSample
-from dataload.cache import Cache
+from dataload.cache import Cache, TarFile
 from dataload.exclude import ExcludeList
 from dataload.remote import Facts, Remote
 from dataload.shard import Address, Shard, load_shard
@@ -226,18 +226,19 @@ class ShardIndex:
         return sum(shard.excluded for shard in self.shards)
 
     @cached_property
-    def _flags(self) -> np.ndarray:
+    def flags(self) -> np.ndarray:
+        """uint8 [samples], see tarindex."""
         return np.concatenate([shard.flags for shard in self.shards] or [np.zeros(0, dtype=np.uint8)])
 
     @cached_property
     def captioned(self) -> np.ndarray:
         """bool [samples]: which samples have at least one caption."""
-        return (self._flags & CAPTIONED) != 0
+        return (self.flags & CAPTIONED) != 0
 
     def has(self, *kinds: str) -> np.ndarray:
         """bool [samples]: which samples have a file of each of the kinds image, audio, video, txt, json."""
         mask = sum(BIT[kind] for kind in dict.fromkeys(kinds))
-        return (self._flags & mask) == mask
+        return (self.flags & mask) == mask
 
     def source(self, captioned: bool, needs: Sequence[str] = ("image",)) -> list[np.ndarray]:
         """Numbers of the samples with (or without) captions that have a file of each kind in `needs`, one
@@ -384,7 +385,7 @@ class _Handles(threading.local):
     """The last few open tars of each thread."""
 
     def __init__(self) -> None:
-        self._files: OrderedDict[Address, BinaryIO] = OrderedDict()
+        self._files: OrderedDict[Address, TarFile] = OrderedDict()
         self._asked: dict[Address, float] = {}  # when a server was last asked whether a shard is the same
 
     def read(self, shard: Shard, offset: int, size: int) -> bytes:
@@ -418,7 +419,7 @@ class _Handles(threading.local):
         return data[BLOCK:]
 
 
-def _read_at(file: BinaryIO, offset: int, size: int) -> bytes:
+def _read_at(file: TarFile, offset: int, size: int) -> bytes:
     if hasattr(os, "pread"):  # leaves the file's position alone, which a forked process would share
         data = os.pread(file.fileno(), size, offset)
         while 0 < len(data) < size and (
