@@ -88,7 +88,9 @@ def verify(
                     data = index.media(sample, kind)
                     tier = "decode"
                     check = CHECKS[kind]
-                    problem = sandbox.call(check.function, data, max_pixels, timeout=timeout, needs=check.modules)
+                    problem = sandbox.call(
+                        check.function, data, max_pixels, timeout=timeout, needs=check.modules
+                    )
                     if problem:
                         return describe(index, sample, f"{kind}: {problem}", "partial")
             tier = "fetch"
@@ -120,10 +122,15 @@ def main(arguments: Sequence[str] | None = None) -> int:
     parser.add_argument("patterns", nargs="+", metavar="PATTERN", help=PATTERNS)
     parser.add_argument("--quarantine", type=Path, metavar="FILE", help="where broken samples are listed")
     parser.add_argument("--exclude", type=Path, action="append", default=[], metavar="FILE", help=EXCLUDE)
-    parser.add_argument("--workers", type=int, default=os.cpu_count() or 1, help="processes (default: one per core)")
+    parser.add_argument(
+        "--workers", type=int, default=os.cpu_count() or 1, help="processes (default: one per core)"
+    )
     parser.add_argument("--timeout", type=float, default=60.0, help="seconds for one file (default: 60)")
     parser.add_argument(
-        "--max-pixels", type=int, default=images.MAX_PIXELS, help=f"largest picture (default: {images.MAX_PIXELS:,})"
+        "--max-pixels",
+        type=int,
+        default=images.MAX_PIXELS,
+        help=f"largest picture (default: {images.MAX_PIXELS:,})",
     )
     options = parser.parse_args(arguments)
     if options.workers < 1 or options.timeout <= 0 or options.max_pixels < 1:
@@ -158,7 +165,12 @@ def _run(options: argparse.Namespace) -> int:
             out = stack.enter_context(open(partial, "w", encoding="utf-8"))
         progress = stack.enter_context(Progress("samples", len(index)))
         for one in verify(
-            index, kinds, workers=options.workers, timeout=options.timeout, max_pixels=options.max_pixels, progress=progress
+            index,
+            kinds,
+            workers=options.workers,
+            timeout=options.timeout,
+            max_pixels=options.max_pixels,
+            progress=progress,
         ):
             broken.append(one)
             if out is not None:

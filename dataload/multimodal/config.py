@@ -91,14 +91,14 @@ class AudioConfig:
 
 @dataclass(frozen=True)
 class VideoConfig:
-    """Video: frames over the whole clip, one crop and one flip for all of them."""
+    """Video: frames of a clip, one crop and one flip for all of them (the picture's flip, where there is a picture)."""
 
     frames: int = 8
     """frames per clip"""
+    seconds: float = 10.0
+    """length of a clip, from a random place of longer videos; its frames are drawn from equal parts of it"""
     size: int = 224
     """side of a frame in pixels"""
-    jitter: bool = True
-    """each frame is drawn from its own equal part of the clip; False = its middle"""
     crop_scale: tuple[float, float] = (0.5, 1.0)
     """as for pictures"""
     crop_ratio: tuple[float, float] = (3 / 4, 4 / 3)

@@ -56,9 +56,7 @@ class Origin:
         if not usable.any():
             counts = ", ".join(f"{int(has.sum())} have {kind}" for kind, has in have.items())
             wanted = " and ".join(config.needs) or "anything that it reads"
-            raise ValueError(
-                f"source {name!r}: none of its {len(usable)} samples has {wanted} ({counts})"
-            )
+            raise ValueError(f"source {name!r}: none of its {len(usable)} samples has {wanted} ({counts})")
         per_shard, start = [], 0
         for shard in self.index.shards:
             per_shard.append(start + np.flatnonzero(usable[start : start + len(shard)]))

@@ -79,32 +79,31 @@ class ClipMaker:
         return clip
 
     def _make(self, origin: Origin, base: int, epoch: int, sample: int) -> Clip:
-        config, index, modalities = self._config, origin.index, origin.config.modalities
+        config, index = self._config, origin.index
 
         def rng(purpose: int) -> np.random.Generator:
             return order.generator(config.seed, epoch, base + sample, purpose)
 
         clip = Clip()
-        flipped = False
+        flipped = None  # one answer for a sample's picture and video: they share their captions
         if origin.has(sample, "image"):
             flipped = self._image(clip, self._fetch(origin, sample, "image"), rng(order.IMAGE))
             grid = config.image.size // config.image.cell
             clip.image_mask = mim_mask((grid, grid), rng(order.MIM), config.image.mask_ratio)
-        has_sound_file = origin.has(sample, "audio")
-        if has_sound_file:
+        if origin.has(sample, "audio"):
             data = self._fetch(origin, sample, "audio")
             with self._stages("audio"):
                 self._audio(clip, data, rng(order.AUDIO))
         if origin.has(sample, "video"):
-            sound = config.video.sound and "audio" in modalities and not has_sound_file
+            sound = config.video.sound and "audio" in origin.config.modalities and clip.audio is None
             data = self._fetch(origin, sample, "video")
             with self._stages("video"):
-                flipped |= self._video(clip, data, sound, rng(order.VIDEO), flipped)
+                flipped = self._video(clip, data, sound, rng(order.VIDEO), flipped)
         if origin.has(sample, "text"):
             with self._stages("fetch"):
                 captions = index.captions(sample)
             with self._stages("text"):
-                clip.text = self._text(captions, rng(order.TEXT), flipped)
+                clip.text = self._text(captions, rng(order.TEXT), bool(flipped))
         return clip
 
     def _fetch(self, origin: Origin, sample: int, kind: str) -> bytes:
@@ -134,6 +133,32 @@ class ClipMaker:
         clip.audio = sound.samples
         if sound.problem:
             clip.notes.append(f"the sound is not whole: {sound.problem}")
+
+    def _video(
+        self, clip: Clip, data: bytes, sound: bool, rng: np.random.Generator, flipped: bool | None
+    ) -> bool:
+        """Sets the frames, and the sound where it is asked for and there; returns whether they are mirrored."""
+        config = self._config.video
+        draw = rng.random() < config.flip
+        flipped = draw if flipped is None else flipped
+        found = video.decode(
+            data,
+            frames=config.frames,
+            seconds=config.seconds,
+            rng=rng,
+            size=config.size,
+            scale=config.crop_scale,
+            ratio=config.crop_ratio,
+            flip=float(flipped),
+            sound=sound,
+            sandbox=self._sandbox,
+        )
+        clip.frames, clip.times = found.frames, found.times.astype(np.float32)
+        if found.sound is not None:
+            clip.audio = found.sound[: round(self._config.audio.seconds * audio.RATE)]
+        if found.problem:
+            clip.notes.append(f"the video is not whole: {found.problem}")
+        return flipped
 
     def _text(self, captions: list[str], rng: np.random.Generator, flipped: bool) -> np.ndarray:
         """int64 [3, T]: tokens, mlm_tokens, mlm_targets."""
