@@ -77,6 +77,13 @@ class Sandbox:
             self._idle.put(None)
         self._finalizer = weakref.finalize(self, _end_all, self._children, self._owner)
 
+    def grow(self, workers: int) -> None:
+        """Lets the pool have at least `workers` children."""
+        with self._lock:
+            for _ in range(workers - self.workers):
+                self._idle.put(None)
+            self.workers = max(self.workers, workers)
+
     def call(
         self,
         function: str,
@@ -130,6 +137,20 @@ class Sandbox:
 
     def __exit__(self, *_: object) -> None:
         self.close()
+
+
+_SHARED: list[Sandbox] = []
+_SHARED_LOCK = threading.Lock()
+
+
+def shared(workers: int) -> Sandbox:
+    """This process's own pool, of at least `workers` children: loaders that come and go keep the children that have
+    started. It is closed when the process ends."""
+    with _SHARED_LOCK:
+        if not _SHARED:
+            _SHARED.append(Sandbox(workers))
+        _SHARED[0].grow(workers)
+        return _SHARED[0]
 
 
 def _end_all(children: set[_Child], owner: int) -> None:

@@ -34,7 +34,7 @@ MAX_FRAMES = 1024
 TIMEOUT = 60.0
 """seconds that a sandbox gets for a clip"""
 CROP_DRAWS = 22
-"""random numbers that images.crop_box takes at most"""
+"""random numbers that crops.crop_box takes at most"""
 
 
 class BrokenVideo(BrokenSample):
@@ -90,7 +90,7 @@ def decode(
 
     Where: without `size` and `short_side`, whole frames; with `short_side`, whole frames of which the shorter side is that;
     with `size`, squares: of `box` (left, top, width, height in upright pixels), or with `rng` of a random resized crop
-    (`scale`, `ratio`: see images.crop_box) that is mirrored with probability `flip`, or else the largest in the centre.
+    (`scale`, `ratio`: see crops.crop_box) that is mirrored with probability `flip`, or else the largest in the centre.
     Pillow's antialiased filters resize.
 
     The same number of random numbers is drawn from `rng` in every case. With a `sandbox` FFmpeg's libraries run in a child
@@ -130,7 +130,6 @@ def decode(
         "av",
         "PIL.Image",
         *(["soundfile", "soxr"] if sound else []),
-        *(["dataload.images"] if random_crop else []),
     ]
     answer = sandbox.call(
         "dataload.video_decode:decode_here",

@@ -141,7 +141,7 @@ class Pictures:
             if left < 0 or top < 0 or wide < 1 or high < 1 or left + wide > width or top + high > height:
                 raise BrokenVideo(f"the box {plan['box']} is not within {width}x{height}")
         elif plan["crop"] is not None:
-            from dataload.images import crop_box
+            from dataload.crops import crop_box
 
             replay = cast(np.random.Generator, Replay(plan["crop"]))
             left, top, wide, high = crop_box(width, height, replay, plan["scale"], plan["ratio"])

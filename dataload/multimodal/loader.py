@@ -227,9 +227,8 @@ class MixtureLoader:
         return "\n".join([*lines, str(self.stages), f"{wait}; {self.broken}"])
 
     def close(self) -> None:
-        """Stops the threads and the processes; what was prefetched is dropped. The state can still be read."""
+        """Stops the threads; what was prefetched is dropped. The state can still be read."""
         self._prefetch.close()
-        self._maker.close()
 
     def __enter__(self) -> MixtureLoader:
         return self

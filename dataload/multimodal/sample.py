@@ -11,13 +11,12 @@ import numpy as np
 import torch
 from PIL import Image
 
-from dataload import audio, images, order, video
+from dataload import audio, images, order, sandbox, video
 from dataload.broken import Broken
 from dataload.masking import mim_mask, mlm_mask
 from dataload.multimodal.batch import MultimodalBatch
 from dataload.multimodal.config import MixtureConfig
 from dataload.packed import pack
-from dataload.sandbox import Sandbox
 from dataload.stages import Stages
 from dataload.substitute import describe, first_whole
 from dataload.tokenizer import BOS, EOS, Tokenizer
@@ -58,7 +57,7 @@ class ClipMaker:
 
     def __init__(self, config: MixtureConfig, tokenizer: Tokenizer, stages: Stages) -> None:
         self._config, self._tokenizer, self._stages = config, tokenizer, stages
-        self._sandbox = Sandbox(max(1, config.workers))
+        self._sandbox = sandbox.shared(max(1, config.workers))
 
     def draw(self, origin: Origin, number: int, epoch: int, wanted: int) -> Clip:
         """A sample of source `number` as it is in that epoch, or a substitute of the same source."""
@@ -173,10 +172,6 @@ class ClipMaker:
         tokens = np.array([BOS, *ids[: config.length - 2], EOS], dtype=np.int64)
         masked, targets = mlm_mask(tokens, rng, tokenizer.word_starts, config.mlm_probability)
         return np.stack([tokens, masked, targets])
-
-    def close(self) -> None:
-        """Ends the decoders' processes."""
-        self._sandbox.close()
 
 
 def collate(config: MixtureConfig, clips: Sequence[Clip], keys: tuple[str, ...]) -> MultimodalBatch:
