@@ -28,7 +28,9 @@ thousands of shards in a second. An index that is there and fits its tar is left
   python -m dataload.index s3://bucket/train/
 
 The exit status is 1 where a shard cannot be used at all."""
-PATTERNS = "a tar, a folder of tars, a glob or a brace range; a path, or an address (s3://, gs://, https:// ...)"
+PATTERNS = (
+    "a tar, a folder of tars, a glob or a brace range; a path, or an address (s3://, gs://, https:// ...)"
+)
 EXCLUDE = "a list of samples to leave out: keys, SHARD/KEY, or lines of a quarantine file"
 _SHOWN = 10
 
@@ -126,7 +128,9 @@ def main(arguments: Sequence[str] | None = None) -> int:
     if index is not None:
         in_memory = sum(shard.store is None for shard in index.shards)
         beside = sum(
-            isinstance(shard.path, Path) and shard.store is not None and shard.store.parent == shard.path.parent
+            isinstance(shard.path, Path)
+            and shard.store is not None
+            and shard.store.parent == shard.path.parent
             for shard in index.shards
         )
         kept = len(index.shards) - beside - in_memory

@@ -240,9 +240,9 @@ class ShardIndex:
         mask = sum(BIT[kind] for kind in dict.fromkeys(kinds))
         return (self.flags & mask) == mask
 
-    def source(self, captioned: bool, needs: Sequence[str] = ("image",)) -> list[np.ndarray]:
+    def source(self, captioned: bool, needs: Sequence[str] = ("image",)) -> list[SampleNumbers]:
         """Numbers of the samples with (or without) captions that have a file of each kind in `needs`, one
-        int64 array per shard.
+        int64 array per shard, each made when it is used (all of them take long with millions of samples).
 
         What lacks one is counted in a ShardWarning, once. Raises BrokenShard where no sample has all.
         """
@@ -258,8 +258,9 @@ class ShardIndex:
                 ShardWarning,
                 stacklevel=2,
             )
-        samples = np.flatnonzero(able & (self.captioned == captioned))
-        return np.split(samples, np.searchsorted(samples, self._starts[1:-1]))
+        chosen = able & (self.captioned == captioned)
+        starts = self._starts.tolist()
+        return [SampleNumbers(chosen, *ends) for ends in zip(starts[:-1], starts[1:], strict=True)]
 
     @cached_property
     def manifest(self) -> dict[str, str | int]:
@@ -306,6 +307,15 @@ class ShardIndex:
             if name == extension:
                 return self._handles.read(shard, offset, size)
         raise KeyError(f"{shard.shown}: {table.key(row)} has no {extension!r}")
+
+    def read_all(self, sample: int) -> list[tuple[str, bytes]]:
+        """(extension, contents) of all files of a sample, in the order of the tar; errors as for `media`."""
+        shard, table, row = self._locate(sample)
+        return [(name, self._handles.read(shard, offset, size)) for name, offset, size in table.files(row)]
+
+    def hold_tables(self) -> None:
+        """Keeps the tables of all shards in memory (about 60 bytes per sample): for reading in any order."""
+        self._tables.most = len(self.shards)
 
     def media(self, sample: int, kind: str) -> bytes:
         """The contents of the sample's first file of a kind: image, audio, video, txt or json.
@@ -359,11 +369,35 @@ class ShardIndex:
         return shard, self._tables[number], row if shard.rows is None else int(shard.rows[row])
 
 
+class SampleNumbers:
+    """The numbers of those samples from `start` to `end` that are `chosen` (bool [samples]). numpy takes it for an
+    int64 array."""
+
+    __slots__ = ("_chosen", "_count", "_end", "_start")
+
+    def __init__(self, chosen: np.ndarray, start: int, end: int) -> None:
+        self._chosen, self._start, self._end = chosen, start, end
+        self._count = int(np.count_nonzero(chosen[start:end]))
+
+    def __len__(self) -> int:
+        return self._count
+
+    def __array__(self, dtype: Any = None, copy: bool | None = None) -> np.ndarray:
+        numbers = self._start + np.flatnonzero(self._chosen[self._start : self._end])
+        return numbers if dtype is None else numbers.astype(dtype, copy=False)
+
+    def tolist(self) -> list[int]:
+        """As plain numbers."""
+        result: list[int] = self.__array__().tolist()
+        return result
+
+
 class _Tables:
     """The last few tables that were asked for, shared by the threads."""
 
     def __init__(self, shards: tuple[Shard, ...]) -> None:
         self._shards = shards
+        self.most = _TABLES
         self._tables: OrderedDict[int, Table] = OrderedDict()
         self._lock = threading.Lock()
 
@@ -376,7 +410,7 @@ class _Tables:
         table = self._shards[number].table()
         with self._lock:
             self._tables[number] = table
-            if len(self._tables) > _TABLES:
+            if len(self._tables) > self.most:
                 self._tables.popitem(last=False)
         return table
 

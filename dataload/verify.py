@@ -22,7 +22,7 @@ from dataload.progress import Progress
 from dataload.sandbox import Sandbox
 from dataload.shards import ShardIndex
 from dataload.substitute import describe
-from dataload.tarindex import BIT, MEDIA
+from dataload.tarindex import BIT
 
 DESCRIPTION = """\
 Decodes every picture, sound and video of tar shards, each in a child process that a damaged file may crash, and
@@ -52,16 +52,10 @@ CHECKS = {
 }
 
 
-def usable() -> tuple[list[str], list[str]]:
-    """(kinds that can be decoded here, what is missing for the others)."""
-    kinds, missing = [], []
-    for kind, check in CHECKS.items():
-        absent = [name for name in check.modules if importlib.util.find_spec(name) is None]
-        if absent:
-            missing.append(f"{kind}: needs {', '.join(absent)} (pip install 'auroraio[data]')")
-        else:
-            kinds.append(kind)
-    return kinds, missing
+def missing(kind: str) -> str:
+    """What has to be installed before files of a kind can be decoded; empty: nothing."""
+    absent = [name for name in CHECKS[kind].modules if importlib.util.find_spec(name) is None]
+    return f"needs {', '.join(absent)} (pip install 'auroraio[data]')" if absent else ""
 
 
 def verify(
@@ -88,7 +82,9 @@ def verify(
                     data = index.media(sample, kind)
                     tier = "decode"
                     check = CHECKS[kind]
-                    problem = sandbox.call(check.function, data, max_pixels, timeout=timeout, needs=check.modules)
+                    problem = sandbox.call(
+                        check.function, data, max_pixels, timeout=timeout, needs=check.modules
+                    )
                     if problem:
                         return describe(index, sample, f"{kind}: {problem}", "partial")
             tier = "fetch"
@@ -120,10 +116,15 @@ def main(arguments: Sequence[str] | None = None) -> int:
     parser.add_argument("patterns", nargs="+", metavar="PATTERN", help=PATTERNS)
     parser.add_argument("--quarantine", type=Path, metavar="FILE", help="where broken samples are listed")
     parser.add_argument("--exclude", type=Path, action="append", default=[], metavar="FILE", help=EXCLUDE)
-    parser.add_argument("--workers", type=int, default=os.cpu_count() or 1, help="processes (default: one per core)")
+    parser.add_argument(
+        "--workers", type=int, default=os.cpu_count() or 1, help="processes (default: one per core)"
+    )
     parser.add_argument("--timeout", type=float, default=60.0, help="seconds for one file (default: 60)")
     parser.add_argument(
-        "--max-pixels", type=int, default=images.MAX_PIXELS, help=f"largest picture (default: {images.MAX_PIXELS:,})"
+        "--max-pixels",
+        type=int,
+        default=images.MAX_PIXELS,
+        help=f"largest picture (default: {images.MAX_PIXELS:,})",
     )
     options = parser.parse_args(arguments)
     if options.workers < 1 or options.timeout <= 0 or options.max_pixels < 1:
@@ -142,10 +143,10 @@ def _run(options: argparse.Namespace) -> int:
     say_problems(index, bad)
     if index is None:
         return 1
-    kinds, missing = usable()
+    kinds = [kind for kind in CHECKS if not missing(kind)]
     unchecked = [
-        f"{int(index.has(kind).sum()):,} samples with {kind} are not decoded: {next(why for why in missing if why.startswith(kind))}"
-        for kind in MEDIA
+        f"{int(index.has(kind).sum()):,} samples with {kind} are not decoded: that {missing(kind)}"
+        for kind in CHECKS
         if kind not in kinds and index.has(kind).any()
     ]
     for line in unchecked:
@@ -158,7 +159,12 @@ def _run(options: argparse.Namespace) -> int:
             out = stack.enter_context(open(partial, "w", encoding="utf-8"))
         progress = stack.enter_context(Progress("samples", len(index)))
         for one in verify(
-            index, kinds, workers=options.workers, timeout=options.timeout, max_pixels=options.max_pixels, progress=progress
+            index,
+            kinds,
+            workers=options.workers,
+            timeout=options.timeout,
+            max_pixels=options.max_pixels,
+            progress=progress,
         ):
             broken.append(one)
             if out is not None:
