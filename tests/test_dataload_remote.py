@@ -25,8 +25,8 @@ from test_dataload_shards import pairs, picture, write_tar
 
 from dataload import cache as cache_module
 from dataload import remote, shard, shards
+from dataload.address import Remote
 from dataload.cache import Cache
-from dataload.remote import Remote
 from dataload.shards import BrokenShard, ShardIndex, ShardWarning, expand
 
 
