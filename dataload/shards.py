@@ -17,9 +17,10 @@ from dataload import exclude as excluding
 from dataload import remote
 from dataload.address import Facts, Remote
 from dataload.broken import BrokenSample
-from dataload.cache import Cache
+from dataload.cache import GIB, Cache
 from dataload.captions import json_captions, json_object, txt_captions
 from dataload.exclude import ExcludeList
+from dataload.order import GROUP
 from dataload.patterns import expand
 from dataload.reading import Handles, SampleNumbers, Tables
 from dataload.shard import Address, Shard, load_shard
@@ -83,6 +84,7 @@ def index(
         kept, unmatched = excluding.apply(kept, [excluding.read(Path(path)) for path in exclude])
         problems += unmatched
     result = ShardIndex(tuple(kept), tuple(problems))
+    _check_room(result, cache)
     if result.problems:
         few = "; ".join(f"{shard}: {key}: {reason}" for shard, key, reason in result.problems[:3])
         more = f" and {len(result.problems) - 3} more" if len(result.problems) > 3 else ""
@@ -90,6 +92,20 @@ def index(
             f"{len(result.problems)} problems in the shards: {few}{more}", ShardWarning, stacklevel=2
         )
     return result
+
+
+def _check_room(index: ShardIndex, cache: Cache) -> None:
+    """Samples are shuffled within groups of shards: where the cache holds less than a group, each sample may cost the
+    download of a shard."""
+    sizes = sorted((shard.size for shard in index.shards if shard.facts is not None), reverse=True)
+    group = sum(sizes[:GROUP])
+    if cache.max_bytes and group > cache.max_bytes:
+        warnings.warn(
+            f"the cache {cache.directory} with {cache.max_bytes / GIB:.1f} GiB holds fewer than {len(sizes[:GROUP])} of these shards "
+            f"({group / GIB:.1f} GiB), which training reads by turns: set AURORAIO_CACHE_GIB, or reshard",
+            ShardWarning,
+            stacklevel=3,
+        )
 
 
 def _listed(paths: Sequence[Address], cache: Cache) -> dict[str, Facts]:
