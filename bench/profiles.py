@@ -13,7 +13,7 @@ from typing import Any
 import torch
 
 from bench import cases
-from bench.peers import loading
+from bench.peers import loading, opening
 from bench.peers.accelerated import ACCELERATED_ATTENTION, ACCELERATED_STEP
 from bench.peers.latent import LATENT_ATTENTION
 from bench.peers.layers import PERCEIVER_CROSS_ATTENTION, SWIN_BLOCK
@@ -82,6 +82,13 @@ def _loader_task(case: loading.LoaderCase) -> Task:
     )  # fmt: skip
 
 
+def _opening_task(case: opening.OpenCase, mode: str) -> Task:
+    return Task(
+        opening.OPENING, f"{case.name}/{mode}/uint8", opening.PEERS,
+        lambda budget, peers, clock: opening.solve(case, mode, budget=budget, peers=peers, clock=clock),
+    )  # fmt: skip
+
+
 def _cpu_tasks() -> tuple[Task, ...]:
     """fp32 everywhere, as CPUs are fast in it; bf16 where its numerics matter, on the smallest shapes."""
     both = (FORWARD, TRAINING)
@@ -97,6 +104,7 @@ def _cpu_tasks() -> tuple[Task, ...]:
         *_tasks(ACCELERATED_ATTENTION, "cpu", cases.CPU_ATTENTIONS_BF16, (TRAINING,), (BF16,)),
         *_tasks(ACCELERATED_STEP, "cpu", cases.CPU_MODELS, (STEP,), (FP32,)),
         *map(_loader_task, cases.CPU_LOADERS),
+        *(_opening_task(case, mode) for case in cases.OPENINGS for mode in (opening.OPEN, opening.RESUME)),
     )
 
 

@@ -18,7 +18,7 @@ from dataclasses import dataclass, field
 from pathlib import Path
 
 from dataload import remote
-from dataload.remote import Facts, Remote
+from dataload.address import Facts, NoRanges, Remote
 
 GIB = 1 << 30
 _STALE = 24 * 3600.0  # seconds after which an unfinished download is given up
@@ -90,7 +90,7 @@ class Cache:
                     end = min(at + remote.BLOCK, facts.size)
                     at += file.write(remote.read(address, at, end, self.timeout))
                     file.flush()
-            except remote.NoRanges:
+            except NoRanges:
                 remote.stream(address, facts.size, file, self.timeout)
             file.flush()
             size = os.fstat(file.fileno()).st_size

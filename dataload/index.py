@@ -13,8 +13,8 @@ from pathlib import Path
 import numpy as np
 
 from dataload import shards
+from dataload.address import Remote
 from dataload.progress import Progress
-from dataload.remote import Remote
 from dataload.shard import Address, load_shard
 from dataload.shards import BrokenShard, Cache, ShardIndex, ShardWarning
 from dataload.tarindex import MEDIA

@@ -11,7 +11,7 @@ from collections.abc import Sequence
 from dataclasses import dataclass
 from fractions import Fraction
 from functools import cached_property
-from typing import Any
+from typing import Any, Protocol
 
 import numpy as np
 from numpy.random.bit_generator import ISeedSequence
@@ -44,11 +44,18 @@ def generator(seed: int, epoch: int, number: int, purpose: int) -> np.random.Gen
     return np.random.Generator(np.random.Philox(key, counter=(0, 0, number, purpose)))
 
 
+class Numbers(Protocol):
+    """An int64 array, or what numpy can make one of."""
+
+    def __len__(self) -> int: ...
+    def __array__(self) -> np.ndarray: ...
+
+
 class Source:
     """The endless stream of one kind of sample. `shards` has the sample numbers of each shard (arrays, may be
     empty); `kind` (0, 1 ...) keeps two sources with the same seed from being shuffled alike."""
 
-    def __init__(self, shards: Sequence[np.ndarray], seed: int, kind: int) -> None:
+    def __init__(self, shards: Sequence[Numbers], seed: int, kind: int) -> None:
         self._shards = [shard for shard in shards if len(shard)]
         self._seed = seed
         self._kind = kind

@@ -13,14 +13,15 @@ import hashlib
 import io
 import os
 import random
-import re
 import threading
 import time
 from collections.abc import Callable, Coroutine
 from concurrent.futures import Future
 from concurrent.futures import TimeoutError as Expired
-from dataclasses import dataclass
 from typing import IO, Any, TypeVar
+
+from dataload import remote_http as http
+from dataload.address import Facts, NoRanges, Remote, bare
 
 T = TypeVar("T")
 BLOCK = 8 << 20
@@ -34,78 +35,15 @@ _filesystems: dict[tuple[int, str], Any] = {}
 _lock = threading.Lock()
 
 
-def is_address(pattern: str) -> bool:
-    """Whether this is PROTOCOL://..., and not a path."""
-    return re.match(r"[A-Za-z][A-Za-z0-9+.-]*://", pattern) is not None
-
-
 def timeout_default() -> float:
     """Seconds for a connection, for an answer, and for each 8 MiB: AURORAIO_TIMEOUT, or 60."""
     return float(os.environ.get("AURORAIO_TIMEOUT") or 60)
 
 
-@dataclass(frozen=True)
-class Remote:
-    """A file behind an address. `str` gives the address as it was written; `shown`, for messages and reports,
-    leaves out a password and a query, where signatures are."""
-
-    url: str
-
-    def __str__(self) -> str:
-        return self.url
-
-    def __repr__(self) -> str:
-        return f"Remote({self.shown!r})"
-
-    @property
-    def protocol(self) -> str:
-        """ "s3", "https" ..."""
-        return self.url.split("://", 1)[0].lower()
-
-    @property
-    def shown(self) -> str:
-        """The address without user, password and query."""
-        return re.sub(r"://[^/@]*@", "://", _bare(self.url))
-
-    @property
-    def name(self) -> str:
-        """The last part of the path."""
-        return _bare(self.url).rstrip("/").rsplit("/", 1)[-1]
-
-    @property
-    def parent(self) -> Remote:
-        """The folder."""
-        return Remote(_bare(self.url).rstrip("/").rsplit("/", 1)[0])
-
-    def beside(self, suffix: str) -> Remote:
-        """The file of this name with a suffix, in the same place."""
-        bare = _bare(self.url)
-        return Remote(bare + suffix + self.url[len(bare) :])
-
-
-def _bare(url: str) -> str:
-    return re.split(r"[?#]", url, maxsplit=1)[0] if url.lower().startswith("http") else url
-
-
-@dataclass(frozen=True)
-class Facts:
-    """What a server says of a file."""
-
-    size: int
-    stamp: str
-    """ETag, or a time; empty where it says neither"""
-    ranges: bool
-    """whether it says that it gives parts of the file"""
-
-
-class NoRanges(OSError):
-    """The server sends the whole file where a part was asked for."""
-
-
 def facts(address: Remote, timeout: float) -> Facts:
     """Size and state of a file. Raises FileNotFoundError, or OSError naming the address."""
     if address.protocol in ("http", "https"):
-        return _request(address, "asking for its size", timeout, lambda fs: _http_facts(fs, address.url))
+        return _request(address, "asking for its size", timeout, lambda fs: http.facts(fs, address.url))
     info = _request(address, "asking for its size", timeout, lambda fs: _call(fs, "info", _path(fs, address)))
     return facts_of(address, info)
 
@@ -134,7 +72,7 @@ def read(address: Remote, start: int, end: int, timeout: float) -> bytes:
 
     def once(fs: Any) -> Coroutine[Any, Any, bytes]:
         if address.protocol in ("http", "https"):
-            return _http_range(fs, address.url, start, end)
+            return http.read(fs, address.url, start, end)
         return _call(fs, "cat_file", _path(fs, address), start=start, end=end)
 
     data = _request(address, f"reading bytes {start} to {end}", timeout, once)
@@ -153,18 +91,10 @@ def read_all(address: Remote, start: int, size: int, timeout: float) -> bytes:
 def stream(address: Remote, size: int, file: IO[bytes], timeout: float) -> None:
     """All of a file from a server that gives no parts; tried again from the start when it breaks."""
 
-    async def once(fs: Any) -> None:
-        file.seek(0)
-        file.truncate()
-        session = await fs.set_session()
-        async with session.get(fs.encode_url(address.url), headers={"Accept-Encoding": "identity"}) as answer:
-            _check_status(answer, address.url)
-            async for chunk in answer.content.iter_chunked(1 << 20):
-                file.write(chunk)
-                if file.tell() > size:
-                    raise OSError(f"more than the {size} bytes that were announced")
-
-    _request(address, "reading it", timeout, once, patience=size / (BLOCK / timeout))
+    _request(
+        address, "reading it", timeout, lambda fs: http.stream(fs, address.url, size, file),
+        patience=size / (BLOCK / timeout),
+    )  # fmt: skip
 
 
 def small_file(address: Remote, timeout: float, limit: int = 1 << 28) -> bytes | None:
@@ -192,7 +122,7 @@ def find(pattern: str, timeout: float) -> list[Remote]:
     """The files that an address names: a glob (where the server can list), a folder of tars, or the file
     itself, which is not looked for yet."""
     address = Remote(pattern)
-    if any(mark in address.name or mark in _bare(pattern) for mark in "*["):
+    if any(mark in address.name or mark in bare(pattern) for mark in "*["):
         found = _request(address, "listing it", timeout, lambda fs: _call(fs, "glob", _path(fs, address)))
         return _sorted(address, [name for name in found if fnmatch.fnmatch(str(name), "*.tar")] or found)
     if address.name.endswith(".tar"):
@@ -208,7 +138,7 @@ def find(pattern: str, timeout: float) -> list[Remote]:
         )
     except (FileNotFoundError, NotADirectoryError):
         raise FileNotFoundError(f"no shard at {address.shown}") from None
-    tars = [str(name) for name in listed if _bare(str(name)).endswith(".tar")]
+    tars = [str(name) for name in listed if bare(str(name)).endswith(".tar")]
     if not tars and not pattern.endswith("/"):
         return [address]
     return _sorted(address, tars)
@@ -346,59 +276,4 @@ def _request(
 def _said(error: Exception, address: Remote) -> str:
     """What an error says, without what must not be in a log."""
     text = f"{type(error).__name__}: {error}"
-    return text.replace(address.url, address.shown).replace(
-        address.url[len(_bare(address.url)) :] or "\0", ""
-    )
-
-
-class _Status(OSError):
-    """A server's refusal."""
-
-    def __init__(self, answer: Any) -> None:
-        super().__init__(f"the server answers {answer.status} {answer.reason}")
-        self.status = answer.status
-
-
-def _check_status(answer: Any, url: str) -> None:
-    if answer.status in (404, 410):
-        raise FileNotFoundError(f"no file at {Remote(url).shown}")
-    if answer.status >= 400:
-        raise _Status(answer)
-
-
-async def _http_facts(fs: Any, url: str) -> Facts:
-    session = await fs.set_session()
-    headers = {"Accept-Encoding": "identity"}
-    async with session.head(fs.encode_url(url), allow_redirects=True, headers=headers) as answer:
-        if answer.status < 400 and "Content-Length" in answer.headers:
-            return _http_said(answer, int(answer.headers["Content-Length"]))
-    # Some servers, and addresses signed for GET, answer no HEAD.
-    async with session.get(fs.encode_url(url), headers={**headers, "Range": "bytes=0-0"}) as answer:
-        _check_status(answer, url)
-        total = answer.headers.get("Content-Range", "").rpartition("/")[2] or answer.headers.get(
-            "Content-Length", ""
-        )
-        if not total.isdigit():
-            raise OSError("the server does not say how large it is")
-        return _http_said(answer, int(total))
-
-
-def _http_said(answer: Any, size: int) -> Facts:
-    if answer.headers.get("Content-Encoding", "identity") not in ("identity", ""):
-        raise OSError("the server compresses it, so that its size is unknown")
-    stamp = answer.headers.get("ETag") or answer.headers.get("Last-Modified") or ""
-    return Facts(size, stamp.strip('"'), answer.headers.get("Accept-Ranges", "").lower() == "bytes")
-
-
-async def _http_range(fs: Any, url: str, start: int, end: int) -> bytes:
-    session = await fs.set_session()
-    headers = {"Range": f"bytes={start}-{end - 1}", "Accept-Encoding": "identity"}
-    async with session.get(fs.encode_url(url), headers=headers) as answer:
-        _check_status(answer, url)
-        if answer.status != 206:
-            raise NoRanges(f"{Remote(url).shown}: the server gives no parts of a file")
-        said = answer.headers.get("Content-Range", "")
-        if not said.replace(" ", "").startswith(f"bytes{start}-{end - 1}/"):
-            raise OSError(f"asked for bytes {start} to {end}, the server speaks of {said!r}")
-        data: bytes = await answer.content.readexactly(end - start)
-        return data
+    return text.replace(address.url, address.shown).replace(address.url[len(bare(address.url)) :] or "\0", "")

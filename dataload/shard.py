@@ -12,9 +12,9 @@ from typing import BinaryIO
 import numpy as np
 
 from dataload import indexfile, remote
+from dataload.address import Facts, NoRanges, Remote
 from dataload.cache import Cache, TarFile
 from dataload.indexfile import Head
-from dataload.remote import Facts, Remote
 from dataload.tarindex import Table, scan
 
 Address = Path | Remote
@@ -212,7 +212,7 @@ def _belongs(data: bytes, address: Remote, cache: Cache, facts: Facts) -> bool:
         return False
     try:
         tail = remote.tail_of(lambda at, end: remote.read(address, at, end, cache.timeout), facts.size)
-    except remote.NoRanges:
+    except NoRanges:
         with io.BufferedReader(cache.open(address, facts)) as file:
             tail = _tail(file, facts.size)
     return head.tail == tail

@@ -3,15 +3,9 @@ offset."""
 
 from __future__ import annotations
 
-import glob
 import hashlib
-import os
-import re
-import threading
-import time
 import warnings
-from collections import OrderedDict
-from collections.abc import Callable, Iterator, Sequence
+from collections.abc import Callable, Sequence
 from concurrent.futures import ThreadPoolExecutor
 from functools import cached_property
 from pathlib import Path
@@ -21,12 +15,15 @@ import numpy as np
 
 from dataload import exclude as excluding
 from dataload import remote
+from dataload.address import Facts, Remote
 from dataload.broken import BrokenSample
-from dataload.cache import Cache, TarFile
+from dataload.cache import GIB, Cache
+from dataload.captions import json_captions, json_object, txt_captions
 from dataload.exclude import ExcludeList
-from dataload.remote import Facts, Remote
+from dataload.order import GROUP
+from dataload.patterns import expand
+from dataload.reading import Handles, SampleNumbers, Tables
 from dataload.shard import Address, Shard, load_shard
-from dataload.tarheaders import BLOCK, is_header_of
 from dataload.tarindex import (
     BIT,
     CAPTIONED,
@@ -36,88 +33,15 @@ from dataload.tarindex import (
     TXT_CAPTIONS,
     BrokenShard,
     Table,
-    json_captions,
-    json_object,
-    txt_captions,
 )
 
 __all__ = ["Address", "BrokenShard", "Cache", "ShardIndex", "ShardWarning", "expand", "index"]
 
-_OPEN_FILES = 32  # per thread; one group of shards (see order.py) and some more
-_TABLES = 64  # per index: four groups
-_ASK_EVERY = 60.0  # seconds between two questions whether a shard that is read by ranges is the same
 _LIST_FROM = 4  # shards of one remote folder, from which on the folder is listed instead of asking for each
 
 
 class ShardWarning(UserWarning):
     """Shards were indexed, but something in them was left out or is suspect."""
-
-
-def expand(patterns: Sequence[str]) -> list[Address]:
-    """The tars that the patterns name, in their order; each is a tar, a folder of tars, a glob, or has braces
-    ("train-{000..011}.tar", "{train,extra}.tar"), on a disk or behind an address (s3://, gs://, https:// and
-    what else fsspec knows). What a glob or folder finds is sorted by name.
-
-    Raises FileNotFoundError when a pattern finds nothing (or one local tar of a brace range is missing; a
-    remote one is looked for when it is indexed), ValueError for a tar that is named twice, for pipe:, and for
-    no pattern at all, OSError naming the address where a server cannot be asked.
-    """
-    if isinstance(patterns, str):
-        raise ValueError(f"shards is one string, {patterns!r}; a sequence of patterns is needed")
-    if not patterns:
-        raise ValueError("no shards were given")
-    paths: list[Address] = []
-    for pattern in map(str, patterns):
-        if pattern.startswith("pipe:"):
-            raise ValueError(
-                f"{pattern!r} is a command; a path or an address is needed (s3://, https:// ...)"
-            )
-        if pattern.startswith("file://"):
-            pattern = pattern.removeprefix("file://")
-        for part in _braces(pattern):
-            if remote.is_address(part):
-                paths.extend(remote.find(part, remote.timeout_default()))
-            else:
-                paths.extend(_find(os.path.expanduser(part), pattern))
-    seen: set[str] = set()
-    for path in paths:
-        real = path.url if isinstance(path, Remote) else str(path.resolve())
-        if real in seen:
-            raise ValueError(f"{path} is named twice by the shards {[str(pattern) for pattern in patterns]}")
-        seen.add(real)
-    return paths
-
-
-def _braces(pattern: str) -> Iterator[str]:
-    """Expands {000..011} (zero-padded as written) and {a,b}, from left to right."""
-    match = re.search(r"\{(\d+)\.\.(\d+)\}|\{([^{}]*,[^{}]*)\}", pattern)
-    if match is None:
-        yield pattern
-        return
-    if match[3] is not None:
-        choices = match[3].split(",")
-    else:
-        first, last, width = int(match[1]), int(match[2]), len(match[1])
-        if last < first:
-            raise ValueError(f"{match[0]} in {pattern!r} counts down")
-        choices = [str(number).zfill(width) for number in range(first, last + 1)]
-    for choice in choices:
-        yield from _braces(pattern[: match.start()] + choice + pattern[match.end() :])
-
-
-def _find(part: str, pattern: str) -> list[Path]:
-    path = Path(part)
-    if path.is_dir():
-        found = sorted(path.glob("*.tar"))
-        if not found:
-            raise FileNotFoundError(f"the folder {part} holds no .tar file")
-        return found
-    if path.is_file():
-        return [path]
-    found = sorted(Path(name) for name in glob.glob(part, recursive=True))
-    if not found:
-        raise FileNotFoundError(f"no shard at {part}" + (f" (from {pattern})" if part != pattern else ""))
-    return found
 
 
 def index(
@@ -160,6 +84,7 @@ def index(
         kept, unmatched = excluding.apply(kept, [excluding.read(Path(path)) for path in exclude])
         problems += unmatched
     result = ShardIndex(tuple(kept), tuple(problems))
+    _check_room(result, cache)
     if result.problems:
         few = "; ".join(f"{shard}: {key}: {reason}" for shard, key, reason in result.problems[:3])
         more = f" and {len(result.problems) - 3} more" if len(result.problems) > 3 else ""
@@ -167,6 +92,20 @@ def index(
             f"{len(result.problems)} problems in the shards: {few}{more}", ShardWarning, stacklevel=2
         )
     return result
+
+
+def _check_room(index: ShardIndex, cache: Cache) -> None:
+    """Samples are shuffled within groups of shards: where the cache holds less than a group, each sample may cost the
+    download of a shard."""
+    sizes = sorted((shard.size for shard in index.shards if shard.facts is not None), reverse=True)
+    group = sum(sizes[:GROUP])
+    if cache.max_bytes and group > cache.max_bytes:
+        warnings.warn(
+            f"the cache {cache.directory} with {cache.max_bytes / GIB:.1f} GiB holds fewer than {len(sizes[:GROUP])} of these shards "
+            f"({group / GIB:.1f} GiB), which training reads by turns: set AURORAIO_CACHE_GIB, or reshard",
+            ShardWarning,
+            stacklevel=3,
+        )
 
 
 def _listed(paths: Sequence[Address], cache: Cache) -> dict[str, Facts]:
@@ -204,8 +143,8 @@ class ShardIndex:
         self.shards = shards
         self._problems = problems
         self._starts = np.cumsum([0, *(len(shard) for shard in shards)])
-        self._handles = _Handles()
-        self._tables = _Tables(shards)
+        self._handles = Handles()
+        self._tables = Tables(shards)
         self._said: set[tuple[str, ...]] = set()
 
     def __len__(self) -> int:
@@ -240,9 +179,9 @@ class ShardIndex:
         mask = sum(BIT[kind] for kind in dict.fromkeys(kinds))
         return (self.flags & mask) == mask
 
-    def source(self, captioned: bool, needs: Sequence[str] = ("image",)) -> list[np.ndarray]:
+    def source(self, captioned: bool, needs: Sequence[str] = ("image",)) -> list[SampleNumbers]:
         """Numbers of the samples with (or without) captions that have a file of each kind in `needs`, one
-        int64 array per shard.
+        int64 array per shard, each made when it is used (all of them take long with millions of samples).
 
         What lacks one is counted in a ShardWarning, once. Raises BrokenShard where no sample has all.
         """
@@ -258,8 +197,9 @@ class ShardIndex:
                 ShardWarning,
                 stacklevel=2,
             )
-        samples = np.flatnonzero(able & (self.captioned == captioned))
-        return np.split(samples, np.searchsorted(samples, self._starts[1:-1]))
+        chosen = able & (self.captioned == captioned)
+        starts = self._starts.tolist()
+        return [SampleNumbers(chosen, *ends) for ends in zip(starts[:-1], starts[1:], strict=True)]
 
     @cached_property
     def manifest(self) -> dict[str, str | int]:
@@ -306,6 +246,15 @@ class ShardIndex:
             if name == extension:
                 return self._handles.read(shard, offset, size)
         raise KeyError(f"{shard.shown}: {table.key(row)} has no {extension!r}")
+
+    def read_all(self, sample: int) -> list[tuple[str, bytes]]:
+        """(extension, contents) of all files of a sample, in the order of the tar; errors as for `media`."""
+        shard, table, row = self._locate(sample)
+        return [(name, self._handles.read(shard, offset, size)) for name, offset, size in table.files(row)]
+
+    def hold_tables(self) -> None:
+        """Keeps the tables of all shards in memory (about 60 bytes per sample): for reading in any order."""
+        self._tables.most = len(self.shards)
 
     def media(self, sample: int, kind: str) -> bytes:
         """The contents of the sample's first file of a kind: image, audio, video, txt or json.
@@ -357,75 +306,3 @@ class ShardIndex:
         number = int(np.searchsorted(self._starts, sample, side="right")) - 1
         shard, row = self.shards[number], sample - int(self._starts[number])
         return shard, self._tables[number], row if shard.rows is None else int(shard.rows[row])
-
-
-class _Tables:
-    """The last few tables that were asked for, shared by the threads."""
-
-    def __init__(self, shards: tuple[Shard, ...]) -> None:
-        self._shards = shards
-        self._tables: OrderedDict[int, Table] = OrderedDict()
-        self._lock = threading.Lock()
-
-    def __getitem__(self, number: int) -> Table:
-        with self._lock:
-            table = self._tables.get(number)
-            if table is not None:
-                self._tables.move_to_end(number)
-                return table
-        table = self._shards[number].table()
-        with self._lock:
-            self._tables[number] = table
-            if len(self._tables) > _TABLES:
-                self._tables.popitem(last=False)
-        return table
-
-
-class _Handles(threading.local):
-    """The last few open tars of each thread."""
-
-    def __init__(self) -> None:
-        self._files: OrderedDict[Address, TarFile] = OrderedDict()
-        self._asked: dict[Address, float] = {}  # when a server was last asked whether a shard is the same
-
-    def read(self, shard: Shard, offset: int, size: int) -> bytes:
-        if shard.by_range:
-            return self._request(shard, offset, size)
-        file = self._files.get(shard.path)
-        if file is None:
-            file = self._files[shard.path] = shard.open()
-            if len(self._files) > _OPEN_FILES:
-                self._files.popitem(last=False)[1].close()
-        else:
-            self._files.move_to_end(shard.path)
-        shard.check(file)
-        data = _read_at(file, offset, size)
-        if len(data) != size:
-            raise OSError(
-                f"{shard.shown} is shorter than when it was indexed ({len(data)} of {size} bytes at {offset})"
-            )
-        return data
-
-    def _request(self, shard: Shard, offset: int, size: int) -> bytes:
-        """A range of a remote tar, with the header in front of it to see that it is still this file's."""
-        assert isinstance(shard.path, Remote) and shard.facts is not None
-        now = time.monotonic()
-        if now - self._asked.get(shard.path, -_ASK_EVERY) >= _ASK_EVERY:
-            shard.cache.must_be(shard.path, shard.facts)
-            self._asked[shard.path] = now
-        data = remote.read_all(shard.path, offset - BLOCK, BLOCK + size, shard.cache.timeout)
-        if not is_header_of(data[:BLOCK], size):
-            raise OSError(f"{shard.shown} has changed since it was indexed")
-        return data[BLOCK:]
-
-
-def _read_at(file: TarFile, offset: int, size: int) -> bytes:
-    if hasattr(os, "pread"):  # leaves the file's position alone, which a forked process would share
-        data = os.pread(file.fileno(), size, offset)
-        while 0 < len(data) < size and (
-            more := os.pread(file.fileno(), size - len(data), offset + len(data))
-        ):
-            data += more
-        return data
-    file.seek(offset)
-    return file.read(size)

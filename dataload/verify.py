@@ -22,7 +22,7 @@ from dataload.progress import Progress
 from dataload.sandbox import Sandbox
 from dataload.shards import ShardIndex
 from dataload.substitute import describe
-from dataload.tarindex import BIT, MEDIA
+from dataload.tarindex import BIT
 
 DESCRIPTION = """\
 Decodes every picture, sound and video of tar shards, each in a child process that a damaged file may crash, and
@@ -52,16 +52,10 @@ CHECKS = {
 }
 
 
-def usable() -> tuple[list[str], list[str]]:
-    """(kinds that can be decoded here, what is missing for the others)."""
-    kinds, missing = [], []
-    for kind, check in CHECKS.items():
-        absent = [name for name in check.modules if importlib.util.find_spec(name) is None]
-        if absent:
-            missing.append(f"{kind}: needs {', '.join(absent)} (pip install 'auroraio[data]')")
-        else:
-            kinds.append(kind)
-    return kinds, missing
+def missing(kind: str) -> str:
+    """What has to be installed before files of a kind can be decoded; empty: nothing."""
+    absent = [name for name in CHECKS[kind].modules if importlib.util.find_spec(name) is None]
+    return f"needs {', '.join(absent)} (pip install 'auroraio[data]')" if absent else ""
 
 
 def verify(
@@ -149,10 +143,10 @@ def _run(options: argparse.Namespace) -> int:
     say_problems(index, bad)
     if index is None:
         return 1
-    kinds, missing = usable()
+    kinds = [kind for kind in CHECKS if not missing(kind)]
     unchecked = [
-        f"{int(index.has(kind).sum()):,} samples with {kind} are not decoded: {next(why for why in missing if why.startswith(kind))}"
-        for kind in MEDIA
+        f"{int(index.has(kind).sum()):,} samples with {kind} are not decoded: that {missing(kind)}"
+        for kind in CHECKS
         if kind not in kinds and index.has(kind).any()
     ]
     for line in unchecked:

@@ -2,8 +2,11 @@
 
 from __future__ import annotations
 
+import base64
+import hashlib
 import http.server
 import io
+import json
 import multiprocessing
 import os
 import re
@@ -12,6 +15,7 @@ import subprocess
 import sys
 import threading
 import time
+import urllib.parse
 import urllib.request
 import warnings
 from collections.abc import Callable, Iterator
@@ -25,8 +29,8 @@ from test_dataload_shards import pairs, picture, write_tar
 
 from dataload import cache as cache_module
 from dataload import remote, shard, shards
+from dataload.address import Remote
 from dataload.cache import Cache
-from dataload.remote import Remote
 from dataload.shards import BrokenShard, ShardIndex, ShardWarning, expand
 
 
@@ -243,6 +247,70 @@ def test_s3(tmp_path: Path, s3: Any, whole: bool) -> None:
         shards.index(expand(["s3://bucket/data/t-{000..004}.tar"]), cache=cache)
     s3.put_object(Bucket="bucket", Key="data/t-000.tar.exclude", Body=b"00001\n")
     assert len(quiet_index("s3://bucket/data/t-{000,003}.tar", cache=cache)) == 5
+
+
+def google_storage(server: Server, objects: dict[str, bytes]) -> None:
+    """Answers the requests of Google's JSON API that reading needs, for the bucket "bucket"."""
+
+    def entry(name: str) -> dict[str, Any]:
+        digest = base64.b64encode(hashlib.md5(objects[name]).digest()).decode()
+        return {
+            "kind": "storage#object", "name": name, "bucket": "bucket", "size": str(len(objects[name])),
+            "md5Hash": digest, "etag": digest, "generation": "1", "updated": "2026-01-01T00:00:00.000Z",
+        }  # fmt: skip
+
+    def answer(handler: _Handler) -> bool:
+        url = urllib.parse.urlsplit(handler.path)
+        query = dict(urllib.parse.parse_qsl(url.query))
+        name = urllib.parse.unquote(url.path.partition("/o/")[2])
+        status, extra = 200, {}
+        if "/o/" not in url.path:
+            prefix = query.get("prefix", "")
+            body = json.dumps(
+                {"items": [entry(key) for key in sorted(objects) if key.startswith(prefix)]}
+            ).encode()
+        elif name not in objects:
+            status, body = 404, b"{}"
+        elif query.get("alt") == "media" or "/download/" in url.path:
+            body = objects[name]
+            if match := re.fullmatch(r"bytes=(\d+)-(\d+)", handler.headers.get("Range", "")):
+                status, body = 206, body[int(match[1]) : int(match[2]) + 1]
+                extra = {"Content-Range": f"bytes {match[1]}-{match[2]}/{len(objects[name])}"}
+        else:
+            body = json.dumps(entry(name)).encode()
+        handler.send_response(status)
+        for header, value in {
+            "Content-Type": "application/json",
+            "Content-Length": str(len(body)),
+            **extra,
+        }.items():
+            handler.send_header(header, value)
+        handler.end_headers()
+        handler.wfile.write(body)
+        return True
+
+    server.before = answer
+
+
+def test_google_storage(
+    tmp_path: Path, served: Callable[..., Server], monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """Against a small imitation of the server: the addresses, the listing and the ranges are gcsfs's own."""
+    pytest.importorskip("gcsfs", reason="needs gcsfs")
+    local = [write_tar(tmp_path / f"t-{n:03d}.tar", pairs(3, first=3 * n)) for n in range(5)]
+    server = served()
+    google_storage(server, {f"data/{path.name}": path.read_bytes() for path in local})
+    monkeypatch.setenv("STORAGE_EMULATOR_HOST", server.url)
+    monkeypatch.setattr(remote, "_filesystems", {})
+    there = quiet_index("gs://bucket/data/t-*.tar")
+    here = quiet_index(*map(str, local))
+    assert contents(there) == contents(here) and there.manifest == here.manifest
+    assert there.where(0) == ("gs://bucket/data/t-000.tar", "00000")
+    assert contents(quiet_index("gs://bucket/data/t-{001..002}.tar", cache=Cache(max_bytes=0))) == {
+        key: files for key, files in contents(here).items() if key[:5] in ("t-001", "t-002")
+    }
+    with pytest.raises(FileNotFoundError):
+        shards.index(expand(["gs://bucket/data/none.tar"]))
 
 
 def test_another_protocol_of_fsspec(tmp_path: Path) -> None:
@@ -557,7 +625,8 @@ def test_what_was_used_least_recently_goes(tmp_path: Path, served: Callable[...,
     assert tiny.open(addresses[3], facts[3]).read() == paths[3].read_bytes(), "one fits always"
     assert [path.name for path in cache.directory.glob("*.tar")] == [cache.path(addresses[3], facts[3]).name]
     # an index with open shards does not mind
-    index = quiet_index(*map(str, addresses), cache=tiny)
+    with pytest.warns(ShardWarning, match="holds fewer than 4 of these shards"):
+        index = shards.index(addresses, cache=tiny)
     rng = np.random.default_rng(0)
     for sample in rng.permutation(16).tolist():
         assert index.image(sample) == picture(sample)
@@ -566,6 +635,21 @@ def test_what_was_used_least_recently_goes(tmp_path: Path, served: Callable[...,
     os.utime(old, (time.time() - 2 * 24 * 3600,) * 2)
     cache.open(addresses[0], facts[0])
     assert not old.exists()
+
+
+def test_a_cache_that_is_too_small_to_train_with_says_so(
+    tmp_path: Path, served: Callable[..., Server]
+) -> None:
+    folder = tmp_path / "served"
+    folder.mkdir()
+    paths = [write_tar(folder / f"t-{n:03d}.tar", pairs(2)) for n in range(17)]
+    size = paths[0].stat().st_size
+    server = served()
+    pattern = f"{server.url}/t-{{000..016}}.tar"
+    with pytest.warns(ShardWarning, match=r"holds fewer than 16 of these shards.*AURORAIO_CACHE_GIB"):
+        shards.index(expand([pattern]), cache=Cache(max_bytes=15 * size))
+    for enough in (16 * size, 0):
+        quiet_index(pattern, cache=Cache(max_bytes=enough))
 
 
 def _fetch(url: str, folder: str, done: Any) -> None:

@@ -7,6 +7,7 @@ import os
 import pickle
 import tarfile
 import threading
+import time
 import warnings
 from collections.abc import Sequence
 from dataclasses import replace
@@ -16,7 +17,8 @@ import numpy as np
 import pytest
 import webdataset
 
-from dataload import indexfile, shard, shards, tarindex
+from bench.peers.opening import OpenCase, write_indexes
+from dataload import indexfile, order, shard, shards, tarindex
 from dataload.broken import BrokenSample
 from dataload.shards import BrokenShard, ShardIndex, ShardWarning, expand
 
@@ -563,3 +565,29 @@ def test_an_exclude_list_that_names_nothing(tmp_path: Path, line: str) -> None:
     (tmp_path / "list").write_text(f"00005\n{line}\n")
     with pytest.raises(ValueError, match=r"list, line 2: .*\"shard\" and \"key\""):
         shards.index([path], exclude=[tmp_path / "list"])
+
+
+def test_opening_reads_little_of_each_shard(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    """A thousand shards of 10,000 samples are to open in 2 s (bench/test_opening.py); here a tenth of the shards has a
+    tenth of that, and nothing but the heads of the indexes may be read."""
+    write_indexes(tmp_path, OpenCase(100, 10_000))
+    read: list[int] = []
+    system = os.read
+
+    def counted(file: int, count: int) -> bytes:
+        data = system(file, count)
+        read.append(len(data))
+        return data
+
+    monkeypatch.setattr(indexfile.os, "read", counted)
+    monkeypatch.setattr(shard, "scan", None)
+    paths = expand([str(tmp_path)])
+    shards.index(paths)
+    started = time.process_time()
+    read.clear()
+    index = shards.index(paths)
+    streams = [order.Source(index.source(captioned), 0, kind) for kind, captioned in enumerate((True, False))]
+    assert len(index.manifest["hash"]) == 64 and [len(stream) for stream in streams] == [900_000, 100_000]
+    key = index.key(streams[0].at(500_000)[1])
+    assert time.process_time() - started < 0.2
+    assert key.startswith("train-0000") and max(read) <= 1 << 14 and len(read) == 100
