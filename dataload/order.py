@@ -10,6 +10,7 @@ from __future__ import annotations
 from collections.abc import Sequence
 from dataclasses import dataclass
 from fractions import Fraction
+from functools import cached_property
 from typing import Any
 
 import numpy as np
@@ -53,11 +54,15 @@ class Source:
         self._kind = kind
         self._ends: tuple[int, list[list[int]], np.ndarray] | None = None
         self._group: tuple[tuple[int, int], np.ndarray] | None = None
-        self.all = np.concatenate(self._shards) if self._shards else np.zeros(0, dtype=np.int64)
-        """int64 [samples]: every sample number, unshuffled"""
+        self._length = sum(map(len, self._shards))
 
     def __len__(self) -> int:
-        return len(self.all)
+        return self._length
+
+    @cached_property
+    def all(self) -> np.ndarray:
+        """int64 [samples]: every sample number, unshuffled. (Made when a substitute is first needed.)"""
+        return np.concatenate(self._shards) if self._shards else np.zeros(0, dtype=np.int64)
 
     def at(self, position: int) -> tuple[int, int]:
         """(epoch, sample number) at a position of the stream, 0, 1, 2 ..."""

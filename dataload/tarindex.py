@@ -1,33 +1,48 @@
-"""One pass over a tar shard: where each sample's files lie, and which samples have captions. Cached beside
-the tar.
+"""One pass over a tar shard: where each sample's files lie, and which samples have captions.
 
 Layout of a sample (img2dataset, WebDataset): files KEY.EXTENSION, where KEY ends at the first dot of the
-file's name: one picture, and a caption in KEY.txt, or in KEY.json as "caption" (a string) or "captions" (a
-list), or in both. Nothing is unpacked to disk, so the names inside are labels and never paths.
+file's name: at least one picture, sound or video; a caption in KEY.txt, or in KEY.json as "caption" (a
+string) or "captions" (a list), or in both; and anything else. Nothing is unpacked to disk, so that the names
+inside are labels and never paths. The index is kept beside the tar (indexfile.py).
 """
 
 from __future__ import annotations
 
+import hashlib
 import json
-import os
 import re
-import tarfile
 from collections import Counter
-from collections.abc import Iterator
 from dataclasses import dataclass, field
-from pathlib import Path
-from typing import Any, BinaryIO
+from typing import BinaryIO
 
 import numpy as np
 
-from dataload.files import write_atomically
+from dataload import tarheaders
 
 IMAGE_EXTENSIONS = frozenset(
     "jpg jpeg jpe jfif png webp gif bmp dib tif tiff avif jp2 j2k jpx ppm pgm pbm pnm tga ico qoi".split()
 )
-VERSION = 1
+AUDIO_EXTENSIONS = frozenset("wav flac mp3 ogg oga opus m4a aac aif aiff aifc wma amr ac3 au caf".split())
+VIDEO_EXTENSIONS = frozenset("mp4 m4v mkv webm mov avi mpg mpeg ts m2ts wmv flv 3gp ogv y4m".split())
+MEDIA = ("image", "audio", "video")
+KINDS = (*MEDIA, "txt", "json")
+_NAMES = {"image": "picture", "audio": "sound", "video": "video", "txt": "txt", "json": "json"}
+KIND_OF = {
+    **dict.fromkeys(IMAGE_EXTENSIONS, "image"),
+    **dict.fromkeys(AUDIO_EXTENSIONS, "audio"),
+    **dict.fromkeys(VIDEO_EXTENSIONS, "video"),
+    "txt": "txt",
+    "json": "json",
+}
+BIT = {kind: 1 << place for place, kind in enumerate(KINDS)}
+"""bit of `flags` that says whether a sample has a file of that kind"""
+TXT_CAPTIONS, JSON_CAPTIONS = 32, 64
+"""bits of `flags`: this file has to be read for the captions (a file that adds none to the other has not)"""
+CAPTIONED = TXT_CAPTIONS | JSON_CAPTIONS
+MAX_TEXT = 16 << 20
+"""bytes of a txt or json that are read"""
+_PROBLEMS_KEPT = 1000
 _NAME = re.compile(r"^((?:.*/|)[^./]+)\.([^/]*)$", re.DOTALL)  # WebDataset's rule for key and extension
-_BLOCK = 512
 _COMPRESSED = {b"\x1f\x8b": "gzip", b"BZh": "bzip2", b"\xfd7zXZ\0": "xz", b"\x28\xb5\x2f\xfd": "zstd"}
 
 
@@ -35,200 +50,255 @@ class BrokenShard(ValueError):
     """The file holds no whole sample: it is no tar, is compressed, or is damaged from the start."""
 
 
-@dataclass(frozen=True)
-class Shard:
-    """The index of one tar with n samples, in the order of their first file."""
+@dataclass(frozen=True, eq=False)
+class Table:
+    """The files of n samples, m in all; those of one sample are neighbours, in the order of the tar."""
 
-    path: Path
+    keys: bytes
+    """all keys, one after another, UTF-8 (surrogateescape)"""
+    key_ends: np.ndarray
+    """uint32 [n]"""
+    file_ends: np.ndarray
+    """uint32 [n]: sample i has the files file_ends[i - 1] .. file_ends[i]"""
+    kinds: np.ndarray
+    """uint16 [m]: which of `extensions` a file has"""
+    offsets: np.ndarray
+    """int64 [m]: of the contents, in bytes"""
+    sizes: np.ndarray
+    """int64 [m]: bytes"""
+    extensions: tuple[str, ...]
+
+    def key(self, row: int) -> str:
+        """Key of a sample."""
+        start = int(self.key_ends[row - 1]) if row else 0
+        return self.keys[start : int(self.key_ends[row])].decode("utf-8", "surrogateescape")
+
+    def files(self, row: int) -> list[tuple[str, int, int]]:
+        """(extension, offset, size) of a sample's files."""
+        start, end = (int(self.file_ends[row - 1]) if row else 0), int(self.file_ends[row])
+        names = [self.extensions[kind] for kind in self.kinds[start:end].tolist()]
+        return list(zip(names, self.offsets[start:end].tolist(), self.sizes[start:end].tolist(), strict=True))
+
+    def find(self, row: int, kind: str) -> tuple[int, int] | None:
+        """(offset, size) of a sample's first file of a kind."""
+        for extension, offset, size in self.files(row):
+            if KIND_OF.get(extension.lower()) == kind:
+                return offset, size
+        return None
+
+    def arrays(self) -> tuple[np.ndarray, ...]:
+        """The arrays, in the order in which they are stored."""
+        return self.key_ends, self.file_ends, self.kinds, self.offsets, self.sizes
+
+
+@dataclass(frozen=True, eq=False)
+class Scanned:
+    """What one pass over a tar found: n samples, in the order of their first file."""
+
     size: int
     """bytes of the tar"""
-    keys: tuple[str, ...]
-    members: np.ndarray
-    """int64 [n, 6]: offset and size of the picture, the txt, the json; size -1 where the file is not there or
-    adds no caption to the other"""
-    captioned: np.ndarray
-    """bool [n]"""
+    flags: np.ndarray
+    """uint8 [n]: BIT of each kind of file, TXT_CAPTIONS, JSON_CAPTIONS"""
+    table: Table
     problems: tuple[tuple[str, str], ...]
     """(key, reason) for everything that was left out or is suspect"""
     ignored: dict[str, int]
-    """files that belong to no picture-caption sample, counted by extension"""
-
-    def __len__(self) -> int:
-        return len(self.keys)
-
-    @property
-    def name(self) -> str:
-        """The file's name without ".tar"."""
-        return self.path.name.removesuffix(".tar")
-
-
-def load_shard(path: Path) -> Shard:
-    """The index of a tar, from NAME.tar.index.json if that fits the tar's size and time, or else from one
-    pass.
-
-    The cache is written atomically; where it cannot be written, the index stays in memory. A tar that is cut
-    short or damaged keeps the samples that are whole; the damage is in `problems`. Raises BrokenShard when no
-    sample is whole, FileNotFoundError when there is no file.
-    """
-    status = path.stat()
-    cache = path.with_name(path.name + ".index.json")
-    cached = _read_cache(cache, path, status)
-    if cached is not None:
-        return cached
-    shard = scan(path)
-    _write_cache(cache, shard, status)
-    return shard
-
-
-@dataclass
-class _Files:
-    """(offset, size) of the files of one sample while the tar is read."""
-
-    image: tuple[int, int] | None = None
-    txt: tuple[int, int] | None = None
-    json: tuple[int, int] | None = None
+    """files of no kind that is known here, counted by extension"""
+    digest: str
+    """SHA-256 of flags and table: what the tar holds, wherever it lies"""
 
 
 @dataclass
 class _Scan:
-    samples: dict[str, _Files] = field(default_factory=dict)
-    problems: list[tuple[str, str]] = field(default_factory=list)
+    rows: dict[str, int] = field(default_factory=dict)
+    files: list[list[tuple[int, int, int]]] = field(default_factory=list)
+    """per sample: (extension's number, offset, size)"""
+    extensions: dict[str, int] = field(default_factory=dict)
     ignored: Counter[str] = field(default_factory=Counter)
     last_key: str | None = None
+    problems: list[tuple[str, str]] = field(default_factory=list)
+    unlisted: int = 0
+
+    def problem(self, key: str, reason: str) -> None:
+        """Notes one; only the first thousand of a shard are kept, the others are counted."""
+        if len(self.problems) < _PROBLEMS_KEPT:
+            self.problems.append((key, reason))
+        else:
+            self.unlisted += 1
 
 
-def scan(path: Path) -> Shard:
-    """Indexes a tar without looking at or writing a cache; errors as in `load_shard`."""
-    size = path.stat().st_size
+def scan(file: BinaryIO, size: int, name: str) -> Scanned:
+    """Indexes an open tar of `size` bytes; `name` is for messages.
+
+    A tar that is cut short or damaged keeps the samples that are whole; the damage is in `problems`. Raises
+    BrokenShard where no sample is whole.
+    """
     found = _Scan()
-    with open(path, "rb") as file:
-        _refuse_compressed(path, file)
-        damage = _read_headers(file, size, found)
-        if damage and found.last_key is not None:
-            # Its other files may be behind the damage: a pair that lost its caption must not pass as
-            # uncaptioned.
-            del found.samples[found.last_key]
-            found.problems.append((found.last_key, f"left out, the tar is damaged here: {damage}"))
-        elif damage:
-            raise BrokenShard(f"{path}: {damage}")
-        return _finish(path, size, found, file)
+    _refuse_compressed(name, file)
+    damage = _read_headers(file, size, found)
+    if damage and found.last_key is not None:
+        # Its other files may be behind the damage: a pair that lost its caption must not pass as uncaptioned.
+        found.files[found.rows[found.last_key]].clear()
+        found.problem(found.last_key, f"left out, the tar is damaged here: {damage}")
+    elif damage:
+        raise BrokenShard(f"{name}: {damage}")
+    return _finish(name, size, found, file, found.last_key if damage else None)
 
 
-def _refuse_compressed(path: Path, file: BinaryIO) -> None:
+def _refuse_compressed(name: str, file: BinaryIO) -> None:
+    file.seek(0)
     start = file.read(6)
     for magic, kind in _COMPRESSED.items():
         if start.startswith(magic):
             raise BrokenShard(
-                f"{path} is compressed ({kind}); samples are read by offset, which needs a plain tar"
+                f"{name} is compressed ({kind}); samples are read by offset, which needs a plain tar"
             )
-    file.seek(0)
 
 
 def _read_headers(file: BinaryIO, size: int, found: _Scan) -> str | None:
-    """Collects the members; returns what is damaged, or None. (tarfile itself ends quietly at a bad
-    header.)"""
-    if size == 0:
-        return "the file is empty"
+    """Collects the members; returns what is damaged, or None."""
     try:
-        with tarfile.open(fileobj=file, mode="r:") as tar:
-            while (member := tar.next()) is not None:
-                tar.members = []  # type: ignore[attr-defined]  # tarfile would keep every header
-                if member.offset_data + member.size > size:
-                    found.last_key = _key_of(member.name) or found.last_key
-                    found.samples.setdefault(found.last_key or member.name, _Files())
-                    return f"{member.name} is cut short by the end of the file"
-                _add(member, found)
-            end = tar.offset
-    except tarfile.TarError as error:
-        return f"no readable tar header ({error})"
-    file.seek(end)
-    rest = file.read(_BLOCK)
-    if any(rest):
-        return f"no readable tar header at byte {end}"
-    # tarfile takes a missing end mark for an end, but a download that stopped between two files looks like
-    # this.
-    return None if len(rest) == _BLOCK else "the file ends without the end mark of a tar"
+        for member in tarheaders.members(file, size):
+            _add(member, found)
+    except tarheaders.DamagedTar as damage:
+        match = _NAME.match(damage.name)
+        if match:
+            found.last_key = match[1]
+            _row(match[1], found)
+        return str(damage)
+    return None
 
 
-def _key_of(name: str) -> str | None:
-    match = _NAME.match(name)
-    return match[1] if match else None
+def _row(key: str, found: _Scan) -> int:
+    row = found.rows.setdefault(key, len(found.files))
+    if row == len(found.files):
+        found.files.append([])
+    return row
 
 
-def _add(member: tarfile.TarInfo, found: _Scan) -> None:
-    if member.isdir():
+def _add(member: tarheaders.Member, found: _Scan) -> None:
+    if member.refused:
+        found.problem(member.name, f"left out: {member.refused}")
         return
     match = _NAME.match(member.name)
-    if not member.isreg() or member.issparse():
-        found.problems.append(
-            (member.name, "left out: neither a plain file nor a folder (a link or a device)")
-        )
-        return
     if match is None:
         found.ignored["(no key)"] += 1
         return
-    key, extension = match[1], match[2].lower()
-    place = (member.offset_data, member.size)
-    kind = "image" if extension in IMAGE_EXTENSIONS else extension
-    if kind not in ("image", "txt", "json"):
-        found.ignored[extension] += 1
-        return
-    files = found.samples.setdefault(key, _Files())
-    found.last_key = key
-    if getattr(files, kind) is None:
-        setattr(files, kind, place)
+    key, extension = match[1], match[2]
+    kind = KIND_OF.get(extension.lower())
+    if kind is None:
+        found.ignored[extension.lower()] += 1
     else:
-        found.problems.append((key, f"a second {kind} file ({member.name}) is left out"))
+        found.last_key = key
+    number = found.extensions.setdefault(extension, len(found.extensions))
+    if number > 0xFFFF:
+        raise tarheaders.DamagedTar("more than 65,536 different extensions")
+    files = found.files[_row(key, found)]
+    if any(number == other for other, _, _ in files):
+        found.problem(key, f"a second {kind or extension} file of the same name ({member.name}) is left out")
+    else:
+        files.append((number, member.offset, member.size))
 
 
-def _finish(path: Path, size: int, found: _Scan, file: BinaryIO) -> Shard:
-    keys, rows, captioned = [], [], []
-    for key, files in found.samples.items():
-        if files.image is None:
-            found.problems.append((key, "left out: no picture"))
+def _finish(name: str, size: int, found: _Scan, file: BinaryIO, damaged: str | None) -> Scanned:
+    kinds = [KIND_OF.get(extension.lower(), "") for extension in found.extensions]
+    keys, samples, flags = [], [], []
+    for key, row in found.rows.items():
+        files = found.files[row]
+        if key == damaged:
             continue
-        txt, meta = _caption_files(file, key, files, found.problems)
-        keys.append(key)
-        rows.append((*files.image, *(txt or (0, -1)), *(meta or (0, -1))))
-        captioned.append(txt is not None or meta is not None)
+        first: dict[str, tuple[int, int]] = {}
+        for number, offset, length in files:
+            kind = kinds[number]
+            if kind and kind in first:
+                found.problem(
+                    key, f"a second {kind} file ({key}.{list(found.extensions)[number]}) is not used"
+                )
+            elif kind:
+                first[kind] = offset, length
+        if not any(kind in first for kind in MEDIA):
+            if first:
+                found.problem(key, "left out: no picture, sound or video")
+            continue
+        keys.append(key.encode("utf-8", "surrogateescape"))
+        samples.append(files)
+        flags.append(sum(BIT[kind] for kind in first) | _captions_of(file, key, first, found))
+    problems = list(found.problems)
+    if found.unlisted:
+        problems.append(("", f"{found.unlisted:,} more problems are not listed"))
     if not keys:
-        reasons = "; ".join(f"{key}: {reason}" for key, reason in found.problems[:3])
+        reasons = "; ".join(f"{key}: {reason}" for key, reason in problems[:3])
         others = ", ".join(f"{count} .{extension}" for extension, count in found.ignored.most_common(5))
         raise BrokenShard(
-            f"{path} holds no picture. {reasons or 'Its files: ' + (others or 'none')}. "
-            "Expected are files KEY.jpg (or .png, .webp ...) with KEY.txt and/or KEY.json."
+            f"{name} holds no picture, sound or video. {reasons or 'Its files: ' + (others or 'none')}. "
+            "Expected are files KEY.jpg (or .png, .flac, .mp4 ...) with KEY.txt and/or KEY.json."
         )
-    members = np.array(rows, dtype=np.int64).reshape(-1, 6)
-    problems = tuple(found.problems)
-    return Shard(
-        path, size, tuple(keys), members, np.array(captioned, dtype=bool), problems, dict(found.ignored)
+    return _tabulate(size, keys, samples, flags, found, tuple(problems))
+
+
+def _tabulate(
+    size: int,
+    keys: list[bytes],
+    samples: list[list[tuple[int, int, int]]],
+    flags: list[int],
+    found: _Scan,
+    problems: tuple[tuple[str, str], ...],
+) -> Scanned:
+    flat = np.array([place for files in samples for place in files], dtype=np.int64).reshape(-1, 3)
+    table = Table(
+        keys=b"".join(keys),
+        key_ends=np.cumsum([len(key) for key in keys], dtype=np.uint32),
+        file_ends=np.cumsum([len(files) for files in samples], dtype=np.uint32),
+        kinds=flat[:, 0].astype(np.uint16),
+        offsets=np.ascontiguousarray(flat[:, 1]),
+        sizes=np.ascontiguousarray(flat[:, 2]),
+        extensions=tuple(found.extensions),
     )
+    bits = np.array(flags, dtype=np.uint8)
+    ignored = dict(found.ignored.most_common(1000))
+    return Scanned(size, bits, table, problems, ignored, digest(bits, table))
 
 
-def _caption_files(
-    file: BinaryIO, key: str, files: _Files, problems: list[tuple[str, str]]
-) -> tuple[tuple[int, int] | None, tuple[int, int] | None]:
-    """Which of txt and json must be read for all captions: a file that adds none to the other is dropped."""
+def digest(flags: np.ndarray, table: Table) -> str:
+    """SHA-256 of what a tar holds: keys, extensions, offsets and sizes of all files, and the flags."""
+    summary = hashlib.sha256()
+    summary.update(json.dumps([len(flags), len(table.kinds), len(table.keys), *table.extensions]).encode())
+    for part in (flags, *table.arrays()):
+        summary.update(part.astype(part.dtype.newbyteorder("<"), copy=False).tobytes())
+    summary.update(table.keys)
+    return summary.hexdigest()
+
+
+def _captions_of(file: BinaryIO, key: str, first: dict[str, tuple[int, int]], found: _Scan) -> int:
+    """Which of txt and json must be read for all captions: a file that adds none to the other need not."""
     from_txt: list[str] = []
     from_json: list[str] = []
-    if files.txt is not None:
-        data = _read(file, files.txt)
-        from_txt = txt_captions(data)
-        if b"\xef\xbf\xbd" not in data and any("\ufffd" in text for text in from_txt):
-            problems.append((key, "the txt is not UTF-8; what is not is replaced"))
-    if files.json is not None:
+    if "txt" in first:
+        data = _read(file, first["txt"])
+        if data is None:
+            found.problem(key, f"the txt is not used: it is larger than {MAX_TEXT:,} bytes")
+        else:
+            from_txt = txt_captions(data)
+            if b"\xef\xbf\xbd" not in data and any("\ufffd" in text for text in from_txt):
+                found.problem(key, "the txt is not UTF-8; what is not is replaced")
+    if "json" in first:
+        data = _read(file, first["json"])
         try:
-            from_json = json_captions(_read(file, files.json))
+            if data is None:
+                raise ValueError(f"it is larger than {MAX_TEXT:,} bytes")
+            from_json = json_captions(data)
         except ValueError as error:
-            problems.append((key, f"the json is not used: {error}"))
+            found.problem(key, f"the json is not used: {error}")
     if from_txt and from_json in ([], from_txt):
-        return files.txt, None
+        return TXT_CAPTIONS
     if from_json and from_txt in ([], *([text] for text in from_json)):
-        return None, files.json
-    return (files.txt if from_txt else None), (files.json if from_json else None)
+        return JSON_CAPTIONS
+    return TXT_CAPTIONS * bool(from_txt) | JSON_CAPTIONS * bool(from_json)
 
 
-def _read(file: BinaryIO, place: tuple[int, int]) -> bytes:
+def _read(file: BinaryIO, place: tuple[int, int]) -> bytes | None:
+    if place[1] > MAX_TEXT:
+        return None
     file.seek(place[0])
     return file.read(place[1])
 
@@ -240,6 +310,17 @@ def txt_captions(data: bytes) -> list[str]:
     return [text] if text else []
 
 
+def json_object(data: bytes) -> dict[str, object]:
+    """A KEY.json. Raises ValueError where it is no JSON object."""
+    try:
+        content = json.loads(data)
+    except (ValueError, RecursionError) as error:
+        raise ValueError(f"not JSON ({error})") from None
+    if not isinstance(content, dict):
+        raise ValueError(f"a JSON {type(content).__name__}, not an object")
+    return content
+
+
 def json_captions(data: bytes) -> list[str]:
     """The captions of a KEY.json: "captions" (a list of strings), then "caption" (a string) if it is new.
 
@@ -247,12 +328,7 @@ def json_captions(data: bytes) -> list[str]:
     Half a surrogate pair, which only JSON can spell, becomes "?". Raises ValueError where it is no JSON
     object, or where these have another type (null is none).
     """
-    try:
-        content = json.loads(data)
-    except (ValueError, RecursionError) as error:
-        raise ValueError(f"not JSON ({error})") from None
-    if not isinstance(content, dict):
-        raise ValueError(f"a JSON {type(content).__name__}, not an object")
+    content = json_object(data)
     many, one = content.get("captions"), content.get("caption")
     if many is not None and not (isinstance(many, list) and all(isinstance(text, str) for text in many)):
         raise ValueError('"captions" is not a list of strings')
@@ -266,48 +342,3 @@ def json_captions(data: bytes) -> list[str]:
 
 def _clean(text: str) -> str:
     return text.encode("utf-8", "replace").decode().strip()
-
-
-def _read_cache(cache: Path, path: Path, status: os.stat_result) -> Shard | None:
-    """The cached index, or None where there is none, it belongs to another state of the tar, or it is
-    unreadable."""
-    try:
-        content = json.loads(cache.read_bytes())
-        made_for = content["version"], content["size"], content["mtime_ns"]
-        if made_for != (VERSION, status.st_size, status.st_mtime_ns):
-            return None
-        return Shard(
-            path=path,
-            size=content["size"],
-            keys=tuple(content["keys"]),
-            members=np.array(content["members"], dtype=np.int64).reshape(-1, 6),
-            captioned=np.array(content["captioned"], dtype=bool),
-            problems=tuple((key, reason) for key, reason in content["problems"]),
-            ignored=content["ignored"],
-        )
-    except (OSError, ValueError, KeyError, TypeError):
-        return None
-
-
-def _write_cache(cache: Path, shard: Shard, status: os.stat_result) -> None:
-    content: dict[str, Any] = {
-        "version": VERSION,
-        "size": status.st_size,
-        "mtime_ns": status.st_mtime_ns,
-        "problems": shard.problems,
-        "ignored": shard.ignored,
-        "captioned": shard.captioned.astype(int).tolist(),
-        "keys": shard.keys,
-        "members": shard.members.tolist(),
-    }
-    try:
-        write_atomically(cache, json.dumps(content, separators=(",", ":")).encode())
-    except OSError:
-        pass  # a folder that cannot be written to is fine: the index stays in memory
-
-
-def iterate_problems(shards: tuple[Shard, ...]) -> Iterator[tuple[str, str, str]]:
-    """(shard path, key, reason) of everything that was left out or is suspect."""
-    for shard in shards:
-        for key, reason in shard.problems:
-            yield str(shard.path), key, reason

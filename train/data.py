@@ -19,8 +19,8 @@ LARGEST_SCENE = 64  # pixels; larger models see the built-in pictures enlarged
 class Sources:
     """The files of a run."""
 
-    train: tuple[Path, ...]
-    heldout: tuple[Path, ...]
+    train: tuple[shards.Address, ...]
+    heldout: tuple[shards.Address, ...]
     tokenizer: Path
     builtin: bool  # training pictures are the built-in corpus'
 
@@ -47,7 +47,7 @@ def find_sources(config: DataConfig, image_size: int, say: Callable[[str], None]
     Raises ValueError or OSError where something named is not there.
     """
     if config.train:
-        heldout = tuple(shards.expand(config.heldout)) if config.heldout else ()
+        heldout: tuple[shards.Address, ...] = tuple(shards.expand(config.heldout)) if config.heldout else ()
         tokenizer = Path(config.tokenizer)
         if not tokenizer.is_file():
             raise ConfigError(

@@ -137,7 +137,7 @@ def _check(args: argparse.Namespace, loaded: LoadedModel, output: Path) -> None:
         raise PermissionError(f"{output} cannot be written; choose another place with --output")
 
 
-def heldout_shards(args: argparse.Namespace, loaded: LoadedModel) -> list[Path]:
+def heldout_shards(args: argparse.Namespace, loaded: LoadedModel) -> list[shards.Address]:
     """The shards to score on. Raises OSError or ValueError for none, or for several splits."""
     data = loaded.config.data
     if args.data or data.heldout:
@@ -149,7 +149,7 @@ def heldout_shards(args: argparse.Namespace, loaded: LoadedModel) -> list[Path]:
     return choose_split(paths, args.split, any(Path(d).expanduser().is_dir() for d in args.data))
 
 
-def training_shards(args: argparse.Namespace, loaded: LoadedModel) -> list[Path]:
+def training_shards(args: argparse.Namespace, loaded: LoadedModel) -> list[shards.Address]:
     """The shards that give the word frequencies; none, and a line that says so, where the run's are gone."""
     data = loaded.config.data
     if args.unigram_from:
@@ -169,7 +169,7 @@ def _builtin(loaded: LoadedModel) -> Sources:
     return find_sources(config.data, config.model.image_size, lambda line: print(line, file=sys.stderr))
 
 
-def choose_split(paths: list[Path], split: str, folder: bool) -> list[Path]:
+def choose_split(paths: list[shards.Address], split: str, folder: bool) -> list[shards.Address]:
     """The shards of `split`, by their names SPLIT-000000.tar.
 
     A folder that holds several splits is refused without a choice: scoring training pictures flatters.
@@ -187,7 +187,7 @@ def choose_split(paths: list[Path], split: str, folder: bool) -> list[Path]:
 
 
 def score(
-    args: argparse.Namespace, loaded: LoadedModel, eval_set: EvalSet, training: list[Path]
+    args: argparse.Namespace, loaded: LoadedModel, eval_set: EvalSet, training: list[shards.Address]
 ) -> EvalResult:
     """The measuring, with what the options ask for."""
     device = choose_device(args.device)

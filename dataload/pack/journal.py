@@ -22,6 +22,8 @@ from dataload.pack.summary import LISTING, Outcome
 SCRATCH = ".packing"
 _JOURNAL = "journal.jsonl"
 _VERSION = 1
+BESIDE = (".index", ".index.json", ".looks.npz")
+"""ends of the files that tools keep beside a shard"""
 
 
 class PackError(ValueError):
@@ -222,4 +224,4 @@ def _to_replace(output: Path, overwrite: bool) -> list[str]:
         return []
     splits = json.loads(listing.read_text("utf-8"))["splits"].values()
     shards = [Path(name).name for split in splits for name in split["shards"]]  # names, whatever it says
-    return [LISTING, *(f"{name}{end}" for name in shards for end in ("", ".index.json"))]
+    return [LISTING, *(f"{name}{end}" for name in shards for end in ("", *BESIDE))]

@@ -4,11 +4,7 @@ from __future__ import annotations
 
 from pathlib import PurePath
 
-from dataload.tarindex import IMAGE_EXTENSIONS
-
-AUDIO_EXTENSIONS = frozenset("wav flac mp3 ogg oga opus m4a aac aif aiff wma".split())
-VIDEO_EXTENSIONS = frozenset("mp4 m4v mov mkv webm avi mpg mpeg ts wmv flv ogv 3gp".split())
-KINDS = {"image": IMAGE_EXTENSIONS, "audio": AUDIO_EXTENSIONS, "video": VIDEO_EXTENSIONS}
+from dataload.tarindex import KIND_OF, MEDIA
 
 
 def suffix_of(path: PurePath) -> str:
@@ -18,5 +14,5 @@ def suffix_of(path: PurePath) -> str:
 
 def kind_of(path: PurePath) -> str:
     """ "image", "audio", "video", or "" for any other file."""
-    suffix = suffix_of(path)
-    return next((kind for kind, suffixes in KINDS.items() if suffix in suffixes), "")
+    kind = KIND_OF.get(suffix_of(path), "")
+    return kind if kind in MEDIA else ""

@@ -131,7 +131,12 @@ def index(patterns: Sequence[str]) -> ShardIndex:
 
 
 def read(
-    found: ShardIndex, *, hashed: bool, tokenizer: Tokenizer | None = None, only_looks: bool = False, workers: int
+    found: ShardIndex,
+    *,
+    hashed: bool,
+    tokenizer: Tokenizer | None = None,
+    only_looks: bool = False,
+    workers: int,
 ) -> Corpus:
     """Counts a corpus. `hashed`: with perceptual hashes (decodes each picture once; kept beside the shard).
     `only_looks`: pictures alone.

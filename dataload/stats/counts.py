@@ -59,7 +59,9 @@ class Distribution:
         width = max(1, _round_up(reach / BARS))
         start = low // width * width
         last = (low + reach - 1 - start) // width  # this bar holds the 99th percentile
-        bars = [[self._out(start + i * width), self._out(start + (i + 1) * width), 0.0] for i in range(last + 1)]
+        bars = [
+            [self._out(start + i * width), self._out(start + (i + 1) * width), 0.0] for i in range(last + 1)
+        ]
         for value, count in self.values.items():
             bars[min((value - start) // width, last)][2] += count
         bars[-1][1] = max(bars[-1][1], self._out(high + 1))

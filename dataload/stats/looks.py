@@ -61,7 +61,9 @@ def needs() -> Any:
     try:
         import imagehash
     except ImportError as error:
-        raise ImportError(f"comparing pictures needs imagehash: pip install 'auroraio[data]' ({error})") from None
+        raise ImportError(
+            f"comparing pictures needs imagehash: pip install 'auroraio[data]' ({error})"
+        ) from None
     return imagehash
 
 
@@ -87,8 +89,7 @@ def hashes(small: Image.Image) -> tuple[np.ndarray, np.ndarray] | None:
     """uint64 [1] and uint64 [4]: the hash of 64 bits and that of 256, of a grey picture of SIDE x SIDE. None for
     one without contrast."""
     imagehash = needs()
-    low, high = small.getextrema()
-    if high - low < FLAT_RANGE:
+    if np.ptp(np.asarray(small)) < FLAT_RANGE:  # of uint8: no overflow, as it is high - low
         return None
     coarse, fine = imagehash.phash(small), imagehash.phash(small, hash_size=16)
     return np.packbits(coarse.hash).view("<u8"), np.packbits(fine.hash).view("<u8")
@@ -96,7 +97,7 @@ def hashes(small: Image.Image) -> tuple[np.ndarray, np.ndarray] | None:
 
 def look(data: bytes, hashed: bool, max_pixels: int = images.MAX_PIXELS) -> tuple[np.void, str]:
     """One row of LOOK without its format, and the format. Raises BrokenImage."""
-    row = np.zeros((), dtype=LOOK)[()]
+    row: Any = np.zeros((), dtype=LOOK)[()]
     if hashed:
         small, kind, width, height = grey(data, max_pixels)
         found = hashes(small)

@@ -98,7 +98,12 @@ def _within(wanted: np.ndarray, hashes: np.ndarray, distance: int) -> Iterator[t
 
 
 def _decide(
-    queries: np.ndarray, corpus: np.ndarray, query: np.ndarray, found: np.ndarray, mirrored: np.ndarray, check: int
+    queries: np.ndarray,
+    corpus: np.ndarray,
+    query: np.ndarray,
+    found: np.ndarray,
+    mirrored: np.ndarray,
+    check: int,
 ) -> Pairs:
     """Candidates whose fine hashes are near too, each pair once, by query and nearness."""
     coarse = np.where(mirrored, queries["mirrored"][query], queries["hash"][query])

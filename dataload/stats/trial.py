@@ -63,7 +63,10 @@ ALTERED: dict[str, Callable[[Image.Image], bytes]] = {
 
 
 def measure(
-    pictures: Sequence[bytes], distance: int = DISTANCE, check: int = CHECK, ways: Sequence[str] = tuple(ALTERED)
+    pictures: Sequence[bytes],
+    distance: int = DISTANCE,
+    check: int = CHECK,
+    ways: Sequence[str] = tuple(ALTERED),
 ) -> tuple[dict[str, float], int, int]:
     """(share found by way of altering, different pairs taken for copies, different pairs in all)."""
     with ThreadPoolExecutor() as pool:
