@@ -34,7 +34,7 @@ def histogram(title: str, told: dict[str, Any], unit: str, note: str = "") -> di
     if not told.get("count"):
         return None
     bars = told["histogram"]
-    said = f"median {told['median']:g}, 95% up to {told['p95']:g}, largest {told['max']:,g} {unit}"
+    said = f"median {told['median']:g}, 95% up to {told['p95']:g}, largest {told['max']:,g} {unit}".rstrip()
     labels = []
     for low, high, count in bars:
         whole = isinstance(low, int) and isinstance(high, int)

@@ -147,7 +147,8 @@ def _texts_said(told: Mapping[str, Any]) -> str:
         f"{captions['long']['count']:,} have more than {captions['long']['over_characters']:,} characters. "
     )
     return (
-        text + f"{told['texts_without_caption']:,} samples have a txt or json without a caption (blank, or a label alone)."
+        text
+        + f"{told['texts_without_caption']:,} samples have a txt or json without a caption (blank, or a label alone)."
     )
 
 
