@@ -219,6 +219,15 @@ def test_search_is_exhaustive(distance: int) -> None:
         set(zip(pairs.query.tolist(), pairs.found.tolist(), strict=True)) == expected and len(expected) > 20
     )
     assert len(pairs) == len(expected)
+    inside = search(rows, rows, distance=distance, check=256, within=True)
+    both = {
+        (q, t)
+        for q in whole
+        for t in whole
+        if q < t
+        and min(int(rows[name][q] ^ rows["hash"][t]).bit_count() for name in ("hash", "mirrored")) <= distance
+    }
+    assert set(zip(inside.query.tolist(), inside.found.tolist(), strict=True)) == both
 
 
 def test_looks_agree_with_imagehash_itself() -> None:

@@ -63,10 +63,11 @@ def search(
     def candidates(first: int) -> list[tuple[np.ndarray, np.ndarray, bool]]:
         found = []
         rows = ours[first : first + chunk]
+        start = first if within else 0  # pairs with earlier ones are found from those
         for mirrored, name in ((False, "hash"), (True, "mirrored")):
             wanted = queries[name][rows]
-            for query, place in _within(wanted, hashes, distance):
-                found.append((np.full(len(place), rows[query]), theirs[place], mirrored))
+            for query, place in _within(wanted, hashes[start:], distance):
+                found.append((np.full(len(place), rows[query]), theirs[start:][place], mirrored))
         step(len(rows))
         return found
 
