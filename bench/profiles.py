@@ -13,7 +13,7 @@ from typing import Any
 import torch
 
 from bench import cases
-from bench.peers import loading, opening
+from bench.peers import loading, opening, tokenizing
 from bench.peers.accelerated import ACCELERATED_ATTENTION, ACCELERATED_STEP
 from bench.peers.latent import LATENT_ATTENTION
 from bench.peers.layers import PERCEIVER_CROSS_ATTENTION, SWIN_BLOCK
@@ -89,6 +89,13 @@ def _opening_task(case: opening.OpenCase, mode: str) -> Task:
     )  # fmt: skip
 
 
+def _text_task(case: tokenizing.TextCase) -> Task:
+    return Task(
+        tokenizing.TOKENIZER, f"{case.name}/encode/int64", tuple(tokenizing.PEERS),
+        lambda budget, peers, clock: tokenizing.solve(case, budget=budget, peers=peers),
+    )  # fmt: skip
+
+
 def _cpu_tasks() -> tuple[Task, ...]:
     """fp32 everywhere, as CPUs are fast in it; bf16 where its numerics matter, on the smallest shapes."""
     both = (FORWARD, TRAINING)
@@ -105,6 +112,7 @@ def _cpu_tasks() -> tuple[Task, ...]:
         *_tasks(ACCELERATED_STEP, "cpu", cases.CPU_MODELS, (STEP,), (FP32,)),
         *map(_loader_task, cases.CPU_LOADERS),
         *(_opening_task(case, mode) for case in cases.OPENINGS for mode in (opening.OPEN, opening.RESUME)),
+        *map(_text_task, cases.CPU_TEXTS),
     )
 
 
@@ -138,6 +146,11 @@ CPU_GATES = (
     Gate("accelerated_attention", "swin-window14-batch1/training/bfloat16", "accelerated", "timm", 1.03),
     Gate("accelerated_attention", "swinv2-window7-batch1/training/bfloat16", "accelerated", "timm", 1.03),
     Gate("accelerated_attention", "swinv2-window14-batch1/training/bfloat16", "accelerated", "timm", 1.03),
+    # 0.34, 0.18, 0.74 and 0.38 measured.
+    Gate("tokenizer", "unigram-one-by-one/encode/int64", "auroraio", "tokenizers", 0.7),
+    Gate("tokenizer", "unigram-batch/encode/int64", "auroraio", "tokenizers", 0.5),
+    Gate("tokenizer", "bpe-one-by-one/encode/int64", "auroraio", "tokenizers", 1.0),
+    Gate("tokenizer", "bpe-batch/encode/int64", "auroraio", "tokenizers", 0.8),
 )
 
 

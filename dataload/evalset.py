@@ -39,7 +39,9 @@ class EvalSet:
         max_pixels: int = images.MAX_PIXELS,
     ) -> None:
         self.index = shards.index(shards.expand(shard_patterns))
-        self._samples = [int(sample) for sample in np.flatnonzero(self.index.captioned & self.index.has("image"))]
+        self._samples = [
+            int(sample) for sample in np.flatnonzero(self.index.captioned & self.index.has("image"))
+        ]
         if not self._samples:
             raise ValueError(f"no sample of {list(shard_patterns)} has a caption")
         self.uncaptioned = len(self.index) - len(self._samples)

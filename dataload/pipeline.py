@@ -277,7 +277,9 @@ def _manifest_differences(then: dict[str, Any], now: dict[str, Any]) -> list[str
     if then["hash"] == now["hash"]:
         return []
     numbers = [
-        f"{name} {then.get(name)} -> {now[name]}" for name in now if name != "hash" and then.get(name) != now[name]
+        f"{name} {then.get(name)} -> {now[name]}"
+        for name in now
+        if name != "hash" and then.get(name) != now[name]
     ]
     return [
         "the shards changed: "

@@ -16,6 +16,7 @@ import re
 import sys
 import threading
 from collections.abc import Iterable, Iterator, Sequence
+from itertools import chain
 from pathlib import Path
 
 import numpy as np
@@ -23,12 +24,19 @@ import sentencepiece
 import torch
 
 from dataload.files import write_atomically
+from dataload.progress import Progress
 
 PAD, UNK, BOS, EOS, MASK = 0, 1, 2, 3, 4
 FIRST_PIECE = 5  # ids below are special; the first ordinary piece is the byte 0x00
 MODEL_TYPES = ("unigram", "bpe")
 # SentencePiece leaves out longer lines without a word; we count them. In bytes of UTF-8.
 MAX_TEXT_BYTES = 4192
+
+DESCRIPTION = """\
+Trains a SentencePiece tokenizer with byte fallback on captions; no text is unknown to it.
+
+  python -m dataload.tokenizer --input 'shards/train-*.tar' --output shards/tokenizer.model
+  python -m dataload.tokenizer --input captions.txt --vocab-size 8000 --model-type bpe --lowercase --output bpe.model"""
 
 # SentencePiece's seed is documented as the process's (0.2.3 in fact keeps one per thread), so that seeding and
 # drawing are one critical section.
@@ -72,6 +80,10 @@ class Tokenizer:
         """Ids of the text, without BOS and EOS. Blank text gives an empty list."""
         return self._processor.encode(text)
 
+    def encode_many(self, texts: Sequence[str]) -> list[list[int]]:
+        """`encode` of each text, in one call of SentencePiece on one thread: about twice as fast as one by one."""
+        return self._processor.encode(list(texts), num_threads=1) if len(texts) else []
+
     def sample(self, text: str, alpha: float, seed: int) -> list[int]:
         """Ids of one segmentation drawn at random (subword regularisation, arXiv:1804.10959; for BPE,
         BPE-dropout).
@@ -101,9 +113,14 @@ class Tokenizer:
         """
         if length < 3:
             raise ValueError(f"length is {length}; BOS, one token and EOS need at least 3")
-        rows = np.zeros((len(texts), length), dtype=np.int64)
-        for i, text in enumerate(texts):
-            rows[i] = self.row(self.encode(text), length)
+        room = length - 2
+        ids = [row[:room] for row in self.encode_many(texts)]
+        counts = np.array([len(row) for row in ids], dtype=np.int64)
+        rows = np.zeros((len(ids), length), dtype=np.int64)
+        rows[:, 0] = BOS
+        # The places of the ids, row by row, are in the order of the ids one after the other.
+        rows[:, 1:-1][np.arange(room) < counts[:, None]] = list(chain.from_iterable(ids))
+        rows[np.arange(len(ids)), counts + 1] = EOS
         return torch.from_numpy(rows)
 
     def decode(self, ids: Sequence[int]) -> str:
@@ -225,13 +242,17 @@ class _Corpus:
         self.texts = self.blank = self.too_long = 0
 
     def __iter__(self) -> Iterator[str]:
-        for text in self._read():
-            self.texts += 1
-            if not text.strip():
-                self.blank += 1
-            elif len(text.encode("utf-8", "replace")) > MAX_TEXT_BYTES:
-                self.too_long += 1
-            yield text
+        with Progress("texts read") as progress:
+            for text in self._read():
+                progress.step()
+                self.texts += 1
+                if not text.strip():
+                    self.blank += 1
+                elif len(text.encode("utf-8", "replace")) > MAX_TEXT_BYTES:
+                    self.too_long += 1
+                yield text
+        # SentencePiece says nothing while it trains; 32,000 pieces of a million captions take it minutes.
+        print(f"read {self.texts:,} texts; training ...", file=sys.stderr, flush=True)
 
     def _read(self) -> Iterator[str]:
         for name in self._files:
@@ -246,7 +267,9 @@ class _Corpus:
 def main(arguments: Sequence[str] | None = None) -> int:
     """The command line; returns the exit status."""
     parser = argparse.ArgumentParser(
-        prog="python -m dataload.tokenizer", description="Train a SentencePiece tokenizer on captions."
+        prog="python -m dataload.tokenizer",
+        description=DESCRIPTION,
+        formatter_class=argparse.RawDescriptionHelpFormatter,
     )
     parser.add_argument(
         "--input",

@@ -213,3 +213,14 @@ def test_command_errors(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> N
     assert main(["--input", str(tmp_path / "none.tar"), "--output", output]) == 2
     errors = capsys.readouterr().err
     assert "none.txt" in errors and "no shard at" in errors and "Traceback" not in errors
+
+
+def test_many_at_once_are_the_same_as_one_by_one(trained: Tokenizer) -> None:
+    texts = [*sentences(50, seed=3), "", "日本語 👍", "  "]
+    assert trained.encode_many(texts) == [trained.encode(text) for text in texts]
+    assert (
+        trained.encode_many(tuple(texts[:3])) == trained.encode_many(texts)[:3]
+        and trained.encode_many([]) == []
+    )
+    rows = trained.encode_batch(texts, 9)
+    assert rows.tolist() == [trained.row(trained.encode(text), 9).tolist() for text in texts]

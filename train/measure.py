@@ -77,7 +77,9 @@ def evaluate_model(
     return _result(collector, unigram, scenes)
 
 
-def unigram_counts(patterns: Sequence[str | shards.Address], tokenizer: Tokenizer, most: int = 100_000) -> Tensor:
+def unigram_counts(
+    patterns: Sequence[str | shards.Address], tokenizer: Tokenizer, most: int = 100_000
+) -> Tensor:
     """Token counts int64 [V] of the captions in the shards (no picture is read), for the unigram baseline.
 
     Of more than `most` captioned pictures, every n-th is read: word frequencies need no billion captions.

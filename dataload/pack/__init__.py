@@ -11,9 +11,11 @@ from __future__ import annotations
 from dataload.pack.coco import read_coco
 from dataload.pack.csv_table import read_csv
 from dataload.pack.folder import read_folder
+from dataload.pack.journal import PackError
 from dataload.pack.karpathy import read_karpathy
-from dataload.pack.packing import PackError, Summary, pack
+from dataload.pack.packing import pack
 from dataload.pack.source import Picture, Source, SourceError
+from dataload.pack.summary import Summary
 from dataload.pack.writer import ShardWriter
 
 __all__ = [

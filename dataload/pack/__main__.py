@@ -12,16 +12,22 @@ from pathlib import Path
 from dataload.pack.coco import read_coco
 from dataload.pack.csv_table import read_csv
 from dataload.pack.folder import read_folder
+from dataload.pack.journal import SCRATCH, PackError
 from dataload.pack.karpathy import read_karpathy
-from dataload.pack.packing import PackError, pack
+from dataload.pack.packing import pack
 from dataload.pack.source import Source, SourceError
 
 DESCRIPTION = """\
-Packs pictures and captions as tar shards: DIR/<split>-000000.tar ..., with a dataset.json beside them.
+Packs pictures, sounds and videos with captions or labels as tar shards: DIR/<split>-000000.tar ..., with a
+dataset.json beside them.
 
-A sample is KEY.jpg, KEY.txt (its first caption) and KEY.json (all captions); pictures without captions are
-packed alone and serve masked image modelling. JPEG, PNG and WebP files are packed byte for byte, other
-formats become PNG. Whatever is missing, broken or a duplicate is counted and listed."""
+A sample is KEY.jpg (or .wav, .mp4, or several of them), KEY.txt (its first caption) and KEY.json (all captions,
+the label); pictures without captions are packed alone and serve masked image modelling. JPEG, PNG and WebP files,
+sounds and videos are packed byte for byte, other pictures become PNG. Whatever is missing, broken or a duplicate
+is counted and listed.
+
+An interrupted packing (Ctrl-C, a full disk, a power cut) leaves its whole shards in DIR/.packing: the same
+command goes on from there and gives the same bytes. Everything appears in DIR at the end."""
 
 COCO = """\
 COCO's captions, one file per split; a picture without a caption is packed as an uncaptioned one.
@@ -32,14 +38,18 @@ Karpathy's file says which split each picture belongs to; every split gets shard
 
   python -m dataload.pack karpathy --json dataset_flickr8k.json --images Flicker8k_Dataset --output shards"""
 CSV = """\
-A table with a header and one caption per row; rows of the same picture are its several captions.
+A table with a header and one caption per row; rows of the same file are its several captions. The files may be
+pictures, sounds or videos.
 
-  python -m dataload.pack csv --csv captions.csv --images pictures --image-column file --output shards"""
+  python -m dataload.pack csv --csv captions.csv --images pictures --image-column file --output shards
+  python -m dataload.pack csv --csv labels.csv --media audio --media-column file --label-column class --output shards"""
 FOLDER = """\
-All pictures below a folder. The captions of NAME.jpg are the lines of NAME.txt, and in NAME.json "caption" (a
-text), "captions" (a list) or a list alone; pictures without such a file are packed as uncaptioned ones.
+All pictures, sounds and videos below a folder; NAME.mp4 and NAME.wav are one sample. The captions of NAME.jpg are
+the lines of NAME.txt, and in NAME.json "caption" (a text), "captions" (a list) or a list alone; "label" there is
+its label. Pictures without such a file are packed as uncaptioned ones.
 
-  python -m dataload.pack folder --images holiday --output shards"""
+  python -m dataload.pack folder --images holiday --output shards
+  python -m dataload.pack folder --media sounds --label-from-folder --output shards"""
 
 
 def _parser() -> argparse.ArgumentParser:
@@ -86,11 +96,15 @@ def _parser() -> argparse.ArgumentParser:
     )
     table.add_argument("--csv", type=Path, required=True, metavar="FILE", help="one row per caption")
     table.add_argument(
-        "--image-column", default="image", help="column with the picture's path (default: image)"
+        "--image-column",
+        "--media-column",
+        default="image",
+        help="column with the path of the picture, sound or video (default: image)",
     )
     table.add_argument(
         "--caption-column", default="caption", help="column with the caption (default: caption)"
     )
+    table.add_argument("--label-column", help="column with the label; captions are then not needed")
     table.add_argument(
         "--split-column", help="column with the split's name (default: all pictures belong to --split)"
     )
@@ -99,13 +113,16 @@ def _parser() -> argparse.ArgumentParser:
     folder = commands.add_parser(
         "folder",
         parents=[split],
-        help="a folder of pictures, with or without captions",
+        help="a folder of pictures, sounds, videos, with or without captions",
         description=FOLDER,
         formatter_class=raw,
     )
+    folder.add_argument(
+        "--label-from-folder", action="store_true", help="a file's label is the name of its folder"
+    )
     for command in (coco, karpathy, table, folder):
         command.add_argument(
-            "--images", type=Path, required=True, metavar="DIR", help="folder of the pictures"
+            "--images", "--media", type=Path, required=True, metavar="DIR", help="folder of the files"
         )
         _add_common(command)
     return parser
@@ -119,7 +136,10 @@ def _add_common(command: argparse.ArgumentParser) -> None:
     group.add_argument(
         "--overwrite", action="store_true", help="replace what an earlier packing put into DIR"
     )
-    group.add_argument("--max-samples", type=int, default=1000, help="pictures per shard (default: 1000)")
+    group.add_argument(
+        "--restart", action="store_true", help="throw away what an interrupted packing has finished"
+    )
+    group.add_argument("--max-samples", type=int, default=1000, help="samples per shard (default: 1000)")
     group.add_argument("--max-megabytes", type=int, default=512, help="size of a shard in MiB (default: 512)")
     group.add_argument(
         "--shuffle-seed", type=int, metavar="N", help="random order that depends on N (default: the source's)"
@@ -131,7 +151,7 @@ def _add_common(command: argparse.ArgumentParser) -> None:
         help="scale pictures down to a shortest side of N pixels, as JPEG of quality 95",
     )
     group.add_argument(
-        "--verify", action="store_true", help="decode every picture in full to find broken ones (slow)"
+        "--verify", action="store_true", help="decode every picture, open every sound and video (slow)"
     )
     group.add_argument("--workers", type=int, help="threads (default: one per core)")
 
@@ -150,12 +170,15 @@ def _read(options: argparse.Namespace) -> Source:
                 options.images,
                 image_column=options.image_column,
                 caption_column=options.caption_column,
+                label_column=options.label_column,
                 split_column=options.split_column,
                 split=options.split,
                 delimiter=options.delimiter,
             )
         case _:
-            return read_folder(options.images, split=options.split)
+            return read_folder(
+                options.images, split=options.split, label_from_folder=options.label_from_folder
+            )
 
 
 def main(arguments: Sequence[str] | None = None) -> int:
@@ -178,14 +201,27 @@ def main(arguments: Sequence[str] | None = None) -> int:
             verify=options.verify,
             shuffle_seed=options.shuffle_seed,
             overwrite=options.overwrite,
+            restart=options.restart,
             workers=options.workers,
         )
-    except (SourceError, PackError) as error:
+    except (SourceError, PackError, ImportError) as error:
         print(f"error: {error}", file=sys.stderr)
         return 2
+    except (OSError, KeyboardInterrupt) as error:
+        why = "interrupted" if isinstance(error, KeyboardInterrupt) else f"error: {error}"
+        print(f"{why}\n{_kept(options.output)}", file=sys.stderr)
+        return 130 if isinstance(error, KeyboardInterrupt) else 1
     print(summary)
     print(f"written to {options.output} in {time.monotonic() - started:.1f} s")
     return 0
+
+
+def _kept(output: Path) -> str:
+    """What an interruption leaves, for the user."""
+    whole = len(list((output / SCRATCH).glob("*.tar")))
+    if not whole:
+        return "no shard was finished: the same command begins anew"
+    return f"{whole:,} whole shards are kept in {output / SCRATCH}: the same command goes on from there"
 
 
 if __name__ == "__main__":

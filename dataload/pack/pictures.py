@@ -6,7 +6,7 @@ import hashlib
 import io
 from dataclasses import dataclass
 
-from PIL import Image
+from PIL import Image, UnidentifiedImageError
 
 # Formats whose bytes are packed as they are, with the suffix in the shard. MPO is a JPEG with further
 # pictures behind it.
@@ -25,6 +25,7 @@ class Prepared:
     """what was done to it, for counting; empty = nothing"""
     broken: str = ""
     """why it cannot be packed"""
+    kind: str = "image"
 
 
 def prepare(data: bytes, *, resize: int | None, verify: bool) -> Prepared:
@@ -49,6 +50,8 @@ def prepare(data: bytes, *, resize: int | None, verify: bool) -> Prepared:
         if kind in KEPT and not shrink and not verify:
             return Prepared(digest, KEPT[kind], data)
         picture = images.decode(data)
+    except UnidentifiedImageError:  # whose message has an address in it, another one each time
+        return Prepared(digest, broken=f"{len(data)} bytes in no format that is read here")
     except Exception as error:  # Pillow's readers raise nearly anything for bytes that are no whole picture
         return Prepared(digest, broken=f"{type(error).__name__}: {error}")
     if shrink and resize is not None:

@@ -16,7 +16,8 @@ class SourceError(ValueError):
 
 @dataclass(frozen=True)
 class Picture:
-    """One picture of a source; without captions it is packed as an uncaptioned one."""
+    """One sample of a source: a picture, a sound, a video, or several of these that belong together. Without
+    captions it is packed as an uncaptioned one."""
 
     path: Path
     """where the file should be"""
@@ -25,7 +26,14 @@ class Picture:
     split: str
     captions: tuple[str, ...] = ()
     facts: dict[str, Any] = field(default_factory=dict)
-    """joins the captions in the JSON sidecar (the ids that the source gives)"""
+    """joins the captions in the JSON sidecar: ids that the source gives, and "label" where there is one"""
+    others: tuple[Path, ...] = ()
+    """more files of the sample, each of another kind than `path` and the others"""
+
+    @property
+    def paths(self) -> tuple[Path, ...]:
+        """All files of the sample."""
+        return (self.path, *self.others)
 
 
 @dataclass

@@ -1,15 +1,17 @@
 """Tar shards in img2dataset's layout with the same bytes for the same samples, on any day and any machine.
 
-A shard PREFIX-000000.tar holds samples one after another; a sample is KEY.<image suffix>, KEY.txt (its first
-caption) and KEY.json ({"captions": [...], ...}); an uncaptioned sample is the image alone.
+A shard PREFIX-000000.tar holds samples one after another; a sample is KEY.<suffix> for each of its media,
+KEY.txt (its first caption) and KEY.json ({"captions": [...], "label": ..., ...}); without captions and label it is
+its media alone.
 """
 
 from __future__ import annotations
 
 import io
 import json
+import os
 import tarfile
-from collections.abc import Mapping, Sequence
+from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass, field
 from pathlib import Path
 from types import TracebackType
@@ -31,6 +33,8 @@ class ShardWriter:
     max_bytes: int = 512 * 2**20
     first_shard: int = 0
     shards: list[Path] = field(default_factory=list)
+    finished: Callable[[Path], None] | None = None
+    """called with each shard once it is complete and on the disk"""
     _tar: tarfile.TarFile | None = None
     _samples: int = 0
 
@@ -44,10 +48,23 @@ class ShardWriter:
     ) -> None:
         """Adds one sample; `suffix` is that of the image without the dot, `facts` join the captions in the
         JSON sidecar."""
-        members = [(f"{key}.{suffix}", image)]
+        self.write_files(key, {suffix: image}, captions, facts)
+
+    def write_files(
+        self,
+        key: str,
+        files: Mapping[str, bytes],
+        captions: Sequence[str] = (),
+        facts: Mapping[str, Any] | None = None,
+    ) -> None:
+        """Adds one sample of several media, by their suffixes without the dot. The sidecar is written where
+        there are captions, or a "label" among the facts."""
+        members = [(f"{key}.{suffix}", data) for suffix, data in files.items()]
+        facts = facts or {}
         if captions:
-            sidecar = {"captions": list(captions), **(facts or {})}
             members.append((f"{key}.txt", captions[0].encode()))
+        if captions or "label" in facts:
+            sidecar = {"captions": list(captions), **facts} if captions else dict(facts)
             members.append(
                 (f"{key}.json", json.dumps(sidecar, ensure_ascii=False, separators=(",", ":")).encode())
             )
@@ -79,9 +96,14 @@ class ShardWriter:
     def _finish(self) -> None:
         if self._tar is not None:
             self._tar.close()
+            if self.finished is not None:
+                with open(self._partial, "rb") as file:
+                    os.fsync(file.fileno())  # what is told as finished survives a power cut
             self._partial.replace(self._path)
             self.shards.append(self._path)
             self._tar = None
+            if self.finished is not None:
+                self.finished(self._path)
 
     def __enter__(self) -> ShardWriter:
         return self

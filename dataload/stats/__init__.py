@@ -1,0 +1,1 @@
+"""What a corpus holds: `python -m dataload.stats`."""

@@ -1,0 +1,64 @@
+"""Sounds and videos by their headers: how long, of what rate or size. soundfile and PyAV, where they are installed."""
+
+from __future__ import annotations
+
+import io
+from dataclasses import dataclass
+from fractions import Fraction
+from importlib.util import find_spec
+
+
+@dataclass(frozen=True)
+class Header:
+    """What a file says of itself. Seconds are 0 where it does not say."""
+
+    seconds: float
+    kind: str
+    """ "8,000 Hz, 1 channel", "360x288, 25 fps" """
+
+
+class BrokenMedia(ValueError):
+    """No header that can be read."""
+
+
+def missing() -> str:
+    """The packages that are not here, for a sentence; empty = all are."""
+    return " and ".join(name for name in ("soundfile", "av") if find_spec(name) is None)
+
+
+def header(data: bytes, kind: str) -> Header:
+    """Of a file of `kind` "audio" or "video". Raises BrokenMedia, and ImportError where a package is missing."""
+    if kind == "audio":
+        import soundfile
+
+        try:
+            info = soundfile.info(io.BytesIO(data))
+            channels = "1 channel" if info.channels == 1 else f"{info.channels} channels"
+            return Header(info.frames / info.samplerate, f"{info.samplerate:,} Hz, {channels}")
+        except (soundfile.LibsndfileError, RuntimeError, ZeroDivisionError):
+            pass  # AAC and others, which PyAV may know
+    return _by_av(data, kind)
+
+
+def _by_av(data: bytes, kind: str) -> Header:
+    import av
+
+    try:
+        with av.open(io.BytesIO(data), "r") as container:
+            seconds = (container.duration or 0) / av.time_base
+            if kind == "audio":
+                if not container.streams.audio:
+                    raise BrokenMedia("no sound in it")
+                sound = container.streams.audio[0]
+                channels = "1 channel" if sound.channels == 1 else f"{sound.channels} channels"
+                return Header(seconds, f"{sound.rate:,} Hz, {channels}")
+            if not container.streams.video:
+                raise BrokenMedia("no video in it")
+            video = container.streams.video[0]
+            rate = float(video.average_rate or Fraction(0))
+            tracks = "with sound" if container.streams.audio else "silent"
+            return Header(seconds, f"{video.width}x{video.height}, {rate:.3g} fps, {tracks}")
+    except (av.FFmpegError, ValueError, TypeError) as error:
+        if isinstance(error, BrokenMedia):
+            raise
+        raise BrokenMedia(f"{type(error).__name__}: {error}") from error
