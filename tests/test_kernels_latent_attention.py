@@ -459,7 +459,7 @@ Z = torch.zeros
             "returns no log-sum-exp.*These can: reference, eager",
         ),
         ({"backend": "sdpa", "dropout_p": 0.1}, BackendError, "takes no seed"),
-        ({"backend": "flash_attn"}, BackendError, "not part of this version"),
+        ({"backend": "flash_attn"}, BackendError, "it runs on CUDA devices, got cpu"),
         ({"backend": "flash"}, ValueError, "unknown backend 'flash'; supported: 'auto'"),
     ],
 )
