@@ -212,6 +212,8 @@ def fold_heads(q: Tensor, kv_heads: int) -> Tensor:
 
 def unfold_heads(out: Tensor, heads: int) -> Tensor:
     """[B, h_kv, g * M, d] -> [B, M, h, d]."""
+    if heads == out.shape[1]:
+        return out.transpose(1, 2)
     return out.unflatten(2, (heads // out.shape[1], -1)).flatten(1, 2).transpose(1, 2)
 
 

@@ -208,6 +208,10 @@ def _run(
     if backend == "flash_attn":
         out, lse = flash_ops.latent_attention(q, k, v, key_lengths, offsets, scale)
         return out, lse if return_lse else None
+    if backend == "sdpa" and key_mask is None:
+        found = sdpa.one_by_one(q, k, v, key_lengths, offsets, scale)
+        if found is not None:
+            return found, None
     visible = key_mask
     if key_lengths is not None:
         visible = torch.arange(k.shape[1], device=k.device) < key_lengths[:, None]

@@ -15,7 +15,9 @@ from torch.nn.attention import SDPBackend, sdpa_kernel
 
 from kernels.backend import is_hopper
 from kernels.latent_attention.eager import additive_mask, fold_heads, unfold_heads
-from kernels.latent_attention.reference import compute_dtype
+
+# Multiplications to a sample from which on samples are looked at one by one: 50 microseconds of a core.
+LEAST_WORK = 2**20
 
 
 def takes_cudnn(q: Tensor, k: Tensor, v: Tensor) -> bool:
@@ -39,12 +41,12 @@ def _cudnn_first() -> AbstractContextManager[None]:
 def latent_attention(q: Tensor, k: Tensor, v: Tensor, visible: Tensor | None, scale: float) -> Tensor:
     """q [B, M, h, dqk]; k, v [B, N, h_kv, d]; visible bool [B, N] -> out [B, M, h, dv]. N >= 1; no dropout,
     no lse."""
-    heads, dqk, dv = q.shape[2], q.shape[3], v.shape[3]
-    dtype = q.dtype
-    if q.device.type == "cpu":
-        q, k, v = (t.to(compute_dtype(t)) for t in (q, k, v))
+    dtype, heads, on_cpu = q.dtype, q.shape[2], q.device.type == "cpu"
+    if on_cpu and dtype.itemsize == 2:
+        q, k, v = q.float(), k.float(), v.float()
+    dqk, dv = q.shape[3], v.shape[3]
     folded = fold_heads(q, k.shape[2])  # [B, h_kv, g * M, dqk]
-    cudnn = is_hopper(q.device) and q.dtype.itemsize == 2 and takes_cudnn(q, k, v)
+    cudnn = not on_cpu and is_hopper(q.device) and dtype.itemsize == 2 and takes_cudnn(q, k, v)
     cudnn = cudnn and torch.backends.cuda.cudnn_sdp_enabled()
     if (
         dqk != dv and not cudnn
@@ -57,7 +59,40 @@ def latent_attention(q: Tensor, k: Tensor, v: Tensor, visible: Tensor | None, sc
         mask = mask[:, None, None, :]
     with _cudnn_first() if cudnn else nullcontext():
         out = F.scaled_dot_product_attention(folded, k.transpose(1, 2), v.transpose(1, 2), mask, scale=scale)
-    out = out[..., :dv]
+    if dqk != dv:
+        out = out[..., :dv]
     if empty is not None:
         out = out.masked_fill(empty[:, None, None, None], 0)
-    return unfold_heads(out, heads).to(dtype)
+    out = unfold_heads(out, heads)
+    return out if out.dtype == dtype else out.to(dtype)
+
+
+def one_by_one(
+    q: Tensor, k: Tensor, v: Tensor, key_lengths: Tensor | None, offsets: Tensor | None, scale: float
+) -> Tensor | None:
+    """The same on a CPU, of keys with lengths or packed: sample by sample, without a mask, and without the work on keys that
+    nobody sees. None where the samples are too small for that, or have no keys, or where a compiler reads along.
+    """
+    told = key_lengths if offsets is None else offsets.diff()
+    if told is None or told.device.type != "cpu" or torch.compiler.is_compiling():
+        return None
+    lengths = told.tolist()
+    work = sum(lengths) * q.shape[1] * q.shape[2] * (q.shape[3] + v.shape[-1])
+    if work < LEAST_WORK * len(lengths) or not work:
+        return None
+    dtype = q.dtype
+    if dtype.itemsize == 2:
+        q, k, v = q.float(), k.float(), v.float()
+    parts = lengths
+    if offsets is None:  # of each sample what is visible, then what is hidden
+        parts = [count for length in lengths for count in (length, k.shape[1] - length)]
+        k, v = k.flatten(0, 1), v.flatten(0, 1)
+    step = len(parts) // len(lengths)
+    keys, values = k.split(parts)[::step], v.split(parts)[::step]
+    outs = [
+        latent_attention(one, key[None], value[None], None, scale)
+        if len(key)
+        else one.new_zeros(*one.shape[:3], v.shape[-1])
+        for one, key, value in zip(q.split(1), keys, values, strict=True)
+    ]
+    return torch.cat(outs).to(dtype)
