@@ -7,10 +7,12 @@ half types are computed in float32: torch's own half arithmetic measured 4 to 6 
 from __future__ import annotations
 
 from contextlib import AbstractContextManager, nullcontext
+from typing import Any
 
 import torch
 import torch.nn.functional as F
 from torch import Tensor
+from torch.autograd.function import once_differentiable
 from torch.nn.attention import SDPBackend, sdpa_kernel
 
 from kernels.backend import is_hopper
@@ -18,6 +20,9 @@ from kernels.latent_attention.eager import additive_mask, fold_heads, unfold_hea
 
 # Multiplications to a sample from which on samples are looked at one by one: 50 microseconds of a core.
 LEAST_WORK = 2**20
+PIECE = (
+    2**20
+)  # numbers of k that are in float32 at a time, where k and v are in a half type and have 4 times as many
 
 
 def takes_cudnn(q: Tensor, k: Tensor, v: Tensor) -> bool:
@@ -42,9 +47,11 @@ def latent_attention(q: Tensor, k: Tensor, v: Tensor, visible: Tensor | None, sc
     """q [B, M, h, dqk]; k, v [B, N, h_kv, d]; visible bool [B, N] -> out [B, M, h, dv]. N >= 1; no dropout,
     no lse."""
     dtype, heads, on_cpu = q.dtype, q.shape[2], q.device.type == "cpu"
-    if on_cpu and dtype.itemsize == 2:
-        q, k, v = q.float(), k.float(), v.float()
     dqk, dv = q.shape[3], v.shape[3]
+    if on_cpu and dtype.itemsize == 2:
+        if visible is None and dqk == dv and k.numel() > 4 * PIECE and not torch.compiler.is_compiling():
+            return unfold_heads(_Pieces.apply(fold_heads(q, k.shape[2]), k, v, scale), heads)
+        q, k, v = q.float(), k.float(), v.float()
     folded = fold_heads(q, k.shape[2])  # [B, h_kv, g * M, dqk]
     cudnn = not on_cpu and is_hopper(q.device) and dtype.itemsize == 2 and takes_cudnn(q, k, v)
     cudnn = cudnn and torch.backends.cuda.cudnn_sdp_enabled()
@@ -96,3 +103,58 @@ def one_by_one(
         for one, key, value in zip(q.split(1), keys, values, strict=True)
     ]
     return torch.cat(outs).to(dtype)
+
+
+class _Pieces(torch.autograd.Function):
+    """On a CPU, for k and v in a half type whose copies in float32 would be three times what they take: a piece of the keys at
+    a time. q [B, h_kv, M, d], k, v [B, N, h_kv, d] -> out [B, h_kv, M, d]. torch's own kernels for CPUs do each piece; with the
+    result and the log-sum-exp of all keys its backward gives a piece's share of the gradients."""
+
+    @staticmethod
+    def forward(ctx: Any, q: Tensor, k: Tensor, v: Tensor, scale: float) -> Tensor:
+        wide, out, lse = _wide(q), None, None
+        for some in _slices(k):
+            found, own = _FORWARD(wide, _piece(k, some), _piece(v, some), scale=scale)
+            if out is None or lse is None:
+                out, lse = found, own
+                continue
+            both = torch.logaddexp(lse, own)
+            out = out.mul_((lse - both).exp_()[..., None]).addcmul_(found, (own - both).exp_()[..., None])
+            lse = both
+        assert out is not None
+        ctx.save_for_backward(q, k, v, out, lse)
+        ctx.scale = scale
+        return out.to(q.dtype)
+
+    @staticmethod
+    @once_differentiable
+    def backward(ctx: Any, d_out: Tensor) -> tuple[Tensor | None, ...]:
+        q, k, v, out, lse = ctx.saved_tensors
+        wide, d_out = _wide(q), _wide(d_out)
+        d_q, d_k, d_v = torch.zeros_like(wide), torch.empty_like(k), torch.empty_like(v)
+        for some in _slices(k):
+            more = _BACKWARD(
+                d_out, wide, _piece(k, some), _piece(v, some), out, lse, 0.0, False, scale=ctx.scale
+            )
+            d_q.add_(more[0])
+            d_k[:, some], d_v[:, some] = more[1].transpose(1, 2), more[2].transpose(1, 2)
+        return d_q.to(q.dtype), d_k, d_v, None
+
+
+_FORWARD = torch.ops.aten._scaled_dot_product_flash_attention_for_cpu
+_BACKWARD = torch.ops.aten._scaled_dot_product_flash_attention_for_cpu_backward
+
+
+def _wide(tensor: Tensor) -> Tensor:
+    return tensor.to(torch.float32, memory_format=torch.contiguous_format)
+
+
+def _slices(k: Tensor) -> list[slice]:
+    """Of the keys."""
+    size = max(1, PIECE // (k.numel() // k.shape[1]))
+    return [slice(first, first + size) for first in range(0, k.shape[1], size)]
+
+
+def _piece(tensor: Tensor, some: slice) -> Tensor:
+    """[B, N, h_kv, d] -> [B, h_kv, some, d] in float32."""
+    return _wide(tensor[:, some].transpose(1, 2))
