@@ -168,7 +168,7 @@ def prefer(
     if q.device.type == "cpu":
         if not able:
             return "eager", "the fastest that was measured"
-        if q.shape[-1] != v.shape[-1]:
+        if dense and q.shape[-1] != v.shape[-1]:
             return "eager", "measured faster on CPUs where dqk and dv differ"
         if q.shape[1] > 1 and k.shape[-3] <= FEW_KEYS:
             return "eager", f"measured faster on CPUs for several queries and up to {FEW_KEYS} keys"
