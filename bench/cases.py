@@ -86,6 +86,10 @@ CPU_LATENTS = (
     LatentCase("perceiver-tiny", 8, 32, 136, 4, 64),
     LatentCase("perceiver-small-image", 1, 128, 1024, 8, 64),
     LatentCase("perceiver-small-ragged", 4, 64, 1024, 4, 64, ragged=True),
+    LatentCase("perceiver-io-image", 1, 256, 3136, 1, 128),
+    LatentCase("long-input", 1, 512, 8192, 1, 64),
+    LatentCase("narrow-keys", 2, 128, 2048, 4, 32, v_dim=96),
+    LatentCase("few-keys", 1, 4096, 256, 2, 64),
 )
 GPU_LATENTS = (
     LatentCase("perceiver-small", 64, 128, 1024, 8, 64),

@@ -8,7 +8,7 @@ from importlib.util import find_spec
 
 import torch
 
-from kernels.backend import BACKENDS, PLANNED
+from kernels.backend import BACKENDS
 from kernels.clash import other_distribution
 from kernels.explain import available_backends
 
@@ -19,13 +19,13 @@ def main() -> None:
     print(f"torch {torch.__version__}, Python {platform.python_version()}, {system}")
     print(f"CPU: {torch.get_num_threads()} threads, {torch.backends.cpu.get_cpu_capability()}")
     print(f"CUDA: {_cuda()}")
-    for package in ("triton", "flash_attn"):
+    for package in ("triton", "flash_attn", "flash_attn_interface"):
         print(f"package {package}: {_installed(package)}")
     other = other_distribution()
     if other is not None:
         print(f"note: another distribution named kernels is installed, in {other.locate_file('')}")
     print()
-    width = max(map(len, (*BACKENDS, *PLANNED))) + 2
+    width = max(map(len, BACKENDS)) + 2
     for function, backends in available_backends().items():
         print(f"{function}")
         for backend, why in backends.items():

@@ -4,6 +4,7 @@
     eager       plain torch operations, written to be fast
     sdpa        torch.nn.functional.scaled_dot_product_attention does the attention
     triton      this project's kernels; on CUDA devices, for the functions that have them
+    flash_attn  FlashAttention, where it is installed; latent_attention alone
 
 `auto` (the default) takes what measured fastest for the call's device, dtype and shape: the rule and the
 figures stand in each function's op.py. A backend that is named runs, or raises BackendError; it is never
@@ -25,13 +26,10 @@ from kernels.clash import check_marker
 
 check_marker(kernels)
 
-BACKENDS = ("reference", "eager", "sdpa", "triton")
-# Known by name, so that asking for one gets a true answer.
-PLANNED = ("flash_attn",)
+BACKENDS = ("reference", "eager", "sdpa", "triton", "flash_attn")
 HAS_TRITON = (
     find_spec("triton") is not None
 )  # asked once: torch 2.11's compiler cannot look into the question
-PLANNED_REASON = "planned; not part of this version"
 
 
 class BackendError(RuntimeError):
@@ -86,14 +84,12 @@ def describe(function: str, requested: str, plan: Plan) -> Choice:
     else:
         backend, reason, passed = None, f"{requested} was asked for: {why}", "able, but not asked for"
     others = {name: plan.refusals.get(name, passed) for name in BACKENDS if name != backend}
-    return Choice(function, backend, reason, others | dict.fromkeys(PLANNED, PLANNED_REASON))
+    return Choice(function, backend, reason, others)
 
 
 def _refusal(function: str, requested: str, plan: Plan) -> str | None:
     if requested in BACKENDS:
         return plan.refusals.get(requested)
-    if requested in PLANNED:
-        return PLANNED_REASON
     names = ", ".join(map(repr, ("auto", *BACKENDS)))
     raise ValueError(f"{function}: unknown backend {requested!r}; supported: {names}")
 
@@ -110,11 +106,18 @@ def triton_refusal(device: torch.device) -> str | None:
     if not HAS_TRITON:
         return "it needs Triton, which is for Linux: pip install 'triton>=3.6'"
     if device.type == "cuda":
-        found = torch.cuda.get_device_properties(device)
-        if torch.version.hip is not None or found.major < 8:
-            have = f"{found.name} ({found.major}.{found.minor})"
-            return f"it needs an NVIDIA GPU of compute capability 8.0 or newer, got {have}"
-        return None
+        return capability_refusal(device)
     if device.type == "cpu" and os.environ.get("TRITON_INTERPRET") == "1":
         return None
     return f"it runs on CUDA devices, got {device} (TRITON_INTERPRET=1, set before Triton is imported, interprets it)"
+
+
+def capability_refusal(device: torch.device) -> str | None:
+    """Why `device` is not a GPU that kernels for NVIDIA's Ampere and newer run on; None where it is."""
+    if device.type != "cuda":
+        return f"it runs on CUDA devices, got {device}"
+    found = torch.cuda.get_device_properties(device)
+    if torch.version.hip is None and found.major >= 8:
+        return None
+    have = f"{found.name} ({found.major}.{found.minor})"
+    return f"it needs an NVIDIA GPU of compute capability 8.0 or newer, got {have}"

@@ -7,7 +7,8 @@ from typing import Any
 
 import torch
 
-from kernels.backend import BACKENDS, PLANNED, PLANNED_REASON, Choice, triton_refusal
+from kernels.backend import BACKENDS, Choice, triton_refusal
+from kernels.latent_attention import flash_ops
 from kernels.latent_attention import op as latent
 from kernels.window_attention import op as window
 
@@ -37,5 +38,8 @@ def available_backends() -> dict[str, dict[str, str | None]]:
     """function -> backend -> None where it can run on this machine, else why it cannot."""
     device = torch.device("cuda" if torch.cuda.is_available() else "cpu")
     backends = dict.fromkeys(BACKENDS) | {"triton": triton_refusal(device)}
-    backends |= dict.fromkeys(PLANNED, PLANNED_REASON)
-    return {fn.__name__: dict(backends) for fn in EXPLAINERS}
+    flash = {
+        window.window_attention: window.NEVER["flash_attn"],
+        latent.latent_attention: flash_ops.machine_refusal(device),
+    }
+    return {fn.__name__: backends | {"flash_attn": why} for fn, why in flash.items()}

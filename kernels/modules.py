@@ -12,7 +12,7 @@ from torch import Tensor, nn
 
 from kernels.accelerated.attend import continuous_table
 from kernels.backend import Plan, resolve
-from kernels.window_attention.op import window_attention
+from kernels.window_attention.op import NEVER, window_attention
 
 NAME = "WindowAttention"
 MLP_WIDTH = 512  # hidden units of SwinV2's position bias
@@ -196,7 +196,7 @@ class WindowAttention(nn.Module):
             )
         if self.padding not in ("masked", "keys"):
             raise ValueError(f"{NAME}: padding must be 'masked' or 'keys', got {self.padding!r}")
-        resolve(NAME, self.backend, Plan("auto", "", {}))  # raises for a backend that there is not
+        resolve(NAME, self.backend, Plan("auto", "", NEVER))  # raises for a backend that there is not
 
 
 def log_spaced_coords(window: tuple[int, int], pretrained_window: tuple[int, int]) -> Tensor:

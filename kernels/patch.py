@@ -14,6 +14,7 @@ from torch import nn
 from kernels.accelerated import perceiver, timm, torchvision, transformers
 from kernels.accelerated.base import Accelerated, accelerated_class, hooked
 from kernels.backend import Plan, resolve
+from kernels.window_attention.op import NEVER
 
 NAME = "accelerate"
 # module of the library -> class in it -> what accelerates it
@@ -96,7 +97,7 @@ def accelerate(model: nn.Module, *, backend: str = "auto") -> Report:
     come in another order.
 
     Raises TypeError for what is no module; ValueError where nothing of the model runs on the kernel afterwards, with
-    all that was found, and for an unknown backend; BackendError for a backend that this version does not have.
+    all that was found, and for an unknown backend; BackendError for a backend that can never run one of them.
     """
     if not isinstance(model, nn.Module):
         raise TypeError(f"{NAME}: model must be a torch.nn.Module, got {type(model).__name__}")
@@ -119,6 +120,8 @@ def accelerate(model: nn.Module, *, backend: str = "auto") -> Report:
     report = Report(backend, kinds, tuple(already), MappingProxyType(left), functions)
     if not replaced and not already:
         raise ValueError(f"{_nothing_for(model)}\n{report}" if left else _nothing_for(model))
+    if "window_attention" in used:
+        resolve(NAME, backend, Plan("auto", "", NEVER))
     for module in replaced.values():
         module.__class__ = accelerated_class(families[type(module)], type(module))
     for module in (*replaced.values(), *already.values()):

@@ -9,6 +9,7 @@ from torch._C._functorch import (
     is_batchedtensor,
     is_functorch_wrapped_tensor,
     is_gradtrackingtensor,
+    peek_interpreter_stack,
 )
 from torch.autograd import forward_ad
 
@@ -16,8 +17,8 @@ from torch.autograd import forward_ad
 def refuse_transforms(function: str, backend: str, *tensors: Tensor | None) -> None:
     """Raise for tensors of a transform that the backends do not know: without this, torch's errors are obscure, or a
     tangent is silently lost. Only "reference" can be differentiated by torch.func and in forward mode."""
-    if torch.compiler.is_compiling():
-        return
+    if torch.compiler.is_compiling() or (peek_interpreter_stack() is None and forward_ad._current_level < 0):
+        return  # nobody transforms anything, so each tensor need not be asked
     for tensor in tensors:
         if not isinstance(tensor, Tensor):
             continue

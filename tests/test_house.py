@@ -389,7 +389,11 @@ def test_dependencies_are_what_is_imported() -> None:
     owners = metadata.packages_distributions()
     used = {owners.get(name, [name])[0].lower() for name in theirs}
     declared = set(requirements())
-    assert used - declared == set()
+    asked_for_by_name = {
+        "flash_attn",
+        "flash_attn_interface",
+    }  # backend="flash_attn"; by their distributions where installed
+    assert used - declared - asked_for_by_name == set()
     # torch imports these two when it is asked for torch.compile and for torch.utils.tensorboard
     assert declared - used - {"triton", "tensorboard"} == set()
 

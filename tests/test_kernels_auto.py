@@ -2,14 +2,17 @@
 
 from __future__ import annotations
 
+import json
 from pathlib import Path
 from types import SimpleNamespace
 
 import pytest
 import torch
 
+from bench import auto as bench_auto
 from bench import cases, record
 from bench.record import RUN_FILE, Row
+from kernels.latent_attention import auto, flash_ops
 from kernels.latent_attention import op as latent
 from kernels.window_attention import op as window
 from kernels.window_attention.geometry import Grid
@@ -23,8 +26,9 @@ PEERS = {"triton": "triton", "sdpa": "torch-cudnn"}  # what a backend is called 
 @pytest.fixture
 def hopper(monkeypatch: pytest.MonkeyPatch) -> None:
     """An H200, as far as plans ask."""
+    monkeypatch.setattr(window, "is_hopper", lambda device: True)
+    monkeypatch.setattr(auto, "figures", lambda device: auto.TABLE[9, 0])
     for module in (latent, window):
-        monkeypatch.setattr(module, "is_hopper", lambda device: True)
         monkeypatch.setattr(module.triton_ops, "triton_refusal", lambda device: None)
     chip = SimpleNamespace(multi_processor_count=132)
     monkeypatch.setattr(torch.cuda, "get_device_properties", lambda device: chip)
@@ -49,7 +53,7 @@ def test_latent_attention_is_given_to_whoever_was_fastest() -> None:
         q = torch.empty(case.batch, case.queries, case.heads, case.head_dim, **sizes)
         k = torch.empty(case.batch, case.keys, case.heads, case.head_dim, **sizes)
         v = torch.empty(case.batch, case.keys, case.heads, case.v_dim or case.head_dim, **sizes)
-        backend = latent.plan(q, k, v, 0.0, False, dense=not case.ragged).preferred
+        backend = latent.prefer(q, k, v, 0.0, False, dense=not case.ragged)[0]
         fastest = min(row.median for row in rows.values())
         assert fastest / rows[PEERS[backend]].median >= LEAST, (name, mode, backend)
         chosen.append(backend)
@@ -59,14 +63,56 @@ def test_latent_attention_is_given_to_whoever_was_fastest() -> None:
 @pytest.mark.usefixtures("hopper")
 def test_latent_attention_goes_to_triton_where_torch_cannot() -> None:
     q = torch.empty(8, 512, 12, 128, device="meta", dtype=torch.bfloat16)
-    assert latent.plan(q, q, q, 0.0, False, dense=True).preferred == "sdpa"
-    for dropout_p, return_lse, dense in ((0.1, False, True), (0.0, True, True), (0.0, False, False)):
-        assert latent.plan(q, q, q, dropout_p, return_lse, dense).preferred == "triton"
+    assert latent.plan(q, q, q).preferred == "sdpa"
+    hidden = torch.zeros(8, device="meta", dtype=torch.int32)
+    for more in ({"dropout_p": 0.1}, {"return_lse": True}, {"key_lengths": hidden}):
+        assert latent.plan(q, q, q, **more).preferred == "triton"
     single = q.float()
-    assert latent.plan(single, single, single, 0.0, False, dense=True).preferred == "eager"
+    assert latent.plan(single, single, single).preferred == "eager"
     odd, none = q[..., :100], q[:0]  # what cuDNN does not take, and nothing at all
-    assert latent.plan(odd, odd, odd, 0.0, False, dense=True).preferred == "triton"
-    assert latent.plan(none, none, none, 0.0, False, dense=True).preferred == "triton"
+    assert latent.plan(odd, odd, odd).preferred == "triton"
+    assert latent.plan(none, none, none).preferred == "triton"
+
+
+def test_the_table_is_what_the_runs_say() -> None:
+    """`python -m bench.auto` has written auto.json from what is in bench/results/, and nobody else has."""
+    assert auto.FILE.read_text(encoding="utf-8") == bench_auto.table(bench_auto.RUNS)
+
+
+def test_every_measured_call_of_the_table_goes_to_the_faster() -> None:
+    """Those in others.txt too: all widths of heads. A figure within 4% is a draw."""
+    figures = auto.TABLE[9, 0]
+    assert [width for width, _ in figures.sdpa_from] == list(bench_auto.WIDTHS)
+    for row in json.loads(auto.FILE.read_text(encoding="utf-8"))["9.0"]["rows"]:
+        limit = next(share for width, share in figures.sdpa_from if row["head_dim"] <= width)
+        sdpa = row["busy"] >= limit and not row["lengths"]
+        ratio = row["sdpa / triton"] if sdpa else 1 / row["sdpa / triton"]
+        assert ratio <= 1 / LEAST, row
+
+
+def test_what_one_kind_of_gpu_measured_decides_for_no_other(monkeypatch: pytest.MonkeyPatch) -> None:
+    kinds = {(9, 0): "triton", (8, 0): "sdpa", (8, 9): "sdpa", (10, 0): "sdpa"}
+    q = SimpleNamespace(device=torch.device("cuda"), shape=(1, 512, 8, 64), dtype=torch.bfloat16)
+    q.requires_grad = False
+    for (major, minor), backend in kinds.items():
+        chip = SimpleNamespace(multi_processor_count=132, major=major, minor=minor, name="a GPU")
+        monkeypatch.setattr(torch.cuda, "get_device_properties", lambda device, chip=chip: chip)
+        assert latent.prefer(q, q, q, 0.0, False, dense=False)[0] == backend  # type: ignore[arg-type]
+        assert "compute capability" not in (flash_ops.machine_refusal(q.device) or "")
+
+
+def test_a_table_is_refused_where_it_would_be_a_guess(monkeypatch: pytest.MonkeyPatch) -> None:
+    calls = bench_auto.timed(bench_auto.RUNS[0])[1]
+    with pytest.raises(ValueError, match="does not know how many multiprocessors"):
+        bench_auto.entry("NVIDIA B200", calls)
+    with pytest.raises(
+        ValueError, match="auto gives calls with key lengths to triton, and these say nothing"
+    ):
+        bench_auto.entry("NVIDIA H200", [call for call in calls if "-" not in call.shape])
+    every = [call for name in bench_auto.RUNS for call in bench_auto.timed(name)[1]]
+    monkeypatch.setattr(bench_auto, "timed", lambda device: (device, every))
+    with pytest.raises(ValueError, match="second of its kind"):
+        bench_auto.table(["NVIDIA H200", "NVIDIA H100 80GB HBM3"])
 
 
 @pytest.mark.usefixtures("hopper")

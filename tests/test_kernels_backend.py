@@ -38,7 +38,7 @@ def test_explain_says_which_backend_and_why_not_the_others() -> None:
     line = str(choice)
     assert "\n" not in line and line.startswith("window_attention: eager runs (")
     assert "triton: it runs on CUDA devices, got cpu" in line
-    assert "flash_attn: planned; not part of this version" in line
+    assert "flash_attn: FlashAttention knows neither windows nor a position bias" in line
 
     assert explain(latent_attention, *few()).backend == "eager"
     assert explain(latent_attention, torch.zeros(2, 1, 3, 8), *few()[1:]).backend == "sdpa"

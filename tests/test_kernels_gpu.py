@@ -36,4 +36,6 @@ def test_every_backend_is_exact(subject: Subject, case: Any, mode: str, dtype: t
     ours = [peer.name for peer in subject.peers if peer.ours]
     rows = solve(subject, Problem(case, mode, dtype), "cuda", budget=0.0, peers=ours, fewest=1)
     assert [row.peer for row in rows] == ours
-    assert {row.peer: row.note for row in rows if row.status != "ok"} == {}
+    bad = {row.peer: row.note for row in rows if row.status != "ok"}
+    flash = bad.pop("flash_attn", "")  # an optional package, for half types alone
+    assert bad == {} and ("not installed" in flash or dtype == torch.float32 or not flash)

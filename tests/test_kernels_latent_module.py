@@ -196,7 +196,6 @@ def test_initial_values() -> None:
         ({"v_dim": 0}, ValueError, "qk_dim and v_dim must be at least 1, got 4, 0"),
         ({"dropout_p": 1.0}, ValueError, r"dropout_p must be in \[0, 1\), got 1.0"),
         ({"backend": "fast"}, ValueError, "LatentAttention: unknown backend 'fast'; supported: 'auto'"),
-        ({"backend": "flash_attn"}, BackendError, "LatentAttention: backend 'flash_attn' cannot run"),
     ],
 )  # fmt: skip
 def test_errors(change: dict[str, Any], error: type[Exception], message: str) -> None:

@@ -176,16 +176,31 @@ def _torch(kind: SDPBackend) -> Callable[[LatentCase, str, torch.dtype], Functio
     return build
 
 
+def _torch_sdpa(case: LatentCase, device: str, dtype: torch.dtype) -> Function:
+    """torch's attention as one calls it on a CPU, with the mask that key lengths need."""
+    if device != "cpu":
+        raise Absent("torch's attention is here by its kernels")
+    lengths = _lengths(case, device)
+    mask = None if lengths is None else (torch.arange(case.keys) < lengths[:, None])[:, None, None]
+
+    def attend(q: Tensor, k: Tensor, v: Tensor) -> Tensor:
+        q, k, v = q.transpose(1, 2), k.transpose(1, 2), v.transpose(1, 2)
+        return scaled_dot_product_attention(q, k, v, attn_mask=mask).transpose(1, 2)
+
+    return attend
+
+
 LATENT_ATTENTION = Subject(
     "latent_attention",
     (
-        *map(_ours, ("auto", "reference", "eager", "sdpa", "triton")),
+        *map(_ours, ("auto", "reference", "eager", "sdpa", "triton", "flash_attn")),
         Peer("plain", _plain),
+        Peer("torch-sdpa", _torch_sdpa),
         Peer("torch-flash", _torch(SDPBackend.FLASH_ATTENTION)),
         Peer("torch-cudnn", _torch(SDPBackend.CUDNN_ATTENTION)),
         Peer("torch-efficient", _torch(SDPBackend.EFFICIENT_ATTENTION)),
         Peer("flex", _flex, note="compiled; compile time is not counted"),
-        Peer("flash_attn", _flash, note="ragged keys are packed in the call"),
+        Peer("flash-attn", _flash, note="ragged keys are packed in the call"),
     ),
     exact="reference",
     plain=("plain", "reference"),

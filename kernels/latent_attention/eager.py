@@ -45,13 +45,13 @@ def latent_attention(
     if seed is not None and not large:
         keep = keep_mask(seed, dropout_p, batch, heads, queries, keys)
         keep = keep.view(batch * kv_heads, heads // kv_heads * queries, keys)
-    folded, k, v = (
-        t.to(compute_dtype(q)) for t in (fold_heads(q, kv_heads), k.transpose(1, 2), v.transpose(1, 2))
-    )
+    compute = compute_dtype(q)
+    folded, k, v = fold_heads(q, kv_heads).to(compute), k.transpose(1, 2), v.transpose(1, 2)
     if large:
         out, lse = _Pieces.apply(folded, k, v, mask, seed, scale, dropout_p, heads)
         lse = lse if return_lse else None
     else:
+        k, v = k.to(compute), v.to(compute)
         out, lse = _Attention.apply(folded, k, v, mask, keep, scale, dropout_p, return_lse)
     if empty is not None:
         out = out.masked_fill(empty[:, None, None, None], 0)
@@ -111,7 +111,7 @@ class _Attention(torch.autograd.Function):
 
 class _Pieces(torch.autograd.Function):
     """The same for many keys, of which a piece at a time is looked at; lse always. `heads` are the queries' heads before
-    they were folded: dropout counts by them."""
+    they were folded: dropout counts by them. k and v in their own type and layout: a piece is copied, never all."""
 
     @staticmethod
     def forward(
@@ -127,20 +127,20 @@ class _Pieces(torch.autograd.Function):
     ) -> tuple[Tensor, Tensor]:
         sizes = q.shape[:2]
         scaled = torch.mul(q, scale, out=q.new_empty(q.shape)).flatten(0, 1)
-        k, v = k.flatten(0, 1), v.flatten(0, 1)
         ctx.sizes, ctx.scale, ctx.dropout_p, ctx.heads = sizes, scale, dropout_p, heads
         largest = scaled.new_full((*scaled.shape[:2], 1), float("-inf"))
         total = torch.zeros_like(largest)
         out = scaled.new_zeros(*scaled.shape[:2], v.shape[-1])
         for some in _pieces(scaled, k):
-            logits = _logits(scaled, k[:, some], mask, some, sizes)
+            keys, values = _piece(k, some, q), _piece(v, some, q)
+            logits = _logits(scaled, keys, mask, some, sizes)
             new = torch.maximum(largest, logits.amax(-1, keepdim=True))
             shown = new.masked_fill(new == float("-inf"), 0)  # where nothing was visible yet, not -inf - -inf
             weights = logits.sub_(shown).exp_()
             decay = (largest - shown).exp_()
             total.mul_(decay).add_(weights.sum(-1, keepdim=True))
             kept = _kept(ctx, seed, scaled, some)
-            out.mul_(decay).baddbmm_(_dropped(weights, kept, dropout_p), v[:, some])
+            out.mul_(decay).baddbmm_(_dropped(weights, kept, dropout_p), values)
             largest = new
         out.div_(total)
         lse = (largest + total.log()).squeeze(-1)
@@ -156,22 +156,28 @@ class _Pieces(torch.autograd.Function):
             delta = (d_out * out).sum(-1, keepdim=True) - d_lse.flatten(0, 1)[..., None]
             d_q, d_k, d_v = torch.zeros_like(scaled), torch.empty_like(k), torch.empty_like(v)
             for some in _pieces(scaled, k):
-                weights = _logits(scaled, k[:, some], mask, some, ctx.sizes).sub_(lse[..., None]).exp_()
+                keys, values = _piece(k, some, scaled), _piece(v, some, scaled)
+                weights = _logits(scaled, keys, mask, some, ctx.sizes).sub_(lse[..., None]).exp_()
                 kept = _kept(ctx, seed, scaled, some)
-                d_v[:, some] = torch.bmm(_dropped(weights, kept, ctx.dropout_p).mT, d_out)
-                d_weights = _dropped(torch.bmm(d_out, v[:, some].mT), kept, ctx.dropout_p)
+                piece = torch.bmm(_dropped(weights, kept, ctx.dropout_p).mT, d_out)
+                d_v[:, :, some] = piece.unflatten(0, ctx.sizes)
+                d_weights = _dropped(torch.bmm(d_out, values.mT), kept, ctx.dropout_p)
                 d_logits = weights.mul_(d_weights.sub_(delta))
-                d_q.baddbmm_(d_logits, k[:, some])
-                d_k[:, some] = torch.bmm(d_logits.mT, scaled)
+                d_q.baddbmm_(d_logits, keys)
+                d_k[:, :, some] = torch.bmm(d_logits.mT, scaled).unflatten(0, ctx.sizes)
             d_q.mul_(ctx.scale)
-        d_q, d_k, d_v = (t.unflatten(0, ctx.sizes) for t in (d_q, d_k, d_v))
-        return d_q, d_k, d_v, None, None, None, None, None
+        return d_q.unflatten(0, ctx.sizes), d_k, d_v, None, None, None, None, None
 
 
 def _pieces(scaled: Tensor, k: Tensor) -> list[slice]:
     """Of the keys; each begins at a multiple of 4, as dropout wants it."""
     size = max(4, PIECE // (scaled.shape[0] * scaled.shape[1]) // 4 * 4)
-    return [slice(start, min(start + size, k.shape[1])) for start in range(0, k.shape[1], size)]
+    return [slice(start, min(start + size, k.shape[2])) for start in range(0, k.shape[2], size)]
+
+
+def _piece(tensor: Tensor, some: slice, like: Tensor) -> Tensor:
+    """[B, h, N, d] -> [B * h, some, d] in the type that is computed in."""
+    return tensor[:, :, some].flatten(0, 1).to(like.dtype)
 
 
 def _logits(scaled: Tensor, k: Tensor, mask: Tensor | None, some: slice, sizes: torch.Size) -> Tensor:
@@ -212,6 +218,8 @@ def fold_heads(q: Tensor, kv_heads: int) -> Tensor:
 
 def unfold_heads(out: Tensor, heads: int) -> Tensor:
     """[B, h_kv, g * M, d] -> [B, M, h, d]."""
+    if heads == out.shape[1]:
+        return out.transpose(1, 2)
     return out.unflatten(2, (heads // out.shape[1], -1)).flatten(1, 2).transpose(1, 2)
 
 

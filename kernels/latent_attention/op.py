@@ -9,8 +9,8 @@ import torch
 from torch import Tensor
 
 from kernels.autocast import autocast_dtype
-from kernels.backend import Choice, Plan, describe, is_hopper, resolve
-from kernels.latent_attention import eager, reference, sdpa, triton_ops
+from kernels.backend import Choice, Plan, describe, resolve
+from kernels.latent_attention import auto, eager, flash_ops, reference, sdpa, triton_ops
 from kernels.latent_attention.dropout import seed_tensor
 from kernels.latent_attention.packing import unpack_keys
 from kernels.transforms import refuse_transforms
@@ -77,7 +77,7 @@ def latent_attention(
     dropout_p: share of the probabilities that is dropped, the others grow by 1 / (1 - dropout_p); for
         training only: pass 0 in evaluation. What is dropped depends on seed and on places alone (see
         dropout.py); seed None draws one from torch's default generator.
-    backend: "auto", "reference", "eager", "sdpa" or "triton"; `kernels.explain` tells what auto takes.
+    backend: "auto", "reference", "eager", "sdpa", "triton" or "flash_attn"; `kernels.explain` tells what auto takes.
 
     Returns out [B, M, h, dv], and with return_lse also the natural log of each row's sum of exponentials,
     [B, h, M], float32 (float64 for float64 inputs), before dropout. A row with no visible key gives 0, lse
@@ -91,8 +91,11 @@ def latent_attention(
     if low is not None:
         q, k, v = q.to(low), k.to(low), v.to(low)
     _check(q, k, v, key_lengths, cu_seqlens_k, key_mask, dropout_p)
-    dense = key_lengths is None and cu_seqlens_k is None and key_mask is None
-    backend = resolve(NAME, backend, plan(q, k, v, dropout_p, return_lse, dense))
+    if backend == "auto":
+        dense = key_lengths is None and cu_seqlens_k is None and key_mask is None
+        backend = prefer(q, k, v, dropout_p, return_lse, dense)[0]
+    else:
+        resolve(NAME, backend, plan(q, k, v, dropout_p, return_lse, key_lengths, cu_seqlens_k, key_mask))
     scale = q.shape[-1] ** -0.5 if scale is None else scale
     drop = seed_tensor(seed, q.device) if dropout_p > 0 else None
     with torch.autocast(q.device.type, enabled=False) if low else nullcontext():
@@ -121,15 +124,31 @@ def explain(
     _check(q, k, v, key_lengths, cu_seqlens_k, key_mask, dropout_p)
     if (low := autocast_dtype(q)) is not None:
         q, k, v = q.to(low), k.to(low), v.to(low)
+    return describe(NAME, backend, plan(q, k, v, dropout_p, return_lse, key_lengths, cu_seqlens_k, key_mask))
+
+
+def plan(
+    q: Tensor,
+    k: Tensor,
+    v: Tensor,
+    dropout_p: float = 0.0,
+    return_lse: bool = False,
+    key_lengths: Tensor | None = None,
+    cu_seqlens_k: Tensor | None = None,
+    key_mask: Tensor | None = None,
+) -> Plan:
+    """What auto takes for this call, and what the others cannot do."""
+    found = {
+        "sdpa": "; ".join(_sdpa_refusals(k, dropout_p, return_lse)) or None,
+        "triton": triton_ops.refusal(q, v),
+        "flash_attn": flash_ops.refusal(q, k, v, dropout_p, key_mask is not None),
+    }
     dense = key_lengths is None and cu_seqlens_k is None and key_mask is None
-    return describe(NAME, backend, plan(q, k, v, dropout_p, return_lse, dense))
+    refusals = {name: why for name, why in found.items() if why is not None}
+    return Plan(*prefer(q, k, v, dropout_p, return_lse, dense), refusals)
 
 
-def plan(q: Tensor, k: Tensor, v: Tensor, dropout_p: float, return_lse: bool, dense: bool) -> Plan:
-    """What auto takes for this call, and what the others cannot do. The figures behind it are in
-    kernels/README.md."""
-    why = triton_ops.refusal(q, v)
-    refusals = {} if why is None else {"triton": why}
+def _sdpa_refusals(k: Tensor, dropout_p: float, return_lse: bool) -> list[str]:
     reasons = []
     if return_lse:
         reasons.append("torch's attention returns no log-sum-exp (return_lse=True)")
@@ -137,38 +156,35 @@ def plan(q: Tensor, k: Tensor, v: Tensor, dropout_p: float, return_lse: bool, de
         reasons.append(f"torch's attention takes no seed, so dropout_p={dropout_p} could not be reproduced")
     if k.shape[-3] == 0:
         reasons.append("there are no keys")
-    hopper = why is None and is_hopper(q.device) and q.dtype.itemsize == 2
-    if hopper and (reasons or not (dense and sdpa.takes_cudnn(q, k, v) and fills_hopper(q, v))):
-        if reasons:
-            refusals["sdpa"] = "; ".join(reasons)
-        return Plan("triton", "measured faster on an H200 than torch's kernels for such a call", refusals)
-    if reasons:
-        return Plan("eager", "the fastest that was measured", refusals | {"sdpa": "; ".join(reasons)})
-    if is_hopper(q.device) and q.dtype == torch.float32:
-        return Plan("eager", "measured faster on an H200 in float32", refusals)
-    if hopper:
-        return Plan("sdpa", "cuDNN's attention, measured faster on an H200 where it fills the GPU", refusals)
-    if q.device.type != "cpu":
-        reason = f"torch's fused attention; nothing was measured on {q.device.type} like this in {q.dtype}"
-        return Plan("sdpa", reason + (": triton can be asked for by name" if why is None else ""), refusals)
-    if q.shape[1] > 1 and k.shape[-3] <= FEW_KEYS:
-        return Plan(
-            "eager", f"measured faster on CPUs for several queries and up to {FEW_KEYS} keys", refusals
-        )
-    return Plan("sdpa", f"measured faster on CPUs for one query and for more than {FEW_KEYS} keys", refusals)
+    return reasons
 
 
-def fills_hopper(q: Tensor, v: Tensor) -> bool:
-    """Whether cuDNN's attention, which has a program for 128 queries of a head and does not split keys, keeps so much of a
-    Hopper GPU busy that it beats `triton`."""
-    programs = q.shape[0] * q.shape[2] * -(-q.shape[1] // 128)
-    if programs == 0:
-        return False
-    slots = torch.cuda.get_device_properties(q.device).multi_processor_count
-    busy = programs / (-(-programs // slots) * slots)
-    dim = max(q.shape[-1], v.shape[-1])
-    # Of cuDNN's rate on a full GPU, so much is triton's; it is the other way round at a head_dim of up to 32.
-    return dim > 32 and busy >= (0.85 if dim <= 64 else 0.7 if dim <= 128 else 0.46)
+def prefer(
+    q: Tensor, k: Tensor, v: Tensor, dropout_p: float, return_lse: bool, dense: bool
+) -> tuple[str, str]:
+    """The backend that auto takes for this call, and why. The figures behind it are in kernels/README.md; those of GPUs
+    also in auto.json."""
+    able = not (return_lse or dropout_p > 0 or k.shape[-3] == 0)  # sdpa
+    if q.device.type == "cpu":
+        if not able:
+            return "eager", "the fastest that was measured"
+        if dense and q.shape[-1] != v.shape[-1]:
+            return "eager", "measured faster on CPUs where dqk and dv differ"
+        if q.shape[1] > 1 and k.shape[-3] <= FEW_KEYS:
+            return "eager", f"measured faster on CPUs for several queries and up to {FEW_KEYS} keys"
+        return "sdpa", f"measured faster on CPUs for one query and for more than {FEW_KEYS} keys"
+    triton = triton_ops.refusal(q, v) is None
+    figures = auto.figures(q.device)
+    if figures is not None and triton and q.dtype.itemsize == 2:
+        if able and dense and sdpa.takes_cudnn(q, k, v) and figures.fills(q, v):
+            return "sdpa", f"cuDNN's attention, measured faster on an {figures.device} where it fills the GPU"
+        return "triton", f"measured faster on an {figures.device} than torch's kernels for such a call"
+    if not able:
+        return "eager", "the fastest that was measured"
+    if figures is not None and q.dtype == torch.float32:
+        return figures.float32, f"measured faster on an {figures.device} in float32"
+    reason = f"torch's fused attention; nothing was measured on {q.device.type} like this in {q.dtype}"
+    return "sdpa", reason + (": triton can be asked for by name" if triton else "")
 
 
 def _run(
@@ -189,6 +205,13 @@ def _run(
             q, k, v, key_lengths, offsets, key_mask, scale, dropout_p, seed
         )
         return out, lse if return_lse else None
+    if backend == "flash_attn":
+        out, lse = flash_ops.latent_attention(q, k, v, key_lengths, offsets, scale)
+        return out, lse if return_lse else None
+    if backend == "sdpa" and key_mask is None:
+        found = sdpa.one_by_one(q, k, v, key_lengths, offsets, scale)
+        if found is not None:
+            return found, None
     visible = key_mask
     if key_lengths is not None:
         visible = torch.arange(k.shape[1], device=k.device) < key_lengths[:, None]
@@ -212,31 +235,36 @@ def _check(
     dropout_p: float,
 ) -> None:
     """Raise an error that says what came and what is supported."""
-    key_dims, keys = (3, "[total, h_kv, d]") if cu_seqlens_k is not None else (4, "[B, N, h_kv, d]")
-    shapes = f"got q {list(q.shape)}, k {list(k.shape)}, v {list(v.shape)}"
-    if q.dim() != 4 or k.dim() != key_dims or v.dim() != key_dims:
+    packed = cu_seqlens_k is not None
+    # Each is asked once: a small call takes as long as the questions about it.
+    sizes, k_sizes, v_sizes, dtype, device = q.shape, k.shape, v.shape, q.dtype, q.device
+    if len(sizes) != 4 or len(k_sizes) != 4 - packed or len(v_sizes) != 4 - packed:
         raise ValueError(
-            f"{NAME}: q must be [B, M, h, dqk] and k, v {keys} "
-            f"{'with' if key_dims == 3 else 'without'} cu_seqlens_k; {shapes}"
+            f"{NAME}: q must be [B, M, h, dqk] and k, v {'[total' if packed else '[B, N'}, h_kv, d] "
+            f"{'with' if packed else 'without'} cu_seqlens_k; {_shapes(q, k, v)}"
         )
-    if q.dtype not in DTYPES or k.dtype != q.dtype or v.dtype != q.dtype:
+    if dtype not in DTYPES or k.dtype != dtype or v.dtype != dtype:
         raise TypeError(
             f"{NAME}: q, k, v must have one dtype of float64, float32, float16, bfloat16; "
             f"got {q.dtype}, {k.dtype}, {v.dtype}"
         )
-    for name, tensor in (("k", k), ("v", v), *_named(key_lengths, cu_seqlens_k, key_mask)):
-        if tensor.device != q.device:
-            raise ValueError(f"{NAME}: {name} must be on q's device {q.device}, got {tensor.device}")
-    if (
-        k.shape[:-1] != v.shape[:-1]
-        or k.shape[-1] != q.shape[-1]
-        or (key_dims == 4 and k.shape[0] != q.shape[0])
-    ):
-        raise ValueError(f"{NAME}: k and v must agree in all but dv, and q in batch and dqk with k; {shapes}")
-    if 0 in (*q.shape[2:], *k.shape[-2:], v.shape[-1]) or q.shape[2] % k.shape[-2]:
-        raise ValueError(f"{NAME}: h must be a multiple of h_kv, and heads and head_dim not empty; {shapes}")
+    if k.device != device or v.device != device:
+        name, tensor = ("k", k) if k.device != device else ("v", v)
+        raise ValueError(f"{NAME}: {name} must be on q's device {device}, got {tensor.device}")
+    batch, _, heads, dqk = sizes
+    kv_heads, dv = k_sizes[-2], v_sizes[-1]
+    if k_sizes[:-1] != v_sizes[:-1] or k_sizes[-1] != dqk or (not packed and k_sizes[0] != batch):
+        raise ValueError(
+            f"{NAME}: k and v must agree in all but dv, and q in batch and dqk with k; {_shapes(q, k, v)}"
+        )
+    if 0 in (heads, dqk, kv_heads, dv) or heads % kv_heads:
+        raise ValueError(
+            f"{NAME}: h must be a multiple of h_kv, and heads and head_dim not empty; {_shapes(q, k, v)}"
+        )
     if not 0 <= dropout_p < 1:
         raise ValueError(f"{NAME}: dropout_p must be in [0, 1), got {dropout_p}")
+    if key_lengths is None and cu_seqlens_k is None and key_mask is None:
+        return
     visibility = _named(key_lengths, cu_seqlens_k, key_mask)
     if len(visibility) > 1:
         raise ValueError(
@@ -244,7 +272,13 @@ def _check(
             f"got {', '.join(name for name, _ in visibility)}"
         )
     for name, tensor in visibility:
-        _check_visibility(name, tensor, len(q), k.shape[-3])
+        if tensor.device != device:
+            raise ValueError(f"{NAME}: {name} must be on q's device {device}, got {tensor.device}")
+        _check_visibility(name, tensor, batch, k_sizes[-3])
+
+
+def _shapes(q: Tensor, k: Tensor, v: Tensor) -> str:
+    return f"got q {list(q.shape)}, k {list(k.shape)}, v {list(v.shape)}"
 
 
 def _named(

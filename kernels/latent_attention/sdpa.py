@@ -7,15 +7,22 @@ half types are computed in float32: torch's own half arithmetic measured 4 to 6 
 from __future__ import annotations
 
 from contextlib import AbstractContextManager, nullcontext
+from typing import Any
 
 import torch
 import torch.nn.functional as F
 from torch import Tensor
+from torch.autograd.function import once_differentiable
 from torch.nn.attention import SDPBackend, sdpa_kernel
 
 from kernels.backend import is_hopper
 from kernels.latent_attention.eager import additive_mask, fold_heads, unfold_heads
-from kernels.latent_attention.reference import compute_dtype
+
+# Multiplications to a sample from which on samples are looked at one by one: 50 microseconds of a core.
+LEAST_WORK = 2**20
+PIECE = (
+    2**20
+)  # numbers of k that are in float32 at a time, where k and v are in a half type and have 4 times as many
 
 
 def takes_cudnn(q: Tensor, k: Tensor, v: Tensor) -> bool:
@@ -39,12 +46,14 @@ def _cudnn_first() -> AbstractContextManager[None]:
 def latent_attention(q: Tensor, k: Tensor, v: Tensor, visible: Tensor | None, scale: float) -> Tensor:
     """q [B, M, h, dqk]; k, v [B, N, h_kv, d]; visible bool [B, N] -> out [B, M, h, dv]. N >= 1; no dropout,
     no lse."""
-    heads, dqk, dv = q.shape[2], q.shape[3], v.shape[3]
-    dtype = q.dtype
-    if q.device.type == "cpu":
-        q, k, v = (t.to(compute_dtype(t)) for t in (q, k, v))
+    dtype, heads, on_cpu = q.dtype, q.shape[2], q.device.type == "cpu"
+    dqk, dv = q.shape[3], v.shape[3]
+    if on_cpu and dtype.itemsize == 2:
+        if visible is None and dqk == dv and k.numel() > 4 * PIECE and not torch.compiler.is_compiling():
+            return unfold_heads(_Pieces.apply(fold_heads(q, k.shape[2]), k, v, scale), heads)
+        q, k, v = q.float(), k.float(), v.float()
     folded = fold_heads(q, k.shape[2])  # [B, h_kv, g * M, dqk]
-    cudnn = is_hopper(q.device) and q.dtype.itemsize == 2 and takes_cudnn(q, k, v)
+    cudnn = not on_cpu and is_hopper(q.device) and dtype.itemsize == 2 and takes_cudnn(q, k, v)
     cudnn = cudnn and torch.backends.cuda.cudnn_sdp_enabled()
     if (
         dqk != dv and not cudnn
@@ -57,7 +66,95 @@ def latent_attention(q: Tensor, k: Tensor, v: Tensor, visible: Tensor | None, sc
         mask = mask[:, None, None, :]
     with _cudnn_first() if cudnn else nullcontext():
         out = F.scaled_dot_product_attention(folded, k.transpose(1, 2), v.transpose(1, 2), mask, scale=scale)
-    out = out[..., :dv]
+    if dqk != dv:
+        out = out[..., :dv]
     if empty is not None:
         out = out.masked_fill(empty[:, None, None, None], 0)
-    return unfold_heads(out, heads).to(dtype)
+    out = unfold_heads(out, heads)
+    return out if out.dtype == dtype else out.to(dtype)
+
+
+def one_by_one(
+    q: Tensor, k: Tensor, v: Tensor, key_lengths: Tensor | None, offsets: Tensor | None, scale: float
+) -> Tensor | None:
+    """The same on a CPU, of keys with lengths or packed: sample by sample, without a mask, and without the work on keys that
+    nobody sees. None where the samples are too small for that, or have no keys, or where a compiler reads along.
+    """
+    told = key_lengths if offsets is None else offsets.diff()
+    if told is None or told.device.type != "cpu" or torch.compiler.is_compiling():
+        return None
+    lengths = told.tolist()
+    work = sum(lengths) * q.shape[1] * q.shape[2] * (q.shape[3] + v.shape[-1])
+    if work < LEAST_WORK * len(lengths) or not work:
+        return None
+    dtype = q.dtype
+    if dtype.itemsize == 2:
+        q, k, v = q.float(), k.float(), v.float()
+    parts = lengths
+    if offsets is None:  # of each sample what is visible, then what is hidden
+        parts = [count for length in lengths for count in (length, k.shape[1] - length)]
+        k, v = k.flatten(0, 1), v.flatten(0, 1)
+    step = len(parts) // len(lengths)
+    keys, values = k.split(parts)[::step], v.split(parts)[::step]
+    outs = [
+        latent_attention(one, key[None], value[None], None, scale)
+        if len(key)
+        else one.new_zeros(*one.shape[:3], v.shape[-1])
+        for one, key, value in zip(q.split(1), keys, values, strict=True)
+    ]
+    return torch.cat(outs).to(dtype)
+
+
+class _Pieces(torch.autograd.Function):
+    """On a CPU, for k and v in a half type whose copies in float32 would be three times what they take: a piece of the keys at
+    a time. q [B, h_kv, M, d], k, v [B, N, h_kv, d] -> out [B, h_kv, M, d]. torch's own kernels for CPUs do each piece; with the
+    result and the log-sum-exp of all keys its backward gives a piece's share of the gradients."""
+
+    @staticmethod
+    def forward(ctx: Any, q: Tensor, k: Tensor, v: Tensor, scale: float) -> Tensor:
+        wide, out, lse = _wide(q), None, None
+        for some in _slices(k):
+            found, own = _FORWARD(wide, _piece(k, some), _piece(v, some), scale=scale)
+            if out is None or lse is None:
+                out, lse = found, own
+                continue
+            both = torch.logaddexp(lse, own)
+            out = out.mul_((lse - both).exp_()[..., None]).addcmul_(found, (own - both).exp_()[..., None])
+            lse = both
+        assert out is not None
+        ctx.save_for_backward(q, k, v, out, lse)
+        ctx.scale = scale
+        return out.to(q.dtype)
+
+    @staticmethod
+    @once_differentiable
+    def backward(ctx: Any, d_out: Tensor) -> tuple[Tensor | None, ...]:
+        q, k, v, out, lse = ctx.saved_tensors
+        wide, d_out = _wide(q), _wide(d_out)
+        d_q, d_k, d_v = torch.zeros_like(wide), torch.empty_like(k), torch.empty_like(v)
+        for some in _slices(k):
+            more = _BACKWARD(
+                d_out, wide, _piece(k, some), _piece(v, some), out, lse, 0.0, False, scale=ctx.scale
+            )
+            d_q.add_(more[0])
+            d_k[:, some], d_v[:, some] = more[1].transpose(1, 2), more[2].transpose(1, 2)
+        return d_q.to(q.dtype), d_k, d_v, None
+
+
+_FORWARD = torch.ops.aten._scaled_dot_product_flash_attention_for_cpu
+_BACKWARD = torch.ops.aten._scaled_dot_product_flash_attention_for_cpu_backward
+
+
+def _wide(tensor: Tensor) -> Tensor:
+    return tensor.to(torch.float32, memory_format=torch.contiguous_format)
+
+
+def _slices(k: Tensor) -> list[slice]:
+    """Of the keys."""
+    size = max(1, PIECE // (k.numel() // k.shape[1]))
+    return [slice(first, first + size) for first in range(0, k.shape[1], size)]
+
+
+def _piece(tensor: Tensor, some: slice) -> Tensor:
+    """[B, N, h_kv, d] -> [B, h_kv, some, d] in float32."""
+    return _wide(tensor[:, some].transpose(1, 2))

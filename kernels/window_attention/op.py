@@ -15,6 +15,7 @@ from kernels.window_attention.geometry import Grid
 
 NAME = "window_attention"
 DTYPES = (torch.float64, torch.float32, torch.float16, torch.bfloat16)
+NEVER = {"flash_attn": "FlashAttention knows neither windows nor a position bias"}
 BACKEND_FUNCTIONS = {
     "reference": reference.window_attention,
     "eager": eager.window_attention,
@@ -93,7 +94,7 @@ def explain(
 def plan(qkv: Tensor, grid: Grid, cosine: bool, pads: bool) -> Plan:
     """What auto takes for this call. The figures behind it are in kernels/README.md."""
     why = triton_ops.refusal(qkv, grid, cosine, pads)
-    refusals = {} if why is None else {"triton": why}
+    refusals = NEVER if why is None else NEVER | {"triton": why}
     if qkv.device.type == "cpu":
         return Plan("eager", "measured faster on CPUs at every shape that was tried", refusals)
     if why is None and is_hopper(qkv.device) and qkv.dtype.itemsize == 2:
