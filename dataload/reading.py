@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import contextlib
 import os
 import threading
 import time
@@ -46,24 +47,21 @@ class SampleNumbers:
 
 
 class Tables:
-    """The last few tables that were asked for, shared by the threads."""
+    """The last few tables that were asked for, shared by the threads. (There is no lock: a fork could leave it locked, and
+    the worst that a race does is to read a table twice.)"""
 
     def __init__(self, shards: tuple[Shard, ...]) -> None:
         self._shards = shards
         self.most = _TABLES
         self._tables: OrderedDict[int, Table] = OrderedDict()
-        self._lock = threading.Lock()
 
     def __getitem__(self, number: int) -> Table:
-        with self._lock:
-            table = self._tables.get(number)
-            if table is not None:
-                self._tables.move_to_end(number)
-                return table
-        table = self._shards[number].table()
-        with self._lock:
-            self._tables[number] = table
-            if len(self._tables) > self.most:
+        table = self._tables.get(number)
+        if table is None:
+            table = self._tables[number] = self._shards[number].table()
+        with contextlib.suppress(KeyError):  # another thread removed it just now, or the last one
+            self._tables.move_to_end(number)
+            while len(self._tables) > self.most:
                 self._tables.popitem(last=False)
         return table
 

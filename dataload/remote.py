@@ -32,7 +32,6 @@ RETRIES = 3
 _PAUSE = 0.5  # seconds before the second try; doubles
 _NEEDS = {"s3": "s3fs", "s3a": "s3fs", "gs": "gcsfs", "gcs": "gcsfs", "http": "aiohttp", "https": "aiohttp"}
 _filesystems: dict[tuple[int, str], Any] = {}
-_lock = threading.Lock()
 
 
 def timeout_default() -> float:
@@ -174,10 +173,9 @@ def _sorted(address: Remote, names: list[Any]) -> list[Remote]:
 def _filesystem(address: Remote, timeout: float) -> Any:
     """One per process and protocol: fsspec's own cache has one per thread, each with its connections."""
     key = (os.getpid(), f"{address.protocol} {timeout}")
-    with _lock:
-        if key not in _filesystems:
-            _filesystems[key] = _new_filesystem(address, timeout)
-        return _filesystems[key]
+    if key not in _filesystems:  # no lock, which a fork could leave locked: at worst there are two
+        _filesystems[key] = _new_filesystem(address, timeout)
+    return _filesystems[key]
 
 
 def _new_filesystem(address: Remote, timeout: float) -> Any:

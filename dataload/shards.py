@@ -102,8 +102,8 @@ def _check_room(index: ShardIndex, cache: Cache) -> None:
     if cache.max_bytes and group > cache.max_bytes:
         warnings.warn(
             f"the cache {cache.directory} with {cache.max_bytes / GIB:.1f} GiB holds fewer than "
-            f"{len(sizes[:GROUP])} of these shards ({group / GIB:.1f} GiB), "
-            "which training reads by turns: set AURORAIO_CACHE_GIB, or reshard",
+            f"{len(sizes[:GROUP])} of these shards ({group / GIB:.1f} GiB), which training "
+            "reads by turns: set AURORAIO_CACHE_GIB, or reshard",
             ShardWarning,
             stacklevel=3,
         )
