@@ -2,10 +2,10 @@
 
     shards.expand -> shards.index      which samples there are, with and without captions
     order.split   -> order.Source.at   which of them this rank needs next: a function of (seed, position)
-    SampleMaker.draw (threads)         fetch -> decode -> crop -> flip -> caption, tokens, MLM mask | MIM mask
+    backends (threads)                 fetch -> decode -> crop -> flip -> caption, tokens, MLM mask | MIM mask
     Loader._collect                    arrays -> Batch
 
-There is no thread but the pool that draws: `__next__` keeps `prefetch` batches in the pool and waits for the
+There is no thread but the backend's that draw: `__next__` keeps `prefetch` batches in the pool and waits for the
 oldest. So the state is the position after the last batch that the consumer was given, and nothing has to be
 drained or undone.
 """
@@ -13,10 +13,8 @@ drained or undone.
 from __future__ import annotations
 
 import os
-import threading
 from collections import deque
-from collections.abc import Iterator, Sequence
-from concurrent.futures import Future
+from collections.abc import Iterator
 from dataclasses import asdict, dataclass
 from fractions import Fraction
 from types import TracebackType
@@ -25,14 +23,14 @@ from typing import Any
 import numpy as np
 import torch
 
-from dataload import order, shards
+from dataload import backends, order, shards
+from dataload.backends import Work
 from dataload.batch import Batch, EvalBatch
 from dataload.broken import Broken, BrokenReport, TooManyBroken
 from dataload.evalset import EvalSet
 from dataload.order import Position
-from dataload.samples import PATCH, Drawn, LoaderConfig, SampleMaker
+from dataload.samples import PATCH, Drawn, Job, LoaderConfig, SampleMaker
 from dataload.tokenizer import Tokenizer
-from dataload.workers import Workers
 
 __all__ = [
     "Batch",
@@ -55,7 +53,7 @@ class _Pending:
     pairs: int
     asked: int
     """pairs whose captions masked language modelling reads; they come first"""
-    chunks: list[Future[list[Drawn]]]
+    work: Work
     after: Position
 
 
@@ -82,12 +80,12 @@ class Loader:
         self._uncaptioned = order.Source(self.index.source(captioned=False), config.seed, kind=1)
         self._share = _uncaptioned_share(config, len(self._captioned), len(self._uncaptioned))
         self._maker = SampleMaker(config, self.index, tokenizer)
+        self._backend = backends.choose(config, self._maker)
         self.broken = BrokenReport(config.max_broken, config.quarantine)
         self._position = Position()
         self._pending: deque[_Pending] = deque()
-        self._workers: Workers | None = None
         self._process = os.getpid()
-        self._closed = threading.Event()
+        self._closed = False
 
     @property
     def counts(self) -> dict[str, int]:
@@ -97,6 +95,11 @@ class Loader:
             "uncaptioned": len(self._uncaptioned),
             "shards": len(self.index.shards),
         }
+
+    @property
+    def backend(self) -> str:
+        """What decodes: "cpu", "dali (cpu)", "dali (cuda:0)"."""
+        return self._backend.name
 
     @property
     def pairs(self) -> int:
@@ -116,19 +119,19 @@ class Loader:
     def __next__(self) -> Batch:
         """The next batch. What a worker raised is raised here, and TooManyBroken where `max_broken` is
         exceeded; the position then stays before the batch, so that nothing is skipped by asking again."""
-        if self._closed.is_set():
+        if self._closed:
             raise RuntimeError("the loader is closed")
         if self._process != os.getpid():
             self._after_fork()
         try:
             self._fill()
             oldest = self._pending[0]
-            drawn = [one for chunk in oldest.chunks for one in chunk.result()]
+            drawn = [one for part in oldest.work.parts for one in part.result()]
             self.broken.add(len(drawn), [broken for one in drawn for broken in one.broken])
         except Exception:
             self._drop_pending()
             raise
-        batch = self._collect(drawn, oldest.pairs, oldest.asked)
+        batch = self._collect(oldest.work.images, drawn, oldest.pairs, oldest.asked)
         self._pending.popleft()
         self._position = oldest.after
         return batch
@@ -140,10 +143,10 @@ class Loader:
             start = self._pending[-1].after if self._pending else self._position
             part = order.split(start, self.config.batch_size, self.rank, self.world_size, self._share)
             pairs = sorted(part.pairs, key=lambda at: not self._asked(at))
-            jobs = [(self._captioned, *self._captioned.at(at), True) for at in pairs]
-            jobs += [(self._uncaptioned, *self._uncaptioned.at(at), False) for at in part.uncaptioned]
-            chunks = self._submit(jobs)
-            self._pending.append(_Pending(len(pairs), sum(map(self._asked, pairs)), chunks, part.after))
+            jobs = [Job(self._captioned, *self._captioned.at(at), True) for at in pairs]
+            jobs += [Job(self._uncaptioned, *self._uncaptioned.at(at), False) for at in part.uncaptioned]
+            work = self._backend.submit(jobs)
+            self._pending.append(_Pending(len(pairs), sum(map(self._asked, pairs)), work, part.after))
 
     def _asked(self, at: int) -> bool:
         """Whether masked language modelling reads the captioned sample at this place of the stream: `mlm_share` of
@@ -151,33 +154,11 @@ class Loader:
         share = Fraction(self.config.mlm_share).limit_denominator(1000)
         return int((at + 1) * share) > int(at * share)
 
-    def _submit(self, jobs: list[tuple[order.Source, int, int, bool]]) -> list[Future[list[Drawn]]]:
-        workers = self.config.workers
-        if workers == 0:
-            future: Future[list[Drawn]] = Future()
-            future.set_result(self._draw(jobs))
-            return [future]
-        if self._workers is None:
-            self._workers = Workers(workers, self._closed, "dataload")
-        size = -(-len(jobs) // workers)
-        return [self._workers.submit(self._draw, jobs[i : i + size]) for i in range(0, len(jobs), size)]
-
-    def _draw(self, jobs: Sequence[tuple[order.Source, int, int, bool]]) -> list[Drawn]:
-        """What a worker runs: a share of one batch."""
-        drawn = []
-        for job in jobs:
-            if self._closed.is_set():
-                raise RuntimeError("the loader is closed")
-            drawn.append(self._maker.draw(*job))
-        return drawn
-
-    def _collect(self, drawn: list[Drawn], pairs: int, asked: int) -> Batch:
+    def _collect(self, images: torch.Tensor, drawn: list[Drawn], pairs: int, asked: int) -> Batch:
         size, length = self.config.image_size, self.config.text_length
-        images = np.empty((len(drawn), size, size, 3), dtype=np.uint8)
         texts = np.empty((3, pairs, self.config.captions_per_image, length), dtype=np.int64)
         masks = np.empty((len(drawn) - pairs, size // PATCH, size // PATCH), dtype=bool)
         for i, one in enumerate(drawn):
-            images[i] = one.image
             if one.text is not None:
                 texts[:, i] = one.text
             else:
@@ -185,11 +166,11 @@ class Loader:
         tokens, mlm_tokens, mlm_targets = (torch.from_numpy(text.reshape(-1, length)) for text in texts)
         masked = asked * self.config.captions_per_image
         return Batch(
-            pair_images=torch.from_numpy(images[:pairs]),
+            pair_images=images[:pairs],
             tokens=tokens,
             mlm_tokens=mlm_tokens[:masked],
             mlm_targets=mlm_targets[:masked],
-            mim_images=torch.from_numpy(images[pairs:]),
+            mim_images=images[pairs:],
             mim_mask=torch.from_numpy(masks),
             keys=tuple(self.index.key(one.sample) for one in drawn),
         )
@@ -229,22 +210,20 @@ class Loader:
 
     def _drop_pending(self) -> None:
         for pending in self._pending:
-            for chunk in pending.chunks:
-                chunk.cancel()
+            pending.work.cancel()
         self._pending.clear()
 
     def close(self) -> None:
         """Stops the workers; what was prefetched is dropped. The state can still be read."""
-        self._closed.set()
+        self._closed = True
         self._drop_pending()
-        if self._workers is not None and self._process == os.getpid():
-            self._workers.close()
+        if self._process == os.getpid():
+            self._backend.close()
 
     def _after_fork(self) -> None:
         """Threads do not survive a fork: goes on from the last batch that was handed out, with new ones."""
-        if self._workers is not None:
-            self._workers.abandon()
-        self._workers, self._closed, self._process = None, threading.Event(), os.getpid()
+        self._backend.abandon()
+        self._backend, self._process = backends.choose(self.config, self._maker), os.getpid()
         self._pending.clear()
 
     def __enter__(self) -> Loader:
