@@ -141,11 +141,12 @@ def start_workers(count: int, stop: threading.Event, name: str) -> Workers:
     before = torch.get_num_threads()
     if before == 1:
         return pool
-    # torch keeps the number per thread, but what was set last is what later threads begin with: so each worker sets
-    # its own (the barrier gives each of them one of these jobs), and then it is set back here.
+    # torch keeps the number per thread, but what was set last is what a thread begins with when it first asks: so each
+    # worker asks and sets its own (the barrier gives each of them one of these jobs), and then it is set back here.
     barrier = threading.Barrier(count)
 
     def limit() -> None:
+        torch.get_num_threads()
         torch.set_num_threads(1)
         barrier.wait(60)
 
