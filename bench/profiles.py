@@ -13,7 +13,7 @@ from typing import Any
 import torch
 
 from bench import cases
-from bench.peers import loading
+from bench.peers import loading, pipelines
 from bench.peers.accelerated import ACCELERATED_ATTENTION, ACCELERATED_STEP
 from bench.peers.latent import LATENT_ATTENTION
 from bench.peers.layers import PERCEIVER_CROSS_ATTENTION, SWIN_BLOCK
@@ -82,6 +82,14 @@ def _loader_task(case: loading.LoaderCase) -> Task:
     )  # fmt: skip
 
 
+def _pipeline_task(case: pipelines.PipelineCase) -> Task:
+    # Whole processes are compared, by a clock of their own: `clock` says nothing here.
+    return Task(
+        pipelines.PIPELINE, f"{case.name}/load/uint8", tuple(pipelines.PEERS),
+        lambda budget, peers, clock: pipelines.solve(case, budget=budget, peers=peers),
+    )  # fmt: skip
+
+
 def _cpu_tasks() -> tuple[Task, ...]:
     """fp32 everywhere, as CPUs are fast in it; bf16 where its numerics matter, on the smallest shapes."""
     both = (FORWARD, TRAINING)
@@ -97,6 +105,7 @@ def _cpu_tasks() -> tuple[Task, ...]:
         *_tasks(ACCELERATED_ATTENTION, "cpu", cases.CPU_ATTENTIONS_BF16, (TRAINING,), (BF16,)),
         *_tasks(ACCELERATED_STEP, "cpu", cases.CPU_MODELS, (STEP,), (FP32,)),
         *map(_loader_task, cases.CPU_LOADERS),
+        *map(_pipeline_task, cases.PIPELINES),
     )
 
 
@@ -111,6 +120,7 @@ def _gpu_tasks() -> tuple[Task, ...]:
         *_tasks(ACCELERATED_ATTENTION, "cuda", cases.GPU_ATTENTIONS, both, (BF16,)),
         *_tasks(ACCELERATED_STEP, "cuda", cases.GPU_MODELS, (STEP,), (BF16,)),
         *map(_loader_task, cases.GPU_LOADERS),
+        *map(_pipeline_task, cases.PIPELINES),
     )
 
 
