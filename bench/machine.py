@@ -35,11 +35,11 @@ OPTIONAL = {
     "timm": "timm's SwinV2 as a peer",
     "transformers": "transformers' SwinV2 and Perceiver as peers",
     "webdataset": "webdataset as the loader's peer",
+    "nvidia.dali": "the loader's DALI backend, and DALI as a peer",
     "torchvision": "torchvision's transforms in the loader's peer",
     "sentencepiece": "the loader, ours and webdataset",
     "PIL": "the loader, ours and webdataset",
     "flash_attn": "FlashAttention as a peer (CUDA only)",
-    "nvidia.dali": "decoding by DALI (CUDA only)",
     "jinja2": "the page (run.json has its rows)",
     "pytest": "the tests",
 }

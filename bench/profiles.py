@@ -13,7 +13,7 @@ from typing import Any
 import torch
 
 from bench import cases
-from bench.peers import loading, opening, tokenizing
+from bench.peers import loading, opening, pipelines, tokenizing
 from bench.peers.accelerated import ACCELERATED_ATTENTION, ACCELERATED_STEP
 from bench.peers.latent import LATENT_ATTENTION
 from bench.peers.layers import PERCEIVER_CROSS_ATTENTION, SWIN_BLOCK
@@ -96,6 +96,14 @@ def _text_task(case: tokenizing.TextCase) -> Task:
     )  # fmt: skip
 
 
+def _pipeline_task(case: pipelines.PipelineCase) -> Task:
+    # Whole processes are compared, by a clock of their own: `clock` says nothing here.
+    return Task(
+        pipelines.PIPELINE, f"{case.name}/load/uint8", tuple(pipelines.PEERS),
+        lambda budget, peers, clock: pipelines.solve(case, budget=budget, peers=peers),
+    )  # fmt: skip
+
+
 def _cpu_tasks() -> tuple[Task, ...]:
     """fp32 everywhere, as CPUs are fast in it; bf16 where its numerics matter, on the smallest shapes."""
     both = (FORWARD, TRAINING)
@@ -113,6 +121,7 @@ def _cpu_tasks() -> tuple[Task, ...]:
         *map(_loader_task, cases.CPU_LOADERS),
         *(_opening_task(case, mode) for case in cases.OPENINGS for mode in (opening.OPEN, opening.RESUME)),
         *map(_text_task, cases.CPU_TEXTS),
+        *map(_pipeline_task, cases.PIPELINES),
     )
 
 
@@ -127,6 +136,7 @@ def _gpu_tasks() -> tuple[Task, ...]:
         *_tasks(ACCELERATED_ATTENTION, "cuda", cases.GPU_ATTENTIONS, both, (BF16,)),
         *_tasks(ACCELERATED_STEP, "cuda", cases.GPU_MODELS, (STEP,), (BF16,)),
         *map(_loader_task, cases.GPU_LOADERS),
+        *map(_pipeline_task, cases.PIPELINES),
     )
 
 

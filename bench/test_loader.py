@@ -1,10 +1,10 @@
-"""Pairs per second and core from JPEGs in tar shards."""
+"""Pairs per second and core, and pictures per CPU-second of whole pipelines, from JPEGs in tar shards."""
 
 from __future__ import annotations
 
 from collections.abc import Callable
 
-SUBJECTS = ("loader",)
+SUBJECTS = ("loader", "image_pipeline")
 
 
 def bench_loader(measure: Callable[[], None]) -> None:

@@ -41,8 +41,8 @@ class Batch:
 
     def pin_memory(self) -> Batch:
         """The same batch in page-locked memory, from which `to(device, non_blocking=True)` overlaps with
-        work."""
-        return _with(self, torch.Tensor.pin_memory)
+        work. What is on a GPU already stays there."""
+        return _with(self, lambda tensor: tensor if tensor.is_cuda else tensor.pin_memory())
 
 
 @dataclass(frozen=True)

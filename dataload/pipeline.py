@@ -2,31 +2,33 @@
 
     shards.expand -> shards.index      which samples there are, with and without captions
     order.split   -> order.Source.at   which of them this rank needs next: a function of (seed, position)
-    SampleMaker.draw (threads)         fetch -> decode -> crop -> flip -> caption, tokens, MLM mask | MIM mask
+    backends (threads)                 fetch -> decode -> crop -> flip -> caption, tokens, MLM mask | MIM mask
     Loader._collect                    arrays -> Batch
 
-`prefetch.py` keeps the pool of threads and the position. `print(loader)` shows the stages and what each has cost.
+There is no thread but the backend's that draw: `__next__` keeps `prefetch` batches in the pool and waits for the
+oldest. So the state is the position after the last batch that the consumer was given, and nothing has to be
+drained or undone.
 """
 
 from __future__ import annotations
 
-import time
 from collections.abc import Iterator
 from dataclasses import asdict, dataclass
 from fractions import Fraction
 from types import TracebackType
-from typing import Any, NamedTuple
+from typing import Any
 
 import numpy as np
 import torch
 
-from dataload import order, shards
+from dataload import backends, order, shards
+from dataload.backends import Work
 from dataload.batch import Batch, EvalBatch
 from dataload.broken import Broken, BrokenReport, TooManyBroken
 from dataload.evalset import EvalSet
 from dataload.order import Position
 from dataload.prefetch import Limits, Prefetch, SlowWorkerWarning, WorkerStuck
-from dataload.samples import PATCH, Drawn, LoaderConfig, SampleMaker
+from dataload.samples import PATCH, Drawn, Job, LoaderConfig, SampleMaker
 from dataload.stages import Stages
 from dataload.tokenizer import Tokenizer
 
@@ -48,8 +50,9 @@ STATE_VERSION = 1
 
 STAGES = {
     "fetch": "encoded bytes and captions, by offset from the tar",
-    "decode": "to RGB, upright",
-    "augment": "random crop, resize, jitter, flip",
+    "header": "size and orientation; formats other than JPEG are decoded here",
+    "decode": "the crop of a JPEG (of a whole batch, with DALI)",
+    "resize": "to a square, jitter, flip",
     "text": "caption, tokens, masked words",
     "mask": "cells hidden from masked image modelling",
     "collect": "arrays to one Batch",
@@ -58,7 +61,7 @@ STAGES = {
 
 @dataclass(frozen=True)
 class _Plan:
-    """A batch before it is drawn."""
+    """A batch before it is made."""
 
     pairs: int
     asked: int
@@ -66,11 +69,33 @@ class _Plan:
     after: Position
 
 
-class _Job(NamedTuple):
-    source: order.Source
-    epoch: int
-    sample: int
-    captioned: bool
+class _Planner:
+    """What a rank's batches hold. (Apart from the loader, which it must not keep alive.)"""
+
+    def __init__(
+        self,
+        config: LoaderConfig,
+        sources: tuple[order.Source, order.Source],
+        share: Fraction,
+        rank: int,
+        size: int,
+    ) -> None:
+        self._captioned, self._uncaptioned = sources
+        self._batch_size, self._share, self._rank, self._size = config.batch_size, share, rank, size
+        self._mlm_share = Fraction(config.mlm_share).limit_denominator(1000)
+
+    def __call__(self, start: Position) -> tuple[_Plan, list[Job]]:
+        """The batch that begins at `start`, and its samples: those asked for masked words first."""
+        part = order.split(start, self._batch_size, self._rank, self._size, self._share)
+        pairs = sorted(part.pairs, key=lambda at: not self._asked(at))
+        jobs = [Job(self._captioned, *self._captioned.at(at), True) for at in pairs]
+        jobs += [Job(self._uncaptioned, *self._uncaptioned.at(at), False) for at in part.uncaptioned]
+        return _Plan(len(pairs), sum(map(self._asked, pairs)), part.after), jobs
+
+    def _asked(self, at: int) -> bool:
+        """Whether masked language modelling reads the captioned sample at this place of the stream: `mlm_share` of
+        all places, evenly spread, the same on any number of ranks."""
+        return int((at + 1) * self._mlm_share) > int(at * self._mlm_share)
 
 
 class Loader:
@@ -91,23 +116,19 @@ class Loader:
         self.tokenizer = tokenizer
         self.rank = rank
         self.world_size = world_size
-        self.index = shards.index(shards.expand(config.shards))
+        self.index = shards.index(shards.expand(config.shards), exclude=config.exclude)
         self._captioned = order.Source(self.index.source(captioned=True), config.seed, kind=0)
         self._uncaptioned = order.Source(self.index.source(captioned=False), config.seed, kind=1)
         self._share = _uncaptioned_share(config, len(self._captioned), len(self._uncaptioned))
         self.stages = Stages(STAGES)
-        self.waited = 0.0
-        """seconds that the reader has waited for batches"""
-        self._maker = SampleMaker(config, self.index, tokenizer, self.stages)
+        self._backend = backends.choose(config, SampleMaker(config, self.index, tokenizer, self.stages))
         self.broken = BrokenReport(config.max_broken, config.quarantine)
-        self._prefetch: Prefetch[_Job, Drawn, _Plan, Position] = Prefetch(
+        self._prefetch: Prefetch[Job, _Plan, Work, Position] = Prefetch(
             Position(),
-            self._plan,
-            lambda job: self._maker.draw(*job),
-            lambda job: self.index.key(job.sample),
+            _Planner(config, (self._captioned, self._uncaptioned), self._share, rank, world_size),
+            self._backend,
             self.stages,
-            workers=config.workers,
-            ahead=config.prefetch,
+            ahead=config.prefetch if config.workers else 0,
             limits=Limits(config.stall_warning, config.stall_limit),
         )
 
@@ -119,6 +140,11 @@ class Loader:
             "uncaptioned": len(self._uncaptioned),
             "shards": len(self.index.shards),
         }
+
+    @property
+    def backend(self) -> str:
+        """What decodes: "cpu", "dali (cpu)", "dali (cuda:0)"."""
+        return self._backend.name
 
     @property
     def pairs(self) -> int:
@@ -139,40 +165,22 @@ class Loader:
         """The next batch. What a worker raised is raised here, and TooManyBroken where `max_broken` is
         exceeded; the position then stays before the batch, so that nothing is skipped by asking again.
         Raises WorkerStuck where no batch comes within `stall_limit`."""
-        started = time.perf_counter()
-        plan, drawn = self._prefetch.oldest()
-        self.waited += time.perf_counter() - started
+        plan, work, drawn = self._prefetch.oldest()
         try:
             self.broken.add(len(drawn), [broken for one in drawn for broken in one.broken])
         except TooManyBroken:
             self._prefetch.drop()
             raise
         with self.stages("collect"):
-            batch = self._collect(drawn, plan.pairs, plan.asked)
+            batch = self._collect(work.images, drawn, plan.pairs, plan.asked)
         self._prefetch.taken()
         return batch
 
-    def _plan(self, start: Position) -> tuple[_Plan, list[_Job]]:
-        """The batch that begins at `start`, and its samples: those asked for masked words first."""
-        part = order.split(start, self.config.batch_size, self.rank, self.world_size, self._share)
-        pairs = sorted(part.pairs, key=lambda at: not self._asked(at))
-        jobs = [_Job(self._captioned, *self._captioned.at(at), True) for at in pairs]
-        jobs += [_Job(self._uncaptioned, *self._uncaptioned.at(at), False) for at in part.uncaptioned]
-        return _Plan(len(pairs), sum(map(self._asked, pairs)), part.after), jobs
-
-    def _asked(self, at: int) -> bool:
-        """Whether masked language modelling reads the captioned sample at this place of the stream: `mlm_share` of
-        all places, evenly spread, the same on any number of ranks."""
-        share = Fraction(self.config.mlm_share).limit_denominator(1000)
-        return int((at + 1) * share) > int(at * share)
-
-    def _collect(self, drawn: list[Drawn], pairs: int, asked: int) -> Batch:
+    def _collect(self, images: torch.Tensor, drawn: list[Drawn], pairs: int, asked: int) -> Batch:
         size, length = self.config.image_size, self.config.text_length
-        images = np.empty((len(drawn), size, size, 3), dtype=np.uint8)
         texts = np.empty((3, pairs, self.config.captions_per_image, length), dtype=np.int64)
         masks = np.empty((len(drawn) - pairs, size // PATCH, size // PATCH), dtype=bool)
         for i, one in enumerate(drawn):
-            images[i] = one.image
             if one.text is not None:
                 texts[:, i] = one.text
             else:
@@ -180,11 +188,11 @@ class Loader:
         tokens, mlm_tokens, mlm_targets = (torch.from_numpy(text.reshape(-1, length)) for text in texts)
         masked = asked * self.config.captions_per_image
         return Batch(
-            pair_images=torch.from_numpy(images[:pairs]),
+            pair_images=images[:pairs],
             tokens=tokens,
             mlm_tokens=mlm_tokens[:masked],
             mlm_targets=mlm_targets[:masked],
-            mim_images=torch.from_numpy(images[pairs:]),
+            mim_images=images[pairs:],
             mim_mask=torch.from_numpy(masks),
             keys=tuple(self.index.key(one.sample) for one in drawn),
         )
@@ -224,13 +232,13 @@ class Loader:
 
     def __str__(self) -> str:
         """The stages with what they have cost so far."""
-        counts = self.counts
-        batches = self._prefetch.position.batches
+        counts, batches = self.counts, self._prefetch.position.batches
+        wait = 1e3 * self._prefetch.waited / max(batches, 1)
         return (
             f"Loader, rank {self.rank} of {self.world_size}: {counts['captioned']:,} pairs and "
-            f"{counts['uncaptioned']:,} uncaptioned pictures in {counts['shards']:,} shards, "
-            f"{self.config.workers} threads\n{self.stages}\n"
-            f"  {batches:,} batches; the reader waited {1e3 * self.waited / max(batches, 1):.1f} ms for each; {self.broken}"
+            f"{counts['uncaptioned']:,} uncaptioned pictures in {counts['shards']:,} shards; "
+            f"decoded by {self.backend}, {self.config.workers} threads\n{self.stages}\n"
+            f"  {batches:,} batches; the reader waited {wait:.1f} ms for each; {self.broken}"
         )
 
     def close(self) -> None:
@@ -277,9 +285,7 @@ def _manifest_differences(then: dict[str, Any], now: dict[str, Any]) -> list[str
     if then["hash"] == now["hash"]:
         return []
     numbers = [
-        f"{name} {then.get(name)} -> {now[name]}"
-        for name in now
-        if name != "hash" and then.get(name) != now[name]
+        f"{name} {then[name]} -> {now[name]}" for name in now if name != "hash" and then[name] != now[name]
     ]
     return [
         "the shards changed: "

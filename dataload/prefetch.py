@@ -8,7 +8,6 @@ nothing has to be drained or undone to save a state, and after an error nothing 
 from __future__ import annotations
 
 import os
-import threading
 import time
 import warnings
 from collections import deque
@@ -19,7 +18,6 @@ from dataclasses import dataclass
 from typing import Any, Generic, Protocol, TypeVar
 
 from dataload.stages import Stages
-from dataload.workers import Workers
 
 _LOOK = 1.0
 """seconds between two looks at the threads while a batch is waited for"""
@@ -36,27 +34,60 @@ class WorkerStuck(RuntimeError):
     """A batch did not come within the limit, or a thread died; the message names it and its sample."""
 
 
+J_contra = TypeVar("J_contra", contravariant=True)
+D = TypeVar("D")
+"""a drawn sample"""
+J = TypeVar("J")
+"""a sample to draw"""
+W = TypeVar("W", bound="Work[Any]")
+"""a batch that is being made"""
+W_co = TypeVar("W_co", bound="Work[Any]", covariant=True)
+P = TypeVar("P", bound="Plan[Any]")
+At = TypeVar("At")
+"""a position in the stream"""
+
+
 class Plan(Protocol[At_co]):
-    """A batch before it is drawn."""
+    """A batch before it is made."""
 
     @property
     def after(self) -> At_co:
         """The position after this batch."""
 
 
-J = TypeVar("J")
-"""a sample to draw"""
-D = TypeVar("D")
-"""a drawn sample"""
-P = TypeVar("P", bound=Plan[Any])
-At = TypeVar("At")
-"""a position in the stream"""
+@dataclass(frozen=True)
+class Work(Generic[D]):
+    """A batch that is being made."""
+
+    parts: list[Future[list[D]]]
+    """its samples, in their order"""
+
+    def cancel(self) -> None:
+        """What has not begun will not be done."""
+        for part in self.parts:
+            part.cancel()
 
 
-@dataclass
-class _Pending(Generic[D, P]):
+class Backend(Protocol[J_contra, W_co]):
+    """Makes batches in the order in which they are submitted, as far ahead as its caller likes."""
+
+    def submit(self, jobs: Sequence[J_contra]) -> W_co:
+        """Begins a batch. Broken samples are replaced; everything else that goes wrong is raised by the parts."""
+
+    def dead(self) -> list[str]:
+        """Names of threads that have ended although they should not."""
+
+    def close(self) -> None:
+        """Stops the threads; what they have not begun never ends."""
+
+    def abandon(self) -> None:
+        """Forgets the threads, and begins with new ones: for a forked process, where they do not exist."""
+
+
+@dataclass(frozen=True)
+class _Pending(Generic[P, W]):
     plan: P
-    chunks: list[Future[list[D]]]
+    work: W
 
 
 @dataclass(frozen=True)
@@ -69,107 +100,81 @@ class Limits:
     """after this long, WorkerStuck ends the run; 0 = never"""
 
 
-class Prefetch(Generic[J, D, P, At]):
-    """`ahead` batches in a pool of `workers` threads, besides the one that is wanted now.
+class Prefetch(Generic[J, P, W, At]):
+    """`ahead` batches in a backend, besides the one that is wanted now.
 
     plan: the position after the batch before -> what the next batch is, and its jobs.
-    draw: one job -> one sample; called in the threads (in the caller's where `workers` is 0).
-    name: a job -> 'shard/key', for messages.
     """
 
     def __init__(
         self,
         position: At,
         plan: Callable[[At], tuple[P, Sequence[J]]],
-        draw: Callable[[J], D],
-        name: Callable[[J], str],
+        backend: Backend[J, W],
         stages: Stages,
         *,
-        workers: int,
         ahead: int,
-        limits: Limits = Limits(),  # frozen
+        limits: Limits = Limits(),
     ) -> None:
         self.position = position
-        self._plan, self._draw, self._name, self._stages = plan, draw, name, stages
-        self._count, self._ahead, self._limits = workers, ahead if workers else 0, limits
-        self._pending: deque[_Pending[D, P]] = deque()
-        self._workers: Workers | None = None
+        self.waited = 0.0
+        """seconds that the reader has waited for batches"""
+        self._plan, self._backend, self._stages = plan, backend, stages
+        self._ahead, self._limits = ahead, limits
+        self._pending: deque[_Pending[P, W]] = deque()
         self._process = os.getpid()
-        self._closed = threading.Event()
+        self._closed = False
 
-    def oldest(self) -> tuple[P, list[D]]:
-        """The next batch's plan and samples, waited for; `taken` then moves on. What a thread raised is raised
-        here, with the position left where it was. Raises WorkerStuck, and RuntimeError after `close`."""
-        if self._closed.is_set():
+    def oldest(self) -> tuple[P, W, list[Any]]:
+        """The next batch: its plan, its work, and its samples, waited for; `taken` then moves on. What a thread raised
+        is raised here, with the position left where it was. Raises WorkerStuck, and RuntimeError after `close`."""
+        if self._closed:
             raise RuntimeError("the loader is closed")
-        if self._process != os.getpid():
-            self._after_fork()
+        if self._process != os.getpid():  # a fork: goes on from the last batch that was taken
+            self._backend.abandon()
+            self._pending.clear()
+            self._process = os.getpid()
+        started = time.perf_counter()
         try:
             while len(self._pending) <= self._ahead:
                 before: At = self._pending[-1].plan.after if self._pending else self.position
                 plan, jobs = self._plan(before)
-                self._pending.append(_Pending(plan, self._submit(jobs)))
+                self._pending.append(_Pending(plan, self._backend.submit(jobs)))
             oldest = self._pending[0]
-            return oldest.plan, [one for chunk in oldest.chunks for one in self._wait(chunk)]
+            drawn = [one for part in oldest.work.parts for one in self._wait(part)]
         except Exception:
             self.drop()
             raise
+        self.waited += time.perf_counter() - started
+        return oldest.plan, oldest.work, drawn
 
     def taken(self) -> None:
         """The batch that `oldest` gave is in the reader's hands."""
         self.position = self._pending.popleft().plan.after
 
     def drop(self) -> None:
-        """Forgets what was drawn ahead; the position stays."""
+        """Forgets what was made ahead; the position stays."""
         for pending in self._pending:
-            for chunk in pending.chunks:
-                chunk.cancel()
+            pending.work.cancel()
         self._pending.clear()
 
     def close(self) -> None:
         """Stops the threads after the samples they are in. The position can still be read."""
-        self._closed.set()
+        self._closed = True
         self.drop()
-        if self._workers is not None and self._process == os.getpid():
-            self._workers.close()
+        if self._process == os.getpid():
+            self._backend.close()
 
-    def _submit(self, jobs: Sequence[J]) -> list[Future[list[D]]]:
-        if self._count == 0:
-            future: Future[list[D]] = Future()
-            future.set_result(self._draw_all(jobs))
-            return [future]
-        if self._workers is None:
-            self._workers = Workers(self._count, self._closed, "dataload")
-        size = -(-len(jobs) // self._count)
-        return [
-            self._workers.submit(self._draw_all, jobs[i : i + size])
-            for i in range(0, len(jobs), max(size, 1))
-        ]
-
-    def _draw_all(self, jobs: Sequence[J]) -> list[D]:
-        """What a thread runs: a share of one batch."""
-        drawn = []
-        try:
-            for job in jobs:
-                if self._closed.is_set():
-                    raise RuntimeError("the loader is closed")
-                self._stages.begin(self._name(job))
-                drawn.append(self._draw(job))
-        finally:
-            self._stages.begin("")
-        return drawn
-
-    def _wait(self, chunk: Future[list[D]]) -> list[D]:
+    def _wait(self, part: Future[list[Any]]) -> list[Any]:
         started, warned = time.monotonic(), False
         while True:
             try:
-                return chunk.result(timeout=_LOOK)
+                return part.result(timeout=_LOOK)
             except FutureTimeout:
-                if chunk.done():  # the sample itself raised a TimeoutError
-                    return chunk.result()
+                if part.done():  # the sample itself raised a TimeoutError
+                    return part.result()
             waited = time.monotonic() - started
-            dead = self._workers.dead() if self._workers is not None else []
-            if dead:
+            if dead := self._backend.dead():
                 raise WorkerStuck(f"the thread {', '.join(dead)} of the loader has died; {self._at()}")
             if self._limits.stop and waited > self._limits.stop:
                 raise WorkerStuck(
@@ -186,10 +191,3 @@ class Prefetch(Generic[J, D, P, At]):
     def _at(self) -> str:
         doing = self._stages.now()
         return "; ".join(map(str, doing[:4])) if doing else "no thread has a sample in hand"
-
-    def _after_fork(self) -> None:
-        """Threads do not survive a fork: goes on from the last batch that was taken, with new ones."""
-        if self._workers is not None:
-            self._workers.abandon()
-        self._workers, self._closed, self._process = None, threading.Event(), os.getpid()
-        self._pending.clear()

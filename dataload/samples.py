@@ -3,14 +3,16 @@ numbers."""
 
 from __future__ import annotations
 
+import re
 from dataclasses import dataclass
 
 import numpy as np
 from PIL import Image
 
-from dataload import images, order
-from dataload.broken import Broken, BrokenSample, TooManyBroken
+from dataload import images, order, substitute
+from dataload.broken import Broken, BrokenSample
 from dataload.masking import mim_mask, mlm_mask
+from dataload.resize import resize
 from dataload.shards import ShardIndex
 from dataload.stages import Stages
 from dataload.tokenizer import Tokenizer
@@ -18,7 +20,7 @@ from dataload.tokenizer import Tokenizer
 PATCH = 32
 """Side of a cell of the MIM mask, in pixels."""
 INTERPOLATIONS = tuple(images.INTERPOLATIONS)
-_SUBSTITUTES = 20
+BACKENDS = ("auto", "cpu", "dali")
 _SHARES = (
     "flip",
     "color_jitter",
@@ -67,8 +69,13 @@ class LoaderConfig:
     """captions drawn per pair, different ones as far as there are"""
     seed: int = 0
     """of order, crops, flips, captions and masks"""
+    backend: str = "auto"
+    """what decodes: cpu (simplejpeg and Pillow), dali (its formats by NVIDIA DALI, the rest as cpu does), or auto: dali where
+    it is installed and `device` is a GPU, else cpu"""
+    device: str = "auto"
+    """where DALI decodes and its pictures stay: cpu, cuda, cuda:1 ...; auto: the current GPU if there is one"""
     workers: int = 2
-    """threads that decode; 0 = decode in the calling thread"""
+    """threads that decode; 0 = decode in the calling thread (DALI takes one of its own)"""
     prefetch: int = 4
     """batches prepared ahead"""
     max_broken: float = 0.05
@@ -79,6 +86,8 @@ class LoaderConfig:
     """seconds after which a batch that does not come is announced, with the threads and their samples"""
     stall_limit: float = 600.0
     """seconds after which it ends the run; 0 = never"""
+    exclude: tuple[str, ...] = ()
+    """files that list samples to leave out: a quarantine file, or what dataload.verify and dataload.stats write"""
     quarantine: str = ""
     """file to which broken samples are appended, one JSON object per line; empty = none"""
 
@@ -93,6 +102,12 @@ class LoaderConfig:
         check("crop_scale", 0 < self.crop_scale[0] <= self.crop_scale[1] <= 1, "0 < smallest <= largest <= 1")
         check("crop_ratio", 0 < self.crop_ratio[0] <= self.crop_ratio[1], "0 < smallest <= largest")
         check("interpolation", self.interpolation in INTERPOLATIONS, ", ".join(INTERPOLATIONS))
+        check("backend", self.backend in BACKENDS, ", ".join(BACKENDS))
+        check(
+            "device",
+            re.fullmatch(r"auto|cpu|cuda(:\d+)?", self.device) is not None,
+            "auto, cpu, cuda, cuda:N",
+        )
         for name in _SHARES:
             check(name, 0 <= getattr(self, name) <= 1, "0 to 1")
         fraction = self.uncaptioned_fraction
@@ -106,12 +121,32 @@ class LoaderConfig:
 
 
 @dataclass(frozen=True)
+class Job:
+    """A sample that is wanted: `sample` of `source` as it is in that epoch."""
+
+    source: order.Source
+    epoch: int
+    sample: int
+    captioned: bool
+
+
+@dataclass(frozen=True)
+class View:
+    """A picture, and what a sample shows of it."""
+
+    picture: images.Picture
+    box: tuple[int, int, int, int]
+    """left, top, width, height of the crop in the upright picture"""
+    flipped: bool
+    rng: np.random.Generator
+    """the sample's own, after the draws of the above"""
+
+
+@dataclass(frozen=True)
 class Drawn:
-    """One sample before it is put into a batch."""
+    """One sample before it is put into a batch; its picture is there already."""
 
     sample: int
-    image: np.ndarray
-    """uint8 [H, W, 3]"""
     text: np.ndarray | None
     """int64 [3, K, T]: tokens, mlm_tokens, mlm_targets; None for an uncaptioned sample"""
     mask: np.ndarray | None
@@ -120,72 +155,92 @@ class Drawn:
     """what was tried before"""
 
 
+class Attempt(substitute.Attempt):
+    """A job on its way."""
+
+    def __init__(self, job: Job, seed: int, index: ShardIndex) -> None:
+        super().__init__(
+            job.sample,
+            job.source,
+            lambda: order.generator(seed, job.epoch, job.sample, order.SUBSTITUTE),
+            index,
+        )
+        self.job = job
+
+
 class SampleMaker:
     """Makes samples of an index. Thread-safe; the result depends on (seed, epoch, sample) and on nothing
     else."""
 
     def __init__(self, config: LoaderConfig, index: ShardIndex, tokenizer: Tokenizer, stages: Stages) -> None:
-        self._stages = stages
-        self._config = config
+        self.config = config
+        self.stages = stages
         self._index = index
         self._tokenizer = tokenizer
 
-    def draw(self, source: order.Source, epoch: int, wanted: int, captioned: bool) -> Drawn:
-        """A sample as it is in that epoch; if it is broken, a substitute from the same source, drawn from the
-        broken sample's own random numbers. Raises TooManyBroken where no substitute of 20 is whole either."""
-        broken: list[Broken] = []
-        sample, rng = wanted, None
+    def attempt(self, job: Job) -> Attempt:
+        """The first try at a sample."""
+        return Attempt(job, self.config.seed, self._index)
+
+    def draw(self, job: Job, out: np.ndarray) -> Drawn:
+        """A sample, or a substitute where it is broken; its picture goes to `out`, uint8 [H, W, 3]. Raises TooManyBroken."""
+        attempt = self.attempt(job)
         while True:
             try:
-                return self._make(epoch, sample, captioned, broken)
+                view = self.view(attempt)
+                with self.stages("decode"):
+                    crop = view.picture.cut(view.box)
+                self.show(view, crop, out)
+                return self.finish(attempt, view)
             except (BrokenSample, OSError) as error:
-                broken.append(Broken(*self._index.where(sample), str(error)))
-            if len(broken) > _SUBSTITUTES:
-                few = "; ".join(str(one) for one in broken[:3])
-                raise TooManyBroken(f"a sample and {_SUBSTITUTES} substitutes for it are broken: {few}; ...")
-            if rng is None:
-                rng = order.generator(self._config.seed, epoch, wanted, order.SUBSTITUTE)
-            sample = int(source.all[rng.integers(len(source))])
+                attempt.fail(error)
 
-    def _make(self, epoch: int, sample: int, captioned: bool, broken: list[Broken]) -> Drawn:
-        config = self._config
-        image, flipped = self._image(epoch, sample)
-        if captioned:
-            return Drawn(sample, image, self._text(epoch, sample, flipped), None, broken)
-        grid = (config.image_size // PATCH, config.image_size // PATCH)
-        with self._stages("mask"):
-            mask = mim_mask(grid, order.generator(config.seed, epoch, sample, order.MIM), config.mim_ratio)
-        return Drawn(sample, image, None, mask, broken)
+    def view(self, attempt: Attempt) -> View:
+        """Reads the picture and draws crop and flip. Raises BrokenSample or OSError, as the next two do."""
+        config = self.config
+        self.stages.begin(self._index.key(attempt.sample))
+        with self.stages("fetch"):
+            data = self._index.image(attempt.sample)
+        with self.stages("header"):
+            picture = images.read(data, config.max_pixels)
+        rng = order.generator(config.seed, attempt.job.epoch, attempt.sample, order.IMAGE)
+        flipped = rng.random() < config.flip  # first, so that it does not depend on the crop's settings
+        box = images.crop_box(picture.width, picture.height, rng, config.crop_scale, config.crop_ratio)
+        return View(picture, box, flipped, rng)
 
-    def _image(self, epoch: int, sample: int) -> tuple[np.ndarray, bool]:
-        """uint8 [H, W, 3], and whether it is mirrored."""
-        config = self._config
-        with self._stages("fetch"):
-            data = self._index.image(sample)
-        with self._stages("decode"):
-            picture = images.decode(data, config.max_pixels)
-        with self._stages("augment"):
-            rng = order.generator(config.seed, epoch, sample, order.IMAGE)
-            flipped = rng.random() < config.flip  # first, so that it does not depend on the crop's settings
-            picture = images.random_resized_crop(
-                picture, config.image_size, rng, config.crop_scale, config.crop_ratio, config.interpolation
+    def show(self, view: View, crop: np.ndarray, out: np.ndarray) -> None:
+        """From the pixels of the crop, uint8 of its size, to the sample's picture."""
+        with self.stages("resize"):
+            resize(crop, self.config.image_size, self.config.interpolation, mirror=view.flipped, out=out)
+            self.jitter(view, out)
+
+    def jitter(self, view: View, out: np.ndarray) -> None:
+        """Changes the colours of a picture that is otherwise done, where that is wanted."""
+        if self.config.color_jitter:
+            out[...] = np.asarray(
+                images.color_jitter(Image.fromarray(out), self.config.color_jitter, view.rng)
             )
-            if config.color_jitter:
-                picture = images.color_jitter(picture, config.color_jitter, rng)
-            if flipped:
-                picture = picture.transpose(Image.Transpose.FLIP_LEFT_RIGHT)
-            return np.asarray(picture), flipped
+
+    def finish(self, attempt: Attempt, view: View) -> Drawn:
+        """All but the picture."""
+        config, epoch, sample = self.config, attempt.job.epoch, attempt.sample
+        if attempt.job.captioned:
+            return Drawn(sample, self._text(epoch, sample, view.flipped), None, attempt.broken)
+        grid = (config.image_size // PATCH, config.image_size // PATCH)
+        with self.stages("mask"):
+            mask = mim_mask(grid, order.generator(config.seed, epoch, sample, order.MIM), config.mim_ratio)
+        return Drawn(sample, None, mask, attempt.broken)
 
     def _text(self, epoch: int, sample: int, flipped: bool) -> np.ndarray:
         """int64 [3, K, T], see `Drawn.text`."""
-        rng = order.generator(self._config.seed, epoch, sample, order.TEXT)
-        with self._stages("fetch"):
+        rng = order.generator(self.config.seed, epoch, sample, order.TEXT)
+        with self.stages("fetch"):
             captions = self._index.captions(sample)
-        with self._stages("text"):
+        with self.stages("text"):
             return self._rows(captions, rng, flipped)
 
     def _rows(self, captions: list[str], rng: np.random.Generator, flipped: bool) -> np.ndarray:
-        config, tokenizer = self._config, self._tokenizer
+        config, tokenizer = self.config, self._tokenizer
         count, length = config.captions_per_image, config.text_length
         picks = rng.permutation(len(captions)).tolist()[:count]
         text = np.empty((3, count, length), dtype=np.int64)

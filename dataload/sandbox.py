@@ -157,6 +157,7 @@ def _end_all(children: set[_Child], owner: int) -> None:
     if os.getpid() == owner:
         for child in list(children):
             child.end()
+            child.output.close()
 
 
 class _Child:
@@ -168,14 +169,14 @@ class _Child:
         self._socket, theirs = socket.socketpair()
         for end in (self._socket, theirs):
             end.setsockopt(socket.SOL_SOCKET, socket.SO_SNDBUF, _BUFFER)
-        self._output = tempfile.TemporaryFile()
+        self.output = tempfile.TemporaryFile()
         environment = dict(os.environ) | dict.fromkeys(_ONE_THREAD, "1")
         try:
             self._process = subprocess.Popen(
                 [sys.executable, "-c", _PROGRAM, str(os.getpid()), json.dumps(sys.path)],
                 stdin=theirs.fileno(),
                 stdout=subprocess.DEVNULL,
-                stderr=self._output,
+                stderr=self.output,
                 env=environment,
                 start_new_session=True,  # out of reach of the terminal's Ctrl-C
             )
@@ -259,8 +260,8 @@ class _Child:
 
     def _said(self) -> str:
         try:
-            self._output.seek(0)
-            return self._output.read()[-2000:].decode(errors="replace")
+            self.output.seek(0)
+            return self.output.read()[-2000:].decode(errors="replace")
         except (OSError, ValueError):
             return ""
 

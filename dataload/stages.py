@@ -4,7 +4,8 @@ from __future__ import annotations
 
 import threading
 import time
-from collections.abc import Mapping
+from collections.abc import Iterator, Mapping
+from contextlib import contextmanager
 from dataclasses import dataclass, field
 from types import TracebackType
 
@@ -71,6 +72,14 @@ class Stages:
         """Says what the calling thread works on from here on; empty = nothing."""
         mine = self._mine()
         mine.sample, mine.since = sample, time.monotonic()
+
+    @contextmanager
+    def idle(self) -> Iterator[None]:
+        """After this block the calling thread has no sample in hand, however it ends."""
+        try:
+            yield
+        finally:
+            self.begin("")
 
     def _mine(self) -> _Thread:
         mine: _Thread | None = getattr(self._local, "thread", None)

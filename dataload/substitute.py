@@ -3,46 +3,43 @@
 from __future__ import annotations
 
 from collections.abc import Callable
-from typing import TypeVar
 
 import numpy as np
 
 from dataload.broken import Broken, BrokenSample, TooManyBroken
+from dataload.order import Source
 from dataload.shards import ShardIndex
 
 SUBSTITUTES = 20
-T = TypeVar("T")
 
 
-def first_whole(
-    make: Callable[[int], T],
-    wanted: int,
-    candidates: np.ndarray,
-    rng: Callable[[], np.random.Generator],
-    index: ShardIndex,
-) -> tuple[int, T, list[Broken]]:
-    """(sample, make(sample), what was broken before) for `wanted`, or else for the first sample drawn from
-    `candidates` that is whole.
+class Attempt:
+    """A wanted sample on its way, or the substitute that is tried in its place.
 
-    make: raises BrokenSample for bytes that cannot be used, OSError for bytes that do not come. rng: the broken
-    sample's own random numbers, asked for only when they are needed. Raises TooManyBroken where no substitute of 20
-    is whole either.
+    rng: the wanted sample's own random numbers, asked for only when a substitute is needed.
     """
-    broken: list[Broken] = []
-    sample, generator = wanted, None
-    while True:
-        try:
-            return sample, make(sample), broken
-        except BrokenSample as error:
-            broken.append(describe(index, sample, str(error), "decode"))
-        except OSError as error:
-            broken.append(describe(index, sample, str(error), "fetch"))
-        if len(broken) > SUBSTITUTES:
-            few = "; ".join(str(one) for one in broken[:3])
+
+    def __init__(
+        self, wanted: int, source: Source, rng: Callable[[], np.random.Generator], index: ShardIndex
+    ) -> None:
+        self.sample = wanted
+        """what is to be tried now"""
+        self.broken: list[Broken] = []
+        """what was tried before"""
+        self._source, self._new_rng, self._index = source, rng, index
+        self._rng: np.random.Generator | None = None
+
+    def fail(self, error: BrokenSample | OSError) -> None:
+        """The present sample is broken (BrokenSample) or does not come (OSError): goes on to a substitute. Raises
+        TooManyBroken where no substitute of 20 is whole either."""
+        tier = "decode" if isinstance(error, BrokenSample) else "fetch"
+        self.broken.append(describe(self._index, self.sample, str(error), tier))
+        if len(self.broken) > SUBSTITUTES:
+            few = "; ".join(str(one) for one in self.broken[:3])
             raise TooManyBroken(f"a sample and {SUBSTITUTES} substitutes for it are broken: {few}; ...")
-        if generator is None:
-            generator = rng()
-        sample = int(candidates[generator.integers(len(candidates))])
+        if self._rng is None:
+            self._rng = self._new_rng()
+        self.sample = int(self._source.all[self._rng.integers(len(self._source))])
 
 
 def describe(index: ShardIndex, sample: int, reason: str, tier: str) -> Broken:

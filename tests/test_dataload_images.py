@@ -320,3 +320,88 @@ def test_normalize_matches_its_definition_and_is_inverted() -> None:
 def test_denormalize_clips() -> None:
     out = images.denormalize(torch.tensor([-100.0, 100.0]).reshape(2, 1, 1, 1).expand(2, 3, 4, 4))
     assert (out[0] == 0).all() and (out[1] == 255).all() and out.dtype == torch.uint8
+
+
+def damaged_jpegs(count: int) -> list[bytes]:
+    """Small JPEGs of several kinds with bits flipped, bytes cut out, or the end missing."""
+    rng = np.random.default_rng(1)
+    photo = Image.fromarray(PHOTO)
+    exif = Image.Exif()
+    exif[0x0112] = 6
+    whole = [
+        encoded(photo, "JPEG", quality=85), encoded(photo, "JPEG", progressive=True, exif=exif),
+        encoded(photo.convert("L"), "JPEG"), encoded(photo.convert("CMYK"), "JPEG"),
+        encoded(photo, "JPEG", subsampling="4:1:1", restart_marker_blocks=2),
+        encoded(photo, "MPO", save_all=True, append_images=[photo]), encoded(photo, "JPEG", keep_rgb=True),
+    ]  # fmt: skip
+    result = list(whole)
+    for i in range(count):
+        data = bytearray(whole[i % len(whole)])
+        for _ in range(int(rng.integers(1, 4))):
+            place = int(rng.integers(2, len(data)))
+            match int(rng.integers(4)):
+                case 0 | 1:
+                    data[place] ^= 1 << int(rng.integers(8))
+                case 2:
+                    del data[place : place + int(rng.integers(1, 9))]
+                case 3:
+                    data = data[:place] + data[-2:] if rng.random() < 0.5 else data[: max(place, 4)]
+            if len(data) < 5:
+                break
+        result.append(bytes(data))
+    return result
+
+
+@pytest.mark.filterwarnings("ignore::UserWarning")
+def test_damaged_jpegs_are_judged_and_decoded_as_by_pillow_in_full() -> None:
+    """`read` and `cut` go by simplejpeg where they can; the verdicts and pixels are those of Pillow's full decoding."""
+    verdicts = {"whole": 0, "broken": 0}
+    for data in damaged_jpegs(400):
+        try:
+            expected = np.asarray(decode(data))
+        except BrokenImage as error:
+            verdicts["broken"] += 1
+            with pytest.raises(BrokenImage) as raised:
+                picture = images.read(data)
+                picture.cut((0, 0, picture.width, picture.height))
+            assert str(raised.value) == str(error)
+            continue
+        verdicts["whole"] += 1
+        picture = images.read(data)
+        assert (picture.height, picture.width) == expected.shape[:2]
+        assert (picture.cut((0, 0, picture.width, picture.height)) == expected).all()
+        left, top, width, height = box = images.crop_box(
+            picture.width, picture.height, np.random.default_rng(len(data)), (0.1, 0.5), (0.5, 2.0)
+        )
+        assert (picture.cut(box) == expected[top : top + height, left : left + width]).all()
+    assert min(verdicts.values()) > 60, verdicts
+
+
+def test_resizing_stays_within_a_level_of_pillow() -> None:
+    """Any size and shape, both filters, mirrored too; ties (192 to 224 are sevenths) and Pillow's order of directions."""
+    rng = np.random.default_rng(5)
+    grain = rng.normal(0, 12, (300, 300, 3))
+    field = np.asarray(Image.fromarray(PHOTO).resize((300, 300), Image.Resampling.BICUBIC))
+    picture = Image.fromarray(np.clip(field + grain, 0, 255).astype(np.uint8))
+    shapes = [
+        (192, 208),
+        (128, 155),
+        (300, 7),
+        (1, 1),
+        (3, 300),
+        (224, 300),
+        (300, 224),
+        (96, 200),
+        (200, 96),
+    ]
+    shapes += [tuple(rng.integers(1, 301, 2).tolist()) for _ in range(25)]
+    for i, (width, height) in enumerate(shapes):
+        crop = picture.crop((0, 0, width, height))
+        for name, resample in images.INTERPOLATIONS.items():
+            for size in (32, 96, 224):
+                plain = crop.resize((size, size), resample)
+                expected = np.asarray(ImageOps.mirror(plain) if i % 2 else plain)
+                result = images.resize(np.asarray(crop), size, name, mirror=i % 2 == 1)
+                error = np.abs(result.astype(int) - expected)
+                assert error.max() <= (1 if name == "bilinear" else 3), (width, height, size, name)
+                assert error.mean() < 0.2

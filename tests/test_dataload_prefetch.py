@@ -5,13 +5,15 @@ from __future__ import annotations
 import threading
 import time
 import warnings
+from collections.abc import Sequence
 from dataclasses import dataclass
 
 import pytest
 
 from dataload import prefetch, workers
-from dataload.prefetch import Limits, Prefetch, SlowWorkerWarning, WorkerStuck
+from dataload.prefetch import Limits, Prefetch, SlowWorkerWarning, Work, WorkerStuck
 from dataload.stages import Stages
+from dataload.threads import Threads
 
 
 @dataclass(frozen=True)
@@ -28,32 +30,52 @@ class Four:
 NONE = Limits()
 
 
-class Line(Prefetch[int, int, Four, int]):
-    """0, 1, 2 ... in batches of four; `hold` makes the drawing of one number wait for an event."""
+class Numbers:
+    """Draws numbers in threads; `hold` makes the drawing of one wait for an event."""
+
+    def __init__(self, threads: int, hold: int, stages: Stages) -> None:
+        self.released = threading.Event()
+        self.threads = Threads(threads, "dataload")
+        self.dead, self.close, self.abandon = self.threads.dead, self.threads.close, self.threads.abandon
+        self._hold, self._stages = hold, stages
+
+    def draw(self, number: int) -> int:
+        with self._stages("draw"):
+            if number == self._hold:
+                self.released.wait(60)
+        return number
+
+    def submit(self, jobs: Sequence[int]) -> Work[int]:
+        return Work(self.threads.share(self._some, jobs))
+
+    def _some(self, jobs: Sequence[int]) -> list[int]:
+        drawn = []
+        with self._stages.idle():
+            for job in jobs:
+                self.threads.check()
+                self._stages.begin(f"shard/{job:03d}")
+                drawn.append(self.draw(job))
+        return drawn
+
+
+class Line(Prefetch[int, Four, Work[int], int]):
+    """0, 1, 2 ... in batches of four."""
 
     def __init__(self, threads: int = 2, hold: int = -1, limits: Limits = NONE) -> None:
-        self.released = threading.Event()
-
-        def draw(number: int) -> int:
-            with stages("draw"):
-                if number == hold:
-                    self.released.wait(60)
-            return number
-
-        stages = self.stages = Stages({"draw": "a number"})
+        self.stages = Stages({"draw": "a number"})
+        self.numbers = Numbers(threads, hold, self.stages)
+        ahead = 3 if threads else 0
         super().__init__(
             0,
             lambda at: (Four(at), range(at, at + 4)),
-            draw,
-            lambda number: f"shard/{number:03d}",
-            stages,
-            workers=threads,
-            ahead=3,
+            self.numbers,
+            self.stages,
+            ahead=ahead,
             limits=limits,
         )
 
     def take(self) -> list[int]:
-        _, drawn = self.oldest()
+        _, _, drawn = self.oldest()
         self.taken()
         return drawn
 
@@ -75,7 +97,7 @@ def test_batches_come_in_order(threads: int) -> None:
 def test_a_slow_thread_is_named_and_then_waited_for() -> None:
     line = Line(hold=5, limits=Limits(warn=0.1, stop=30))
     assert line.take() == [0, 1, 2, 3]
-    threading.Timer(0.5, line.released.set).start()
+    threading.Timer(0.5, line.numbers.released.set).start()
     with pytest.warns(SlowWorkerWarning, match=r"dataload-\d: in draw of shard/005 for 0\.\d s") as caught:
         assert line.take() == [4, 5, 6, 7]
     assert len(caught) == 1
@@ -93,12 +115,12 @@ def test_a_stuck_thread_ends_the_run_and_names_its_sample() -> None:
     assert line.position == 4
     line.close()  # the stuck thread is left behind
     assert time.monotonic() - started < 5
-    line.released.set()
+    line.numbers.released.set()
 
 
 def test_without_limits_nothing_is_said() -> None:
     line = Line(hold=2, limits=Limits(warn=30, stop=0))
-    threading.Timer(0.3, line.released.set).start()
+    threading.Timer(0.3, line.numbers.released.set).start()
     with warnings.catch_warnings():
         warnings.simplefilter("error")
         assert line.take() == [0, 1, 2, 3]
@@ -108,9 +130,9 @@ def test_without_limits_nothing_is_said() -> None:
 def test_a_dead_thread_is_named() -> None:
     line = Line(threads=1, hold=5)
     line.take()
-    assert line._workers is not None
-    line._workers._queue.put(None)  # what ends a thread, while the pool is open
-    line.released.set()
+    assert line.numbers.threads._pool is not None
+    line.numbers.threads._pool._queue.put(None)  # what ends a thread, while the pool is open
+    line.numbers.released.set()
     with pytest.raises(WorkerStuck, match="the thread dataload-0 of the loader has died"):
         for _ in range(9):
             line.take()
@@ -120,23 +142,23 @@ def test_a_dead_thread_is_named() -> None:
 def test_an_error_leaves_the_position_and_is_raised() -> None:
     line = Line()
     line.take()
-    line._draw = lambda number: 1 // (number - 9)
+    line.numbers.draw = lambda number: 1 // (number - 9)
     for _ in range(3):  # the batches that were ahead are whole
         line.take()
     assert line.position == 16
-    line._draw = lambda number: 1 // (number - 33)
+    line.numbers.draw = lambda number: 1 // (number - 33)
     with pytest.raises(ZeroDivisionError):
         for _ in range(9):
             line.take()
     assert line.position == 32
-    line._draw = lambda number: number
+    line.numbers.draw = lambda number: number
     assert line.take() == [32, 33, 34, 35]
     line.close()
 
 
 def test_a_timeout_of_the_sample_itself_is_raised() -> None:
     line = Line()
-    line._draw = lambda number: (_ for _ in ()).throw(TimeoutError("the host is silent"))
+    line.numbers.draw = lambda number: (_ for _ in ()).throw(TimeoutError("the host is silent"))
     with pytest.raises(TimeoutError, match="the host is silent"):
         line.take()
     line.close()

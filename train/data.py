@@ -94,8 +94,10 @@ def uncaptioned_fraction(config: PretrainConfig, captioned: int, uncaptioned: in
     return whole / size if Fraction(str(whole / size)) == Fraction(whole, size) else whole / size + 1e-12
 
 
-def loader_config(config: PretrainConfig, sources: Sources, world_size: int) -> LoaderConfig:
-    """The training pipeline of one rank."""
+def loader_config(
+    config: PretrainConfig, sources: Sources, world_size: int, device: str = "auto"
+) -> LoaderConfig:
+    """The training pipeline of one rank, whose model is on `device`."""
     data = config.data
     captioned = shards.index(sources.train).captioned
     pairs = int(captioned.sum())
@@ -116,6 +118,8 @@ def loader_config(config: PretrainConfig, sources: Sources, world_size: int) -> 
         tokenizer_sampling=data.tokenizer_sampling,
         captions_per_image=data.captions_per_image,
         seed=config.seed,
+        backend=data.backend,
+        device=device,
         workers=data.workers,
         prefetch=data.prefetch,
         max_broken=data.max_broken,
@@ -123,10 +127,12 @@ def loader_config(config: PretrainConfig, sources: Sources, world_size: int) -> 
     )
 
 
-def open_data(config: PretrainConfig, sources: Sources, rank: int, world_size: int) -> Data:
+def open_data(
+    config: PretrainConfig, sources: Sources, rank: int, world_size: int, device: str = "auto"
+) -> Data:
     """Open the training loader of one rank and the held-out set."""
     tokenizer = load_tokenizer(sources.tokenizer, config.model.vocabulary)
-    settings = loader_config(config, sources, world_size)
+    settings = loader_config(config, sources, world_size, device)
     loader = Loader(settings, tokenizer, rank=rank, world_size=world_size)
     heldout = None
     if sources.heldout:

@@ -58,7 +58,7 @@ def _data(config: PretrainConfig, data: Data) -> list[str]:
     )
     lines = [
         f"data        {counts['captioned']:,} captioned and {counts['uncaptioned']:,} uncaptioned "
-        f"pictures in {len(data.sources.train)} shards; {heldout}"
+        f"pictures in {len(data.sources.train)} shards, decoded by {data.loader.backend}; {heldout}"
     ]
     pieces, rows = data.tokenizer.vocab_size, config.model.vocabulary
     unused = f" ({rows - pieces:,} of the model's {rows:,} rows stay unused)" if pieces < rows else ""

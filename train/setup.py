@@ -45,7 +45,7 @@ def set_up(config: PretrainConfig, command: Sequence[str]) -> Run:
     model = Aurora(config.model)
     torch.manual_seed(config.seed + 1 + ranks.rank)  # other dropout on every rank
 
-    data = _open(config, ranks, progress)
+    data = _open(config, ranks, device, progress)
     engine = TorchEngine(model, config, device, precision, ranks)
     run = Run(
         config,
@@ -75,14 +75,15 @@ def set_up(config: PretrainConfig, command: Sequence[str]) -> Run:
     return run
 
 
-def _open(config: PretrainConfig, ranks: Ranks, progress: Progress) -> Data:
+def _open(config: PretrainConfig, ranks: Ranks, device: torch.device, progress: Progress) -> Data:
     """Rank 0 draws the built-in corpus and indexes the shards; then the others find both done."""
     if not ranks.first:
         share(None, ranks)
     try:
         sources = find_sources(config.data, config.model.image_size, progress.say)
-        data = open_data(config, sources, ranks.rank, ranks.size)
-    except (OSError, ValueError) as error:
+        where = str(device) if device.type == "cuda" else "cpu"
+        data = open_data(config, sources, ranks.rank, ranks.size, where)
+    except (OSError, ValueError, ImportError) as error:
         raise ConfigError(str(error)) from error
     if ranks.first:
         share(None, ranks)

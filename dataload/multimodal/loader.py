@@ -10,9 +10,9 @@ It shares the pool, the order, the random numbers and the report of broken sampl
 
 from __future__ import annotations
 
-import time
 from collections import Counter
-from collections.abc import Iterator
+from collections.abc import Iterator, Sequence
+from dataclasses import dataclass
 from types import TracebackType
 from typing import Any, NamedTuple
 
@@ -23,10 +23,11 @@ from dataload.broken import BrokenReport, TooManyBroken
 from dataload.multimodal.batch import MultimodalBatch
 from dataload.multimodal.config import MixtureConfig, SourceConfig
 from dataload.multimodal.sample import Clip, ClipMaker, collate
-from dataload.prefetch import Limits, Prefetch
+from dataload.prefetch import Limits, Prefetch, Work
 from dataload.schedule import Progress, Schedule, Share, shares, split
 from dataload.shards import ShardIndex
 from dataload.stages import Stages
+from dataload.threads import Threads
 from dataload.tokenizer import Tokenizer
 
 STATE_VERSION = 1
@@ -77,6 +78,42 @@ class _Job(NamedTuple):
     sample: int
 
 
+@dataclass(frozen=True)
+class _Planner:
+    """What a rank's batches hold. (Apart from the loader, which it must not keep alive.)"""
+
+    origins: Sequence[Origin]
+    schedule: Schedule
+    batch_size: int
+    rank: int
+    world_size: int
+
+    def __call__(self, start: Progress) -> tuple[Share, list[_Job]]:
+        share = split(start, self.schedule, self.batch_size, self.rank, self.world_size)
+        return share, [_Job(source, *self.origins[source].stream.at(place)) for source, place in share.places]
+
+
+class _Backend:
+    """Each thread makes a share of the batch."""
+
+    def __init__(self, maker: ClipMaker, origins: Sequence[Origin], workers: int) -> None:
+        self._maker, self._origins = maker, origins
+        self._threads = Threads(workers, "dataload")
+        self.dead, self.close, self.abandon = self._threads.dead, self._threads.close, self._threads.abandon
+
+    def submit(self, jobs: Sequence[_Job]) -> Work[Clip]:
+        return Work(self._threads.share(self._draw, jobs))
+
+    def _draw(self, jobs: Sequence[_Job]) -> list[Clip]:
+        clips = []
+        with self._maker.stages.idle():
+            for job in jobs:
+                self._threads.check()
+                origin = self._origins[job.source]
+                clips.append(self._maker.draw(origin, job.source, job.epoch, job.sample))
+        return clips
+
+
 class MixtureLoader:
     """Endless, deterministic batches of one rank from several sources.
 
@@ -96,21 +133,16 @@ class MixtureLoader:
         ]
         self.shares = shares({name: source.weight for name, source in config.sources.items()})
         """the exact share of each source among the samples"""
-        self._schedule = Schedule(list(self.shares.values()))
         self.stages = Stages(STAGES)
-        self.waited = 0.0
-        """seconds that the reader has waited for batches"""
         self.broken = BrokenReport(config.max_broken, config.quarantine)
         self._broken_of: Counter[str] = Counter()
-        self._maker = ClipMaker(config, tokenizer, self.stages)
-        self._prefetch: Prefetch[_Job, Clip, Share, Progress] = Prefetch(
+        maker = ClipMaker(config, tokenizer, self.stages)
+        self._prefetch: Prefetch[_Job, Share, Work[Clip], Progress] = Prefetch(
             Progress((0,) * len(self.origins)),
-            self._plan,
-            lambda job: self._maker.draw(self.origins[job.source], job.source, job.epoch, job.sample),
-            lambda job: self.origins[job.source].index.key(job.sample),
+            _Planner(self.origins, Schedule(list(self.shares.values())), config.batch_size, rank, world_size),
+            _Backend(maker, self.origins, config.workers),
             self.stages,
-            workers=config.workers,
-            ahead=config.prefetch,
+            ahead=config.prefetch if config.workers else 0,
             limits=Limits(config.stall_warning, config.stall_limit),
         )
 
@@ -136,9 +168,7 @@ class MixtureLoader:
 
     def __next__(self) -> MultimodalBatch:
         """The next batch; errors as in `pipeline.Loader`."""
-        started = time.perf_counter()
-        _, clips = self._prefetch.oldest()
-        self.waited += time.perf_counter() - started
+        _, _, clips = self._prefetch.oldest()
         try:
             self.broken.add(len(clips), [broken for clip in clips for broken in clip.broken])
         except TooManyBroken:
@@ -153,10 +183,6 @@ class MixtureLoader:
             batch = collate(self.config, clips, keys)
         self._prefetch.taken()
         return batch
-
-    def _plan(self, start: Progress) -> tuple[Share, list[_Job]]:
-        share = split(start, self._schedule, self.config.batch_size, self.rank, self.world_size)
-        return share, [_Job(source, *self.origins[source].stream.at(place)) for source, place in share.places]
 
     def state_dict(self) -> dict[str, Any]:
         """Where the stream stands after the last batch that was handed out: a few numbers per source, good for JSON,
@@ -221,9 +247,7 @@ class MixtureLoader:
                 f"{c['consumed']:,} consumed (epoch {c['epoch']:.2f}), {c['broken']:,} broken"
             )
         batches = self._prefetch.position.batches
-        wait = (
-            f"  {batches:,} batches; the reader waited {1e3 * self.waited / max(batches, 1):.1f} ms for each"
-        )
+        wait = f"  {batches:,} batches; the reader waited {1e3 * self._prefetch.waited / max(batches, 1):.1f} ms for each"
         return "\n".join([*lines, str(self.stages), f"{wait}; {self.broken}"])
 
     def close(self) -> None:

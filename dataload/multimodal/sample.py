@@ -12,13 +12,15 @@ import torch
 from PIL import Image
 
 from dataload import audio, images, order, sandbox, video
-from dataload.broken import Broken
+from dataload.broken import Broken, BrokenSample
+from dataload.crops import crop_box
 from dataload.masking import mim_mask, mlm_mask
 from dataload.multimodal.batch import MultimodalBatch
 from dataload.multimodal.config import MixtureConfig
 from dataload.packed import pack
+from dataload.resize import resize
 from dataload.stages import Stages
-from dataload.substitute import describe, first_whole
+from dataload.substitute import Attempt, describe
 from dataload.tokenizer import BOS, EOS, Tokenizer
 
 if TYPE_CHECKING:
@@ -56,25 +58,27 @@ class ClipMaker:
     """Makes samples. Thread-safe; the result depends on (seed, source, epoch, sample) and on nothing else."""
 
     def __init__(self, config: MixtureConfig, tokenizer: Tokenizer, stages: Stages) -> None:
-        self._config, self._tokenizer, self._stages = config, tokenizer, stages
+        self._config, self._tokenizer, self.stages = config, tokenizer, stages
         self._sandbox = sandbox.shared(max(1, config.workers))
 
     def draw(self, origin: Origin, number: int, epoch: int, wanted: int) -> Clip:
         """A sample of source `number` as it is in that epoch, or a substitute of the same source."""
         base = number * _SOURCE
-
-        def rng() -> np.random.Generator:
-            return order.generator(self._config.seed, epoch, base + wanted, order.SUBSTITUTE)
-
-        sample, clip, broken = first_whole(
-            lambda sample: self._make(origin, base, epoch, sample),
+        attempt = Attempt(
             wanted,
-            origin.stream.all,
-            rng,
+            origin.stream,
+            lambda: order.generator(self._config.seed, epoch, base + wanted, order.SUBSTITUTE),
             origin.index,
         )
-        partial = [describe(origin.index, sample, note, "partial") for note in clip.notes]
-        clip.source, clip.sample, clip.broken = number, sample, broken + partial
+        while True:
+            self.stages.begin(origin.index.key(attempt.sample))
+            try:
+                clip = self._make(origin, base, epoch, attempt.sample)
+                break
+            except (BrokenSample, OSError) as error:
+                attempt.fail(error)
+        partial = [describe(origin.index, attempt.sample, note, "partial") for note in clip.notes]
+        clip.source, clip.sample, clip.broken = number, attempt.sample, attempt.broken + partial
         return clip
 
     def _make(self, origin: Origin, base: int, epoch: int, sample: int) -> Clip:
@@ -91,38 +95,35 @@ class ClipMaker:
             clip.image_mask = mim_mask((grid, grid), rng(order.MIM), config.image.mask_ratio)
         if origin.has(sample, "audio"):
             data = self._fetch(origin, sample, "audio")
-            with self._stages("audio"):
+            with self.stages("audio"):
                 self._audio(clip, data, rng(order.AUDIO))
         if origin.has(sample, "video"):
             sound = config.video.sound and "audio" in origin.config.modalities and clip.audio is None
             data = self._fetch(origin, sample, "video")
-            with self._stages("video"):
+            with self.stages("video"):
                 flipped = self._video(clip, data, sound, rng(order.VIDEO), flipped)
         if origin.has(sample, "text"):
-            with self._stages("fetch"):
+            with self.stages("fetch"):
                 captions = index.captions(sample)
-            with self._stages("text"):
+            with self.stages("text"):
                 clip.text = self._text(captions, rng(order.TEXT), bool(flipped))
         return clip
 
     def _fetch(self, origin: Origin, sample: int, kind: str) -> bytes:
-        with self._stages("fetch"):
+        with self.stages("fetch"):
             return origin.index.media(sample, kind)
 
     def _image(self, clip: Clip, data: bytes, rng: np.random.Generator) -> bool:
         """Sets the picture; returns whether it is mirrored."""
         config = self._config.image
-        with self._stages("image"):
-            picture = images.decode(data, config.max_pixels)
+        with self.stages("image"):
+            picture = images.read(data, config.max_pixels)
             flipped = rng.random() < config.flip  # first, so that it does not depend on the crop's settings
-            picture = images.random_resized_crop(
-                picture, config.size, rng, config.crop_scale, config.crop_ratio, config.interpolation
-            )
+            box = crop_box(picture.width, picture.height, rng, config.crop_scale, config.crop_ratio)
+            clip.image = resize(picture.cut(box), config.size, config.interpolation, mirror=flipped)
             if config.color_jitter:
-                picture = images.color_jitter(picture, config.color_jitter, rng)
-            if flipped:
-                picture = picture.transpose(Image.Transpose.FLIP_LEFT_RIGHT)
-            clip.image = np.asarray(picture)
+                colored = images.color_jitter(Image.fromarray(clip.image), config.color_jitter, rng)
+                clip.image = np.asarray(colored)
         return flipped
 
     def _audio(self, clip: Clip, data: bytes, rng: np.random.Generator) -> None:
