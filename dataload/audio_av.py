@@ -105,6 +105,9 @@ class AvReader:
                 raise CannotSeek("FFmpeg: cannot seek in it") from None
         frames = self._frames()
         head = next(frames, None)
+        if head is None and first and self.problem:  # it landed in the middle of something
+            self.problem = ""
+            raise CannotSeek("FFmpeg: seeking in it is not exact")
         if head is None:
             return
         if head.pts is not None:

@@ -8,7 +8,8 @@ Policies, in one place:
 - A clip of a video that is shorter has the frames and the sound that there are; frames may repeat (`Clip.distinct`).
 - What is cut short or damaged is used up to the damage, and `Clip.problem` says so. No whole frame is a BrokenVideo.
 - Without a sound track the sound is None; a sound track that cannot be read is None too, and a problem. Sound without
-  frames is a BrokenVideo. Of several tracks the first counts.
+  frames is a BrokenVideo. Of several tracks the one counts that FFmpeg thinks best (players
+  show it), and the first of sound.
 - Limits are on pixels, frames and seconds. Playlists that would open other files are not read (see audio_av.CONTAINERS).
 """
 
@@ -34,7 +35,7 @@ MAX_FRAMES = 1024
 TIMEOUT = 60.0
 """seconds that a sandbox gets for a clip"""
 CROP_DRAWS = 22
-"""random numbers that images.crop_box takes at most"""
+"""random numbers that crops.crop_box takes at most"""
 
 
 class BrokenVideo(BrokenSample):
@@ -90,7 +91,7 @@ def decode(
 
     Where: without `size` and `short_side`, whole frames; with `short_side`, whole frames of which the shorter side is that;
     with `size`, squares: of `box` (left, top, width, height in upright pixels), or with `rng` of a random resized crop
-    (`scale`, `ratio`: see images.crop_box) that is mirrored with probability `flip`, or else the largest in the centre.
+    (`scale`, `ratio`: see crops.crop_box) that is mirrored with probability `flip`, or else the largest in the centre.
     Pillow's antialiased filters resize.
 
     The same number of random numbers is drawn from `rng` in every case. With a `sandbox` FFmpeg's libraries run in a child

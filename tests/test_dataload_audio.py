@@ -313,7 +313,11 @@ def test_log_mel_is_that_of_transformers() -> None:
         inner = slice(4, frames - 4)
         expected, mine = np.log(theirs[:, inner] + 1e-10), mine[:, inner]
         loud = expected > -14  # what is 60 dB below the loudest is float32's rounding
-        assert loud.mean() > 0.2 and np.abs(mine - expected)[loud].max() < 2e-3 and mine[~loud].max(initial=-np.inf) < -13.9
+        assert (
+            loud.mean() > 0.2
+            and np.abs(mine - expected)[loud].max() < 2e-3
+            and mine[~loud].max(initial=-np.inf) < -13.9
+        )
 
 
 def test_log_mel_places_a_tone_and_refuses_what_is_too_short() -> None:
