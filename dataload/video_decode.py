@@ -122,11 +122,14 @@ class Pictures:
         if size is not None:
             if self._box is None:
                 self._box = self._draw(width, height)
-            left, top, right, bottom = (
-                round(s * n) for s, n in zip(self._box, (width, height) * 2, strict=True)
-            )
-            # Cut out, so that pixels outside do not show at its edge.
-            picture = Image.fromarray(rgb[top:bottom, left:right]).resize((size, size), method)
+            left, top, right, bottom = (s * n for s, n in zip(self._box, (width, height) * 2, strict=True))
+            if (
+                plan["crop"] is not None or plan["box"] is not None
+            ):  # cut out: pixels outside do not show at its edge
+                rgb = rgb[round(top) : round(bottom), round(left) : round(right)]
+                picture = Image.fromarray(rgb).resize((size, size), method)
+            else:  # as images.resize_center_crop
+                picture = Image.fromarray(rgb).resize((size, size), method, box=(left, top, right, bottom))
             rgb = np.asarray(picture)[:, ::-1] if plan["flip"] else np.asarray(picture)
         elif plan["short_side"] is not None:
             scale = plan["short_side"] / min(width, height)
@@ -150,7 +153,7 @@ class Pictures:
             left, top, wide, high = crop_box(width, height, replay, plan["scale"], plan["ratio"])
         else:
             wide = high = min(width, height)
-            left, top = (width - wide) // 2, (height - high) // 2
+            left, top = (width - wide) / 2, (height - high) / 2
         return left / width, top / height, (left + wide) / width, (top + high) / height
 
     def have(self, times: list[int]) -> bool:

@@ -20,6 +20,8 @@ MAX_PACKETS = 1 << 20
 """of one stretch; an hour at 120 frames per second has 432,000"""
 _EARLIER = (0.0, 2.0, 10.0)
 """seconds before a time at which a keyframe is looked for, one after the other; then the file is read from its beginning"""
+_DEEPEST = 17
+"""packets of which one is the first frame that is shown: codecs reorder up to 16"""
 _LATER = 1.0
 """seconds by which packets are read beyond the end: they come in the order of decoding"""
 
@@ -40,7 +42,11 @@ class Video:
         self._open()
         base = self.stream.time_base or Fraction(1, 90_000)
         self.base = float(base)
-        self.origin = float((self.stream.start_time or 0) * base)
+        self._rest = self._demuxed()
+        self._head = list(itertools.islice(self._rest, _DEEPEST))
+        shown = [packet.pts for packet in self._head if packet.pts is not None and not packet.is_discard]
+        # Not the stream's start: in AVI that is the time of decoding.
+        self.origin = float(min(shown, default=self.stream.start_time or 0) * base)
         self.duration = float((self.stream.duration or 0) * base) or (self.container.duration or 0) / 1e6
         self.declared = self.duration if self.stream.duration or not self.container.streams.audio else 0.0
         """`duration`, where it is the pictures' own and not the sound's"""
@@ -104,7 +110,9 @@ class Video:
         if first is None:
             if not self._fresh:
                 self._open()
-            self._take(self._demuxed(), last)
+                self._head, self._rest = [], self._demuxed()
+            self._fresh = False
+            self._take(itertools.chain(self._head, self._rest), last)
             return True
         for earlier in _EARLIER:
             if not self._seek(first - earlier / self.base):
@@ -131,18 +139,17 @@ class Video:
     def _seek(self, time: float) -> bool:
         import av
 
+        self._fresh = False
         try:
             self.container.seek(round(time), stream=self.stream, backward=True, any_frame=False)
         except (av.FFmpegError, OverflowError, ValueError):
             return False
-        self._fresh = False
         return True
 
     def _demuxed(self) -> Iterator[Any]:
         import av
 
         packets = self.container.demux(self.stream)
-        self._fresh = False
         while True:
             try:
                 packet = next(packets)

@@ -29,7 +29,7 @@ X264 = ("-c:v", "libx264", "-pix_fmt", "yuv420p", "-preset", "veryfast")
 
 @functools.cache
 def made(
-    name: str, *options: str, seconds: float = 3.0, size: str = "160x120", rate: int = 25, sound: bool = True
+    name: str, *options: str, seconds: float = 2.0, size: str = "160x120", rate: int = 25, sound: bool = True
 ) -> bytes:
     """A moving test picture and a rising tone, encoded by the ffmpeg command in a file called `name`."""
     if shutil.which("ffmpeg") is None:
@@ -60,13 +60,13 @@ def all_frames(data: bytes, height: int, width: int) -> np.ndarray:
 
 
 @functools.cache
-def shown_at(data: bytes) -> np.ndarray:
+def shown_at(data: bytes, stream: str = "v:0") -> np.ndarray:
     """float64 [frames]: the times of all frames, ascending, from the first on, by ffprobe; at 25 per second where it is
     silent."""
     with tempfile.NamedTemporaryFile() as file:
         file.write(data)
         file.flush()
-        command = ["ffprobe", "-v", "quiet", "-select_streams", "v:0", "-of", "json"]
+        command = ["ffprobe", "-v", "quiet", "-select_streams", stream, "-of", "json"]
         said = subprocess.run(
             [*command, "-show_entries", "frame=best_effort_timestamp_time", file.name],
             stdout=subprocess.PIPE,
@@ -83,7 +83,8 @@ CODECS: dict[str, tuple[str, ...]] = {
     "h264.mp4": X264, "bframes.mp4": (*X264, "-bf", "3", "-g", "25"), "h264.mkv": (*X264, "-g", "10"),
     "opengop.mp4": ("-c:v", "libx265", "-x265-params", "log-level=0:keyint=20:open-gop=1", "-pix_fmt", "yuv420p"),
     "mpeg4.avi": ("-c:v", "mpeg4", "-bf", "2"), "vp9.webm": ("-c:v", "libvpx-vp9", "-deadline", "realtime", "-cpu-used", "8"),
-    "vp8.webm": ("-c:v", "libvpx", "-deadline", "realtime", "-cpu-used", "8"), "mpeg2.ts": ("-c:v", "mpeg2video", "-bf", "2"), "h264.ts": (*X264, "-bf", "2"),
+    "vp8.webm": ("-c:v", "libvpx", "-deadline", "realtime", "-cpu-used", "8"), "mpeg2.ts": ("-c:v", "mpeg2video", "-bf", "2"),
+    "h264.ts": (*X264, "-bf", "2"),
     "mjpeg.mov": ("-c:v", "mjpeg", "-pix_fmt", "yuvj420p"), "mpeg1.mpg": ("-c:v", "mpeg1video", "-bf", "2"),
     "theora.ogv": ("-c:v", "libtheora", "-c:a", "libvorbis"), "h264.flv": X264,
     "fragmented.mp4": (*X264, "-movflags", "frag_keyframe+empty_moov"),
@@ -111,7 +112,7 @@ def test_the_frames_are_those_shown_at_their_times(name: str) -> None:
 def test_a_stretch_in_the_middle_is_the_same_frames(name: str) -> None:
     data = made(name, *CODECS[name])
     truth, times = all_frames(data, 120, 160), shown_at(data)
-    for start in (0.3, 1.37, 2.2):
+    for start in (0.3, 0.77, 1.2):
         clip = video.decode(data, frames=4, start=start, seconds=0.7)
         middles = start + 0.7 * (np.arange(4) + 0.5) / 4
         wanted = np.searchsorted(times, middles + 1e-6, side="right") - 1
@@ -122,12 +123,12 @@ def test_a_stretch_in_the_middle_is_the_same_frames(name: str) -> None:
 @pytest.mark.parametrize("name", ["h264.mp4", "h264.mkv", "mpeg2.ts", "mpeg1.mpg", "mpeg4.avi"])
 def test_the_sound_is_that_of_the_same_time(name: str) -> None:
     """The tone rises, so that its pitch tells the time: 300 + 400 t Hz."""
-    clip = video.decode(made(name, *CODECS[name]), frames=1, start=1.2, seconds=1.0)
+    clip = video.decode(made(name, *CODECS[name]), frames=1, start=0.7, seconds=1.0)
     assert clip.sound is not None and abs(len(clip.sound) - 16000) <= 1
     for place in (0.1, 0.5, 0.8):
         piece = clip.sound[int(place * 16000) :][:1600] * np.hanning(1600)
         pitch = np.abs(np.fft.rfft(piece, 1 << 16)).argmax() * 16000 / (1 << 16)
-        assert (pitch - 300) / 400 == pytest.approx(1.2 + place + 0.05, abs=0.03)
+        assert (pitch - 300) / 400 == pytest.approx(0.7 + place + 0.05, abs=0.03)
 
 
 def test_sound_that_begins_later_begins_with_silence() -> None:
@@ -154,7 +155,7 @@ def test_jitter_is_a_random_time_in_each_part_and_the_generator_alone_decides() 
         video.decode(data, frames=1, seconds=0.5, rng=np.random.default_rng(s), sound=False).start
         for s in range(20)
     ]
-    assert min(starts) < 0.6 and max(starts) > 1.9 and max(starts) <= 2.5
+    assert min(starts) < 0.4 and 1.1 < max(starts) <= 1.5
     after = []
     for options in ({}, {"size": 32}, {"size": 32, "box": (0, 0, 9, 9)}, {"seconds": 1.0, "frames": 2}):
         rng = np.random.default_rng(0)
@@ -223,8 +224,8 @@ def test_short_videos_and_silent_ones() -> None:
     two = video.decode(made("h264.mp4", *X264), frames=8, start=0.0, seconds=0.08)
     assert two.distinct == 2
     long = video.decode(made("h264.mp4", *X264), frames=4, seconds=60.0)
-    assert long.seconds == pytest.approx(3.0, abs=0.05) and long.start == 0
-    assert long.sound is not None and abs(len(long.sound) - 48000) < 1000
+    assert long.seconds == pytest.approx(2.0, abs=0.05) and long.start == 0
+    assert long.sound is not None and abs(len(long.sound) - 32000) < 1000
     assert video.decode(made("h264.mp4", *X264), frames=1, sound=False).sound is None
     raw_stream = video.decode(made("raw.h264", *X264, "-an", sound=False), frames=3)  # no times, no duration
     assert raw_stream.frames.shape == (3, 120, 160, 3)
@@ -310,8 +311,8 @@ def test_sound_without_frames_and_limits() -> None:
     data = made("h264.mp4", *X264)
     with pytest.raises(BrokenVideo, match="160x120 pixels, over the limit of 10000"):
         video.decode(data, max_pixels=10_000)
-    with pytest.raises(BrokenVideo, match="3 seconds declared, over the limit of 2"):
-        video.decode(data, max_seconds=2.0)
+    with pytest.raises(BrokenVideo, match="2 seconds declared, over the limit of 1.5"):
+        video.decode(data, max_seconds=1.5)
     with pytest.raises(BrokenVideo, match="no frames at 9.00 s"):
         video.decode(data, start=9.0, seconds=1.0)
     for wrong in (
@@ -341,7 +342,7 @@ def test_what_is_cut_short_is_used_up_to_there(name: str) -> None:
     data = made(name, *CODECS[name])
     clip = video.decode(data[: len(data) * 6 // 10], frames=4)
     truth = all_frames(data, 120, 160)
-    assert 0.8 < clip.seconds < 2.6 and clip.distinct == 4
+    assert 0.5 < clip.seconds < 1.8 and clip.distinct == 4
     # A stream of packets (ts) and fragments declare no length: nobody can tell.
     assert clip.problem or name in ("mpeg2.ts", "fragmented.mp4")
     assert np.array_equal(clip.frames[:3], truth[[round(t * 25) for t in clip.times]][:3])
@@ -370,7 +371,7 @@ def test_a_sandbox_gives_the_same(sandbox: Sandbox) -> None:
 def test_fuzzed_files_cannot_take_the_process_down(name: str, sandbox: Sandbox) -> None:
     data, rng = made(name, *CODECS[name]), np.random.default_rng(len(name))
     whole = 0
-    for _ in range(25):
+    for _ in range(20):
         try:
             clip = video.decode(
                 mutated(data, rng), frames=2, size=16, seconds=0.5, rng=rng, sandbox=sandbox, timeout=20.0
@@ -397,17 +398,19 @@ def test_an_answer_of_another_type_is_refused(
 
 
 def test_real_videos(real_data: Path, sandbox: Sandbox) -> None:
-    """All of them, against the command: the same pixels. The corrupt one is used up to the damage, and says so."""
+    """All of them, some against the command: the same pixels. The corrupt one is used up to the damage, and says so."""
     files = sorted(f for f in (real_data / "video_small/videos").iterdir() if f.suffix != ".align")
     assert len(files) == 18
+    compared = ("bbaf2n.mpg", "corrupted.mp4", "video_180.mov", "nasa_13013.mp4", "h265_video.mp4")
     for file in files:
         data = file.read_bytes()
         clip = video.decode(data, frames=3, sandbox=sandbox)
-        height, width = clip.frames.shape[1:3]
-        if file.name != "h265_10bits.mp4":  # see the test of ten bits
-            truth = all_frames(data, height, width)
-            wanted = np.searchsorted(shown_at(data), clip.times + 2e-3) - 1
-            assert np.array_equal(clip.frames, truth[wanted]), file.name
+        if file.name in compared:
+            truth = all_frames(data, *clip.frames.shape[1:3])
+            times = shown_at(data, "v:1" if file.name.startswith("nasa") else "v:0")  # the larger of two
+            assert np.array_equal(clip.frames, truth[np.searchsorted(times, clip.times + 2e-3) - 1]), (
+                file.name
+            )
         assert bool(clip.problem) == (file.name == "corrupted.mp4"), (file.name, clip.problem)
         silent = file.suffix == ".mov" or file.name.startswith(("av1", "bt709", "h265", "corrupted"))
         assert (clip.sound is None) == silent
