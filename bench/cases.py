@@ -6,6 +6,7 @@ from bench.peers.accelerated import AttentionCase, ModelCase
 from bench.peers.latent import LatentCase
 from bench.peers.layers import BlockCase, CrossCase
 from bench.peers.loading import LoaderCase
+from bench.peers.media import CODECS, ClipCase, SoundCase
 from bench.peers.step import StepCase
 from bench.peers.window import WindowCase
 from models import AURORA_SIZES
@@ -127,3 +128,5 @@ GPU_MODELS = (
 )
 CPU_LOADERS = (LoaderCase(32, 64, 24), LoaderCase(32, 224, 64))
 GPU_LOADERS = (LoaderCase(64, 224, 64), LoaderCase(64, 448, 64))
+CPU_SOUNDS = tuple(map(SoundCase, CODECS))
+CPU_CLIPS = (ClipCase(250), ClipCase(48))

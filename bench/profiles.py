@@ -13,7 +13,7 @@ from typing import Any
 import torch
 
 from bench import cases
-from bench.peers import loading
+from bench.peers import loading, media
 from bench.peers.accelerated import ACCELERATED_ATTENTION, ACCELERATED_STEP
 from bench.peers.latent import LATENT_ATTENTION
 from bench.peers.layers import PERCEIVER_CROSS_ATTENTION, SWIN_BLOCK
@@ -82,6 +82,14 @@ def _loader_task(case: loading.LoaderCase) -> Task:
     )  # fmt: skip
 
 
+def _media_task(case: media.SoundCase | media.ClipCase) -> Task:
+    subject, kind = (media.AUDIO, "float32") if isinstance(case, media.SoundCase) else (media.VIDEO, "uint8")
+    return Task(
+        subject, f"{case.name}/decode/{kind}", tuple(media.PEERS[subject]),
+        lambda budget, peers, clock: media.solve(case, budget=budget, peers=peers),
+    )  # fmt: skip
+
+
 def _cpu_tasks() -> tuple[Task, ...]:
     """fp32 everywhere, as CPUs are fast in it; bf16 where its numerics matter, on the smallest shapes."""
     both = (FORWARD, TRAINING)
@@ -97,6 +105,8 @@ def _cpu_tasks() -> tuple[Task, ...]:
         *_tasks(ACCELERATED_ATTENTION, "cpu", cases.CPU_ATTENTIONS_BF16, (TRAINING,), (BF16,)),
         *_tasks(ACCELERATED_STEP, "cpu", cases.CPU_MODELS, (STEP,), (FP32,)),
         *map(_loader_task, cases.CPU_LOADERS),
+        *map(_media_task, cases.CPU_SOUNDS),
+        *map(_media_task, cases.CPU_CLIPS),
     )
 
 
