@@ -8,6 +8,7 @@ from bench.peers.layers import BlockCase, CrossCase
 from bench.peers.loading import LoaderCase
 from bench.peers.opening import OpenCase
 from bench.peers.pipelines import PipelineCase
+from bench.peers.media import CODECS, ClipCase, SoundCase
 from bench.peers.step import StepCase
 from bench.peers.tokenizing import TextCase
 from bench.peers.window import WindowCase
@@ -137,3 +138,5 @@ GPU_LOADERS = (LoaderCase(64, 224, 64), LoaderCase(64, 448, 64))
 OPENINGS = (OpenCase(1000, 10_000),)
 CPU_TEXTS = tuple(TextCase(kind, batch) for kind in ("unigram", "bpe") for batch in (False, True))
 PIPELINES = (PipelineCase(32, 448),)
+CPU_SOUNDS = tuple(map(SoundCase, CODECS))
+CPU_CLIPS = (ClipCase(250), ClipCase(48))

@@ -13,7 +13,7 @@ from typing import Any
 import torch
 
 from bench import cases
-from bench.peers import loading, opening, pipelines, tokenizing
+from bench.peers import loading, media, opening, pipelines, tokenizing
 from bench.peers.accelerated import ACCELERATED_ATTENTION, ACCELERATED_STEP
 from bench.peers.latent import LATENT_ATTENTION
 from bench.peers.layers import PERCEIVER_CROSS_ATTENTION, SWIN_BLOCK
@@ -104,6 +104,14 @@ def _pipeline_task(case: pipelines.PipelineCase) -> Task:
     )  # fmt: skip
 
 
+def _media_task(case: media.SoundCase | media.ClipCase) -> Task:
+    subject, kind = (media.AUDIO, "float32") if isinstance(case, media.SoundCase) else (media.VIDEO, "uint8")
+    return Task(
+        subject, f"{case.name}/decode/{kind}", tuple(media.PEERS[subject]),
+        lambda budget, peers, clock: media.solve(case, budget=budget, peers=peers),
+    )  # fmt: skip
+
+
 def _cpu_tasks() -> tuple[Task, ...]:
     """fp32 everywhere, as CPUs are fast in it; bf16 where its numerics matter, on the smallest shapes."""
     both = (FORWARD, TRAINING)
@@ -122,6 +130,8 @@ def _cpu_tasks() -> tuple[Task, ...]:
         *(_opening_task(case, mode) for case in cases.OPENINGS for mode in (opening.OPEN, opening.RESUME)),
         *map(_text_task, cases.CPU_TEXTS),
         *map(_pipeline_task, cases.PIPELINES),
+        *map(_media_task, cases.CPU_SOUNDS),
+        *map(_media_task, cases.CPU_CLIPS),
     )
 
 

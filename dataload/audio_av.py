@@ -12,7 +12,7 @@ import numpy as np
 from dataload.audio import BrokenAudio, CannotSeek
 from dataload.broken import BrokenSample
 
-BLOCK = 1 << 16
+BLOCK = 1 << 15
 CONTAINERS = (
     "mov,mp4,m4a,3gp,3g2,mj2,matroska,webm,ogg,flac,mp3,wav,w64,aiff,au,caf,asf,avi,flv,mpeg,mpegts,mpegvideo,"
     "aac,ac3,eac3,dts,amr,ape,wv,tta,tak,mpc,mpc8,dsf,gif,ivf,h264,hevc,m4v,mxf,nut,rm,voc,y4m,yuv4mpegpipe"
@@ -22,6 +22,14 @@ addresses that are named in it."""
 LATE = 0.1
 """seconds that may be missing at the beginning, and become silence"""
 _SCALE = {"u8": 1 / 128, "s16": 1 / 32768, "s32": 1 / 2**31, "s64": 1 / 2**63, "flt": 1.0, "dbl": 1.0}
+_TYPES = {
+    "u8": np.uint8,
+    "s16": np.int16,
+    "s32": np.int32,
+    "s64": np.int64,
+    "flt": np.float32,
+    "dbl": np.float64,
+}
 
 
 def open_container(data: bytes, broken: type[BrokenSample]) -> Any:
@@ -105,6 +113,11 @@ class AvReader:
                 raise CannotSeek("FFmpeg: cannot seek in it") from None
         frames = self._frames()
         head = next(frames, None)
+        if head is not None and head.sample_rate != self.rate:
+            raise BrokenAudio(f"FFmpeg: {self.rate} samples per second declared, {head.sample_rate} decoded")
+        if head is None and first and self.problem:  # it landed in the middle of something
+            self.problem = ""
+            raise CannotSeek("FFmpeg: seeking in it is not exact")
         if head is None:
             return
         if head.pts is not None:
@@ -136,37 +149,48 @@ class AvReader:
             except (av.FFmpegError, ValueError, OverflowError) as error:
                 self.problem = f"FFmpeg: {words(error)}"
                 return
-            if frame.sample_rate != self.rate:
-                self.problem = f"its rate changes from {self.rate} to {frame.sample_rate}"
-                return
             yield frame
 
     def _gathered(self, frames: Iterator[Any]) -> Iterator[np.ndarray]:
-        """Mono blocks of many frames each: a frame is 20 ms, and Python is slow."""
+        """Mono blocks of many frames each: a frame is 20 ms, and Python is slow. Ends where the rate changes."""
         import av
 
-        fifo, kind = av.AudioFifo(), None
+        fifo = av.AudioFifo()
         for frame in frames:
-            if kind != (frame.format.name, frame.layout.name) or fifo.samples >= BLOCK:
+            frame.pts = None  # gaps are closed
+            try:
+                fifo.write(frame)
+            except ValueError:  # it holds frames of one kind
+                if frame.sample_rate != self.rate:
+                    self.problem = f"its rate changes from {self.rate} to {frame.sample_rate}"
+                    break
                 if fifo.samples:
                     yield mono(fifo.read())
-                fifo, kind = av.AudioFifo(), (frame.format.name, frame.layout.name)
-            frame.pts = None  # gaps are closed
-            fifo.write(frame)
+                fifo = av.AudioFifo()
+                fifo.write(frame)
+            if fifo.samples >= BLOCK:
+                yield mono(fifo.read())
         if fifo.samples:
             yield mono(fifo.read())
 
 
 def mono(frame: Any) -> np.ndarray:
     """float32 [n]: the mean of a frame's channels."""
-    values, name = frame.to_ndarray(), frame.format.name.removesuffix("p")
-    if not frame.format.is_planar:
-        values = values.reshape(-1, frame.layout.nb_channels).T
-    out = np.add.reduce(values, axis=0, dtype=np.float64 if values.dtype.itemsize > 4 else np.float32)
-    if name == "u8":
-        out -= 128.0 * len(values)
-    out *= _SCALE[name] / len(values)
-    return out.astype(np.float32, copy=False)
+    kind, channels = frame.format.name.removesuffix("p"), frame.layout.nb_channels
+    weight = np.float32(_SCALE[kind] / channels)
+    # From the planes themselves: PyAV's to_ndarray copies them together first.
+    planes = [np.frombuffer(plane, _TYPES[kind]) for plane in frame.planes]
+    if frame.format.is_planar:
+        out = planes[0][: frame.samples] * weight
+        for plane in planes[1:]:
+            out += plane[: frame.samples] * weight
+    elif channels == 1:
+        out = planes[0][: frame.samples] * weight
+    else:
+        values = planes[0][: frame.samples * channels].reshape(-1, channels)
+        out = values.astype(np.float32, copy=False) @ np.full(channels, weight)
+    out = out.astype(np.float32, copy=False)
+    return out - np.float32(1) if kind == "u8" else out
 
 
 def _chain(head: Any, rest: Iterator[Any]) -> Iterator[Any]:

@@ -165,18 +165,18 @@ class Resampler:
 
     def __call__(self, block: np.ndarray) -> np.ndarray:
         """float32 [n] to float32 [m]."""
-        if not np.isfinite(block).all():
-            block = np.nan_to_num(block, nan=0.0, posinf=0.0, neginf=0.0)
-        if self._stream is not None:
-            block = self._stream.resample_chunk(np.clip(block, -_LOUDEST, _LOUDEST))
-        return np.clip(block, -1, 1)
+        if not np.abs(block).max(initial=0) <= _LOUDEST:  # or not a number
+            block = np.clip(np.nan_to_num(block, nan=0.0, posinf=0.0, neginf=0.0), -_LOUDEST, _LOUDEST)
+        return _within(block if self._stream is None else self._stream.resample_chunk(block))
 
     def end(self) -> np.ndarray:
         """What is left."""
         empty = np.zeros(0, np.float32)
-        return (
-            empty if self._stream is None else np.clip(self._stream.resample_chunk(empty, last=True), -1, 1)
-        )
+        return empty if self._stream is None else _within(self._stream.resample_chunk(empty, last=True))
+
+
+def _within(block: np.ndarray) -> np.ndarray:
+    return np.clip(block, -1, 1) if np.abs(block).max(initial=0) > 1 else block
 
 
 _LOUDEST = 1e6  # beyond, float32 sums in a resampler overflow

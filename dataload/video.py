@@ -8,7 +8,8 @@ Policies, in one place:
 - A clip of a video that is shorter has the frames and the sound that there are; frames may repeat (`Clip.distinct`).
 - What is cut short or damaged is used up to the damage, and `Clip.problem` says so. No whole frame is a BrokenVideo.
 - Without a sound track the sound is None; a sound track that cannot be read is None too, and a problem. Sound without
-  frames is a BrokenVideo. Of several tracks the first counts.
+  frames is a BrokenVideo. Of several tracks the one counts that FFmpeg thinks best (players
+  show it), and the first of sound.
 - Limits are on pixels, frames and seconds. Playlists that would open other files are not read (see audio_av.CONTAINERS).
 """
 

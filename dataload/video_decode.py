@@ -8,6 +8,7 @@ import numpy as np
 from PIL import Image
 
 from dataload.audio import RATE, BrokenAudio
+from dataload.crops import crop_box
 from dataload.video import BrokenVideo
 from dataload.video_packets import Video
 
@@ -31,8 +32,8 @@ def decode_here(data: bytes, plan: dict[str, Any]) -> dict[str, Any]:
             end = _end(video, start, plan)
             chosen = _chosen(video, start, end, plan)
             pictures = Pictures(plan)
-            for frame in video.frames(chosen):
-                pictures.add(frame)
+            for time, frame in video.frames(chosen):
+                pictures.add(time, frame)
             if pictures.have(chosen):
                 break
         else:
@@ -103,13 +104,14 @@ class Pictures:
         self._found: dict[int, np.ndarray] = {}
         self._box: tuple[float, float, float, float] | None = None  # in shares of the frame
 
-    def add(self, frame: Any) -> None:
+    def add(self, time: int, frame: Any) -> None:
         """Takes a frame of FFmpeg's."""
         plan, size = self._plan, self._plan["size"]
         if frame.width * frame.height > plan["max_pixels"]:
             raise BrokenVideo(f"{frame.width}x{frame.height} pixels, over the limit of {plan['max_pixels']}")
         try:
-            rgb = frame.to_ndarray(format="rgb24")
+            # Chroma is repeated, as FFmpeg does for 8 bits whatever is asked for; this way also for 10.
+            rgb = frame.to_ndarray(format="rgb24", interpolation="POINT")
         except (ValueError, OSError) as error:
             raise BrokenVideo(f"FFmpeg: no RGB of {frame.format.name} ({error})") from None
         turns = round(frame.rotation / 90) % 4
@@ -121,7 +123,13 @@ class Pictures:
             if self._box is None:
                 self._box = self._draw(width, height)
             left, top, right, bottom = (s * n for s, n in zip(self._box, (width, height) * 2, strict=True))
-            picture = Image.fromarray(rgb).resize((size, size), method, box=(left, top, right, bottom))
+            if (
+                plan["crop"] is not None or plan["box"] is not None
+            ):  # cut out: pixels outside do not show at its edge
+                rgb = rgb[round(top) : round(bottom), round(left) : round(right)]
+                picture = Image.fromarray(rgb).resize((size, size), method)
+            else:  # as images.resize_center_crop
+                picture = Image.fromarray(rgb).resize((size, size), method, box=(left, top, right, bottom))
             rgb = np.asarray(picture)[:, ::-1] if plan["flip"] else np.asarray(picture)
         elif plan["short_side"] is not None:
             scale = plan["short_side"] / min(width, height)
@@ -131,7 +139,7 @@ class Pictures:
             raise BrokenVideo(
                 f"{plan['frames']} frames of {width}x{height} are more than {_MAX_BYTES >> 20} MiB"
             )
-        self._found[frame.pts] = rgb
+        self._found[time] = rgb
 
     def _draw(self, width: int, height: int) -> tuple[float, float, float, float]:
         """The crop's left, top, right and bottom as shares of a frame of this size."""
@@ -141,8 +149,6 @@ class Pictures:
             if left < 0 or top < 0 or wide < 1 or high < 1 or left + wide > width or top + high > height:
                 raise BrokenVideo(f"the box {plan['box']} is not within {width}x{height}")
         elif plan["crop"] is not None:
-            from dataload.crops import crop_box
-
             replay = cast(np.random.Generator, Replay(plan["crop"]))
             left, top, wide, high = crop_box(width, height, replay, plan["scale"], plan["ratio"])
         else:
