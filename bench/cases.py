@@ -6,9 +6,9 @@ from bench.peers.accelerated import AttentionCase, ModelCase
 from bench.peers.latent import LatentCase
 from bench.peers.layers import BlockCase, CrossCase
 from bench.peers.loading import LoaderCase
+from bench.peers.media import CODECS, ClipCase, SoundCase
 from bench.peers.opening import OpenCase
 from bench.peers.pipelines import PipelineCase
-from bench.peers.media import CODECS, ClipCase, SoundCase
 from bench.peers.step import StepCase
 from bench.peers.tokenizing import TextCase
 from bench.peers.window import WindowCase

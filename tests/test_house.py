@@ -376,6 +376,19 @@ def test_ranges() -> None:
             assert requirement.specifier.contains(found, prereleases=True), (requirement.name, found)
 
 
+# The extra that brings a package: it may only be imported where it is used.
+OPTIONAL = {
+    "av": "data",
+    "imagehash": "data",
+    "soundfile": "data",
+    "soxr": "data",
+    "aiohttp": "cloud",
+    "nvidia": "gpu",
+    "flash_attn": "flash",
+    "flash_attn_interface": "flash",
+}
+
+
 def test_dependencies_are_what_is_imported() -> None:
     """What the packages import, anywhere in their files, is declared; and what is declared is imported."""
     imported = set()
@@ -385,23 +398,35 @@ def test_dependencies_are_what_is_imported() -> None:
                 imported |= {alias.name.split(".")[0] for alias in node.names}
             elif isinstance(node, ast.ImportFrom) and node.module and not node.level:
                 imported.add(node.module.split(".")[0])
-    theirs = imported - set(sys.stdlib_module_names) - set(PACKAGES)
+    theirs = imported - set(sys.stdlib_module_names) - set(PACKAGES) - set(OPTIONAL)
     owners = metadata.packages_distributions()
     used = {owners.get(name, [name])[0].lower() for name in theirs}
     declared = set(requirements())
-    asked_for_by_name = {
-        "flash_attn",
-        "flash_attn_interface",
-    }  # backend="flash_attn"; by their distributions where installed
-    assert used - declared - asked_for_by_name == set()
+    assert used - declared == set()
     # torch imports these two when it is asked for torch.compile and for torch.utils.tensorboard
     assert declared - used - {"triton", "tensorboard"} == set()
 
 
+def test_optional_packages_are_imported_only_where_they_are_used() -> None:
+    """Every module, but those that a child process runs, can be imported with none of the extras."""
+    code = f"""
+import importlib, pkgutil, sys
+for name in {sorted(OPTIONAL)}:
+    sys.modules[name] = None
+for package in {sorted(PACKAGES)}:
+    for module in pkgutil.walk_packages(importlib.import_module(package).__path__, package + "."):
+        if not module.name.endswith("__main__") and module.name not in {{"dataload.audio_av", "dataload.video_packets"}}:
+            importlib.import_module(module.name)
+"""
+    done = subprocess.run([sys.executable, "-c", code], cwd=ROOT, capture_output=True, text=True)
+    assert done.returncode == 0, done.stderr
+
+
 def test_extras() -> None:
     extras = {name: set(requirements(name)) for name in PROJECT["project"]["optional-dependencies"]}
-    assert set(extras) == {"gpu", "flash", "deepspeed", "test", "dev"}
+    assert set(extras) == {"data", "cloud", "gpu", "flash", "deepspeed", "test", "dev"}
     assert extras["gpu"] == {"nvidia-dali-cuda130"}
+    assert set(OPTIONAL.values()) <= set(extras)
     assert [name for name, needs in extras.items() if "flash-attn" in needs] == ["flash"]
     assert not any("apex" in needs for needs in extras.values()), "the index's apex is not NVIDIA's"
 
@@ -493,7 +518,11 @@ def test_make_installs_torch_first_and_once(checkout: Checkout) -> None:
     held = (checkout.folder / ".venv" / "constraints.txt").read_text(encoding="utf-8").splitlines()
     torch_version = metadata.version("torch")
     minor = int(torch_version.split(".")[1])
-    assert held == [f"torch=={torch_version}", f"torchvision==0.{minor + 15}.*"]
+    assert held == [
+        f"torch=={torch_version}",
+        f"torchvision==0.{minor + 15}.*",
+        f"torchcodec==0.{minor}.*",
+    ]
 
 
 @needs_make
