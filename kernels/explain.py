@@ -8,13 +8,17 @@ from typing import Any
 import torch
 
 from kernels.backend import BACKENDS, PLANNED, PLANNED_REASON, Choice, triton_refusal
+from kernels.contrastive_loss import op as contrastive
 from kernels.latent_attention import op as latent
 from kernels.window_attention import op as window
 
 EXPLAINERS: dict[Callable[..., Any], Callable[..., Choice]] = {
     window.window_attention: window.explain,
     latent.latent_attention: latent.explain,
+    contrastive.contrastive_loss: contrastive.explain,
 }
+# Backends that a function never has, and why.
+NEVER = {contrastive.contrastive_loss: {"sdpa": contrastive.NO_ATTENTION, "flash_attn": contrastive.NO_ATTENTION}}
 
 
 def explain(fn: Callable[..., Any], *args: Any, **kwargs: Any) -> Choice:
@@ -36,6 +40,6 @@ def explain(fn: Callable[..., Any], *args: Any, **kwargs: Any) -> Choice:
 def available_backends() -> dict[str, dict[str, str | None]]:
     """function -> backend -> None where it can run on this machine, else why it cannot."""
     device = torch.device("cuda" if torch.cuda.is_available() else "cpu")
-    backends = dict.fromkeys(BACKENDS) | {"triton": triton_refusal(device)}
+    backends: dict[str, str | None] = dict.fromkeys(BACKENDS) | {"triton": triton_refusal(device)}
     backends |= dict.fromkeys(PLANNED, PLANNED_REASON)
-    return {fn.__name__: dict(backends) for fn in EXPLAINERS}
+    return {fn.__name__: backends | NEVER.get(fn, {}) for fn in EXPLAINERS}
