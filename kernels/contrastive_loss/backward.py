@@ -8,6 +8,7 @@ import triton
 import triton.language as tl
 from torch import Tensor
 
+from kernels.contrastive_loss.eager import split
 from kernels.contrastive_loss.launch import Form, configure
 from kernels.contrastive_loss.tiles import logits_tile, softplus_parts
 
@@ -18,8 +19,8 @@ def logit_grads_kernel(
     right: tl.tensor,  # [columns, WIDTH]: all texts; images
     scale: tl.tensor,  # fp32 []
     bias: tl.tensor,  # fp32 []
-    row_lse: tl.tensor,  # fp32 [rows], natural
-    column_lse: tl.tensor,  # fp32 [columns]
+    row_lse: tl.tensor,  # fp32 [2, rows]: natural log-sum-exp, and exp(-what fp32 leaves of it)
+    column_lse: tl.tensor,  # fp32 [2, columns]
     grad: tl.tensor,  # [rows, columns]: of N * K times the loss (softmax: of N times the loss)
     sums: tl.tensor,  # fp32 [3, programs]: loss, gradient, gradient times logit
     rows: tl.int32,
@@ -53,7 +54,9 @@ def logit_grads_kernel(
     else:
         share = 1.0 / captions
         by_row = tl.exp(logits - tl.load(row_lse + m, mask=m < rows, other=0.0)[:, None])
+        by_row *= tl.load(row_lse + rows + m, mask=m < rows, other=0.0)[:, None]
         by_column = tl.exp(logits - tl.load(column_lse + n, mask=n < columns, other=0.0)[None, :])
+        by_column *= tl.load(column_lse + columns + n, mask=n < columns, other=0.0)[None, :]
         if SWAPPED:
             found = 0.5 * (by_row * share + by_column)
         else:
@@ -81,7 +84,7 @@ def logit_grads(
     rows, columns = len(left), len(right)
     programs = triton.cdiv(rows, config.queries) * triton.cdiv(columns, config.keys)
     sums = scale.new_empty(3, programs)
-    row_lse, column_lse = lse or (scale, scale)
+    row_lse, column_lse = (torch.stack(split(part, torch.float32)) for part in lse) if lse else (scale, scale)
     with torch.cuda.device_of(left):
         logit_grads_kernel[(programs,)](
             left, right, scale, scale if bias is None else bias, row_lse, column_lse, grad, sums, rows, columns, first, captions,

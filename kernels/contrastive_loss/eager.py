@@ -32,7 +32,8 @@ class Grads(NamedTuple):
 
 class Normalizers(NamedTuple):
     """Of the softmax: log-sum-exp over the texts for each image [N], over these images for each text [M]; the logit of
-    each of this process's texts with its image [N*K]."""
+    each of this process's texts with its image [N*K]. The first two are float64: at a logit of 70, float32 would be off by
+    4e-6, and so would a probability of 1."""
 
     rows: Tensor
     columns: Tensor
@@ -160,26 +161,32 @@ class Softmax:
     def normalizers(self, keep: bool) -> Normalizers:
         """The first pass."""
         problem = self.problem
-        rows = problem.text.new_empty(len(problem.image), dtype=problem.wide)
-        columns = problem.text.new_full((len(problem.text),), float("-inf"), dtype=problem.wide)
-        positives = rows.new_empty(len(rows), problem.captions)
+        rows = problem.text.new_empty(len(problem.image), dtype=torch.float64)
+        columns = rows.new_full((len(problem.text),), float("-inf"))
+        positives = rows.new_empty(len(rows), problem.captions, dtype=problem.wide)
         for start in problem.starts():
             chunk = problem.logits(start)
             here = slice(start, start + len(chunk))
             positives[here] = problem.positives(chunk, start)
             found = exponentials(chunk)
             if found is None:
-                rows[here] = chunk.logsumexp(1)
-                part = chunk.logsumexp(0)
+                rows[here], part = (self._logsumexp(chunk, dim) for dim in (1, 0))
             else:
-                rows[here] = chunk.sum(1).log_() + found.middle
-                part = chunk.sum(0).log_() + found.middle
+                rows[here], part = (chunk.sum(dim).double().log_() + found.middle for dim in (1, 0))
             columns = torch.logaddexp(columns, part)
             if keep and found is not None and len(self.kept) < problem.kept:
                 self.kept[start] = found
             else:
                 problem.release(chunk)
         return Normalizers(rows, columns, positives.flatten())
+
+    def _logsumexp(self, chunk: Tensor, dim: int) -> Tensor:
+        """float64, of logits of any size."""
+        top = chunk.amax(dim, keepdim=True)
+        other = self.problem.buffer(len(chunk))
+        total = torch.sub(chunk, top, out=other).exp_().sum(dim)
+        self.problem.release(other)
+        return total.double().log_() + top.squeeze(dim)
 
     def grads(self, rows: Tensor, columns: Tensor) -> Grads:
         """The second pass: p over rows / 2 + p over columns / 2K - 1/K at pairs. columns [M]: over all images."""
@@ -193,11 +200,12 @@ class Softmax:
             row = rows[start : start + len(chunk), None]
             other = problem.buffer(len(chunk))
             if found is None:
-                torch.sub(chunk, row, out=other).exp_()
-                chunk.sub_(columns).exp_().mul_(share).add_(other).mul_(0.5)
+                (high, low), (high_columns, low_columns) = split(row, problem.wide), split(columns, problem.wide)
+                torch.sub(chunk, high, out=other).exp_().mul_(low / 2)
+                chunk.sub_(high_columns).exp_().mul_(low_columns * (share / 2)).add_(other)
             else:
-                middle = found.middle
-                torch.add((middle - row).exp_() / 2, (middle - columns).exp_().mul_(share / 2), out=other)
+                by_row, by_column = ((found.middle - lse).exp_().to(problem.wide) for lse in (row, columns))
+                torch.add(by_row / 2, by_column.mul_(share / 2), out=other)
                 chunk.mul_(other)
             problem.release(other)
             problem.positives(chunk, start).sub_(share)
@@ -205,6 +213,12 @@ class Softmax:
             problem.release(chunk)
         d_image, d_text = grads
         return Grads(d_image, d_text, problem.d_scale, torch.zeros_like(problem.d_scale))
+
+
+def split(lse: Tensor, dtype: torch.dtype) -> tuple[Tensor, Tensor]:
+    """float64 -> a number of `dtype` to subtract, and exp(-what it leaves)."""
+    high = lse.to(dtype)
+    return high, (high - lse).exp_().to(dtype)
 
 
 def exponentials(chunk: Tensor) -> Exponentials | None:

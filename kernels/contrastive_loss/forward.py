@@ -54,7 +54,7 @@ def logit_sums_kernel(
 
 
 def logit_sums(image: Tensor, text: Tensor, scale: Tensor) -> tuple[Tensor, Tensor]:
-    """log-sum-exp of the rows [N] and of the columns [M], fp32, of the logits of these images."""
+    """log-sum-exp of the rows [N] and of the columns [M], float64, of the logits of these images."""
     form = Form.of(image)
     config = configure("sums", form)
     rows, columns = len(image), len(text)
@@ -70,6 +70,6 @@ def logit_sums(image: Tensor, text: Tensor, scale: Tensor) -> tuple[Tensor, Tens
 
 
 def combine(largest: Tensor, total: Tensor) -> Tensor:
-    """Parts [parts, n] in powers of 2 -> natural log-sum-exp [n], in the parts' order."""
+    """Parts [parts, n] in powers of 2 -> natural log-sum-exp [n], float64, in the parts' order."""
     top = largest.amax(0)
-    return (top + (total * torch.exp2(largest - top)).sum(0).log2()) * LN_2
+    return (top + (total * torch.exp2(largest - top)).sum(0).double().log2()) * LN_2

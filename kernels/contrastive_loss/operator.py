@@ -59,7 +59,9 @@ def _setup_context(ctx: Any, inputs: tuple[Any, ...], output: Result) -> None:
     ctx.bias_dtype = None if logit_bias is None else logit_bias.dtype
 
 
-def _autograd(ctx: Any, grad: Tensor, *_: Tensor) -> tuple[Tensor | None, ...]:
+def _autograd(ctx: Any, grad: Tensor | None, *_: Tensor | None) -> tuple[Tensor | None, ...]:
+    if grad is None:
+        return (None,) * 8
     image, text, scale, bias = ctx.saved_tensors
     factor = grad / ctx.pairs
     d_bias = None if ctx.bias_dtype is None else (bias * factor).to(ctx.bias_dtype)
@@ -107,10 +109,12 @@ def _run(
         softmax = ways.Softmax(problem)
         rows, columns, positives = softmax.normalizers(training)
         columns = ranks.logsumexp(columns)
-        loss = (rows.mean() + ranks.own(columns).mean()) / 2 - positives.mean()
+        # Differences first: logits are up to 100, a loss is near 0.
+        to_image = (ranks.own(columns) - positives).mean()
+        loss = ((rows - positives.double().unflatten(0, (-1, captions)).mean(1)).mean() + to_image) / 2
         grads = softmax.grads(rows, columns) if training else None
     if grads is None:
-        return loss.to(wide), *empty[1:]  # type: ignore[return-value]
+        return loss.to(wide), *map(torch.zeros_like, empty[1:])  # type: ignore[return-value]
     return (
         loss.to(wide),
         grads.image.to(image.dtype),

@@ -17,10 +17,10 @@ def contrastive_loss(
     """image [N, D], text [N*K, D] of one process; fp32, or fp64 for fp64 rows."""
     wide = torch.float64 if image.dtype == torch.float64 else torch.float32
     image, text = image.to(wide), text.to(wide)
-    if len(image) == 0:
-        return image.sum() + text.sum() + 0 * logit_scale.to(wide)
     if logit_bias is None:
         logit_bias = torch.zeros_like(logit_scale)
+    if len(image) == 0:
+        return image.sum() + text.sum() + 0 * (logit_scale + logit_bias).to(wide)
     captions = len(text) // len(image)
     owner = torch.arange(len(text), device=text.device) // captions  # the image of each text
     logits = logit_scale.to(wide).exp() * image @ text.T
