@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from bench.peers.accelerated import AttentionCase, ModelCase
+from bench.peers.contrastive import ContrastiveCase
 from bench.peers.latent import LatentCase
 from bench.peers.layers import BlockCase, CrossCase
 from bench.peers.loading import LoaderCase
@@ -127,3 +128,12 @@ GPU_MODELS = (
 )
 CPU_LOADERS = (LoaderCase(32, 64, 24), LoaderCase(32, 224, 64))
 GPU_LOADERS = (LoaderCase(64, 224, 64), LoaderCase(64, 448, 64))
+CPU_CONTRASTS = tuple(
+    ContrastiveCase(f"{kind}-{pairs}", kind, pairs, width)
+    for kind in ("softmax", "sigmoid")
+    for pairs, width in ((512, 256), (1025, 97), (2048, 768))
+)
+CPU_LARGE_CONTRASTS = tuple(ContrastiveCase(f"{kind}-8192", kind, 8192, 768) for kind in ("softmax", "sigmoid"))
+GPU_CONTRASTS = tuple(
+    ContrastiveCase(f"{kind}-{pairs}", kind, pairs, 768) for kind in ("softmax", "sigmoid") for pairs in (2048, 32768)
+)
