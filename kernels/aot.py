@@ -64,4 +64,9 @@ def cases(arch: int) -> list[AotCase]:
     from kernels.window_attention import aot as window
     from kernels.window_attention import bias
 
-    return [*bias.aot_cases(arch), *window.aot_cases(arch), *latent.aot_cases(arch), *contrastive.aot_cases(arch)]
+    return [
+        *bias.aot_cases(arch),
+        *window.aot_cases(arch),
+        *latent.aot_cases(arch),
+        *contrastive.aot_cases(arch),
+    ]

@@ -18,7 +18,9 @@ EXPLAINERS: dict[Callable[..., Any], Callable[..., Choice]] = {
     contrastive.contrastive_loss: contrastive.explain,
 }
 # Backends that a function never has, and why.
-NEVER = {contrastive.contrastive_loss: {"sdpa": contrastive.NO_ATTENTION, "flash_attn": contrastive.NO_ATTENTION}}
+NEVER = {
+    contrastive.contrastive_loss: {"sdpa": contrastive.NO_ATTENTION, "flash_attn": contrastive.NO_ATTENTION}
+}
 
 
 def explain(fn: Callable[..., Any], *args: Any, **kwargs: Any) -> Choice:

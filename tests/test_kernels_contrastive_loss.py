@@ -23,13 +23,19 @@ NAMES = ("image", "text", "logit_scale", "logit_bias")
 
 
 def inputs(
-    pairs: int, width: int, captions: int = 1, dtype: torch.dtype = torch.float32, scale: float = 2.3, seed: int = 0
+    pairs: int,
+    width: int,
+    captions: int = 1,
+    dtype: torch.dtype = torch.float32,
+    scale: float = 2.3,
+    seed: int = 0,
 ) -> list[Tensor]:
-    """Unit rows whose texts resemble their images; scale and bias in fp32 (fp64 with fp64 rows)."""
+    """Unit rows whose texts resemble their images a little (a loss of 1e-12 would be judged by luck); scale and bias in fp32
+    (fp64 with fp64 rows)."""
     g = torch.Generator().manual_seed(seed)
     image = F.normalize(torch.randn(pairs, width, generator=g, dtype=torch.float64), dim=-1)
     noise = torch.randn(pairs * captions, width, generator=g, dtype=torch.float64)
-    text = F.normalize(image.repeat_interleave(captions, 0) + F.normalize(noise, dim=-1), dim=-1)
+    text = F.normalize(image.repeat_interleave(captions, 0) + 4 * F.normalize(noise, dim=-1), dim=-1)
     wide = torch.float64 if dtype == torch.float64 else torch.float32
     scalars = [torch.tensor(x, dtype=wide) for x in (scale, -3.1)]
     return [image.to(dtype), text.to(dtype), *scalars]
@@ -46,15 +52,25 @@ def ours(kind: str, backend: str) -> Any:
     return lambda *given: contrastive_loss(*given, kind=kind, backend=backend)  # type: ignore[arg-type]
 
 
-def check(given: list[Tensor], kind: str, backend: str) -> None:
-    """The rule of CONTRIBUTING.md. Plain PyTorch reads half types in fp32 here, and is written in three ways, since a loss is a
-    single number: the definition, the same from the last pair to the first, and the textbook's."""
-    exact = results(ours(kind, "reference"), [t.double() for t in given])
+def check(given: list[Tensor], kind: str, backend: str) -> dict[str, Tensor]:
+    """The rule of CONTRIBUTING.md; what the backend gave. Plain PyTorch reads half types in fp32 here, and is written in three
+    ways."""
     reference = ours(kind, "reference")
     ways = (reference, lambda i, t, s, b: reference(i.flip(0), t.flip(0), s, b), textbook(kind))
-    plain = [results(way, given) for way in ways]
-    verdicts = numerics.judge(results(ours(kind, backend), given), plain, exact, given[0].dtype)
+    found = variations(ours(kind, backend), given)
+    given = [t.cpu() for t in given]
+    exact = variations(reference, [t.double() for t in given])
+    plain = [variations(way, given) for way in ways]
+    verdicts = numerics.judge({n: t.cpu() for n, t in found.items()}, plain, exact, given[0].dtype)
     assert all(v.good for v in verdicts), [v for v in verdicts if not v.good]
+    return found
+
+
+def variations(function: Any, given: list[Tensor]) -> dict[str, Tensor]:
+    """Results at four scales, stacked: a loss is a single number, whose error in plain PyTorch is a matter of luck."""
+    image, text, scale, bias = given
+    each = [results(function, [image, text, scale - 0.25 * i, bias + 0.5 * i]) for i in range(4)]
+    return {name: torch.stack([found[name] for found in each]) for name in each[0]}
 
 
 def textbook(kind: str) -> Any:
@@ -103,10 +119,17 @@ def test_gradients_of_the_definition(kind: str, pairs: int, width: int, captions
 @pytest.mark.parametrize("dtype", [torch.float32, torch.float16, torch.bfloat16], ids=str)
 @pytest.mark.parametrize("kind", KINDS)
 @pytest.mark.parametrize(
-    ("pairs", "width", "captions", "scale"), [(1, 1, 1, 0.3), (97, 59, 1, 2.3), (31, 64, 5, 3.0), (1025, 96, 1, 4.605)]
+    ("pairs", "width", "captions", "scale"),
+    [(1, 1, 1, 0.3), (97, 59, 1, 2.3), (31, 64, 5, 3.0), (1025, 96, 1, 4.605)],
 )
 def test_chunks_are_exact(
-    pairs: int, width: int, captions: int, scale: float, kind: str, dtype: torch.dtype, monkeypatch: pytest.MonkeyPatch
+    pairs: int,
+    width: int,
+    captions: int,
+    scale: float,
+    kind: str,
+    dtype: torch.dtype,
+    monkeypatch: pytest.MonkeyPatch,
 ) -> None:
     """Several chunks with an uneven last one, the first of them kept; multiplier up to CLIP's 100."""
     monkeypatch.setattr(eager, "CHUNK_BYTES", {"cpu": 7 * pairs * captions * dtype.itemsize})
@@ -280,18 +303,32 @@ def over_ranks(rank: int, size: int, store: str, out: Any) -> None:
                 lambda *a, kind=kind: contrastive_loss(*a, kind=kind, group=dist.group.WORLD), mine, 1.0
             )
     group = dist.group.WORLD
-    compiled = torch.compile(lambda *a: contrastive_loss(*a, group=group), fullgraph=True, backend="aot_eager")
+    compiled = torch.compile(
+        lambda *a: contrastive_loss(*a, group=group), fullgraph=True, backend="aot_eager"
+    )
     found["compiled"] = results(compiled, mine, 1.0)
     found["called"] = results(lambda *a: contrastive_loss(*a, group=group), mine, 1.0)
     messages = []
     image, text, scale, bias = inputs(4, 8)
-    for images, texts in ((4 - (rank == 0), 4 - (rank == 0)), (4, 4 - (rank == 0)), (0 if rank == 0 else 4,) * 2):
+    for images, texts in (
+        (4 - (rank == 0), 4 - (rank == 0)),
+        (4, 4 - (rank == 0)),
+        (0 if rank == 0 else 4,) * 2,
+    ):
         try:
             contrastive_loss(image[:images], text[:texts], scale, group=dist.group.WORLD)
         except ValueError as error:
             messages.append(str(error))
     found["messages"] = messages
-    out.put((rank, {n: {k: v.tolist() for k, v in r.items()} if isinstance(r, dict) else r for n, r in found.items()}))
+    out.put(
+        (
+            rank,
+            {
+                n: {k: v.tolist() for k, v in r.items()} if isinstance(r, dict) else r
+                for n, r in found.items()
+            },
+        )
+    )
     dist.barrier()
     dist.destroy_process_group()
 
@@ -302,7 +339,8 @@ def test_ranks_together_are_one_process(size: int, tmp_path: Any) -> None:
     context = torch.multiprocessing.get_context("spawn")
     queue = context.SimpleQueue()
     processes = [
-        context.Process(target=over_ranks, args=(rank, size, str(tmp_path / "store"), queue)) for rank in range(size)
+        context.Process(target=over_ranks, args=(rank, size, str(tmp_path / "store"), queue))
+        for rank in range(size)
     ]
     for process in processes:
         process.start()
@@ -321,10 +359,14 @@ def test_ranks_together_are_one_process(size: int, tmp_path: Any) -> None:
                 rows = name in ("image", "text")
                 found = [part[name] for part in parts]
                 mean = torch.cat(found) / size if rows else torch.stack(found).mean(0)
-                torch.testing.assert_close(mean, value, rtol=1e-10, atol=1e-12, msg=f"{kind} {captions} {name}")
+                torch.testing.assert_close(
+                    mean, value, rtol=1e-10, atol=1e-12, msg=f"{kind} {captions} {name}"
+                )
     for rank in range(size):
         assert every[rank]["compiled"] == every[rank]["called"]
         told = every[rank]["messages"]
         assert len(told) == (3 if size > 1 else 1)
-        assert size == 1 or all("every rank must bring as many pairs of one kind" in message for message in told)
+        assert size == 1 or all(
+            "every rank must bring as many pairs of one kind" in message for message in told
+        )
         assert size == 1 or "rank 0: image [3, 8], text [3, 8], 32 bits; rank 1: image [4, 8]" in told[0]

@@ -175,5 +175,7 @@ def test_what_the_run_says() -> None:
     assert "5 texts of other images, those of its micro-step over all processes" in few and "adds none" in few
     assert "23 texts of other images, those of its whole step over all processes, all 4 micro-steps" in many
     assert "of its batch" in _contrast(PretrainConfig(), data, 1)[0]
-    assert any("itc_negatives is global and compile" in p for p in problems(dataclasses.replace(both, compile=True)))
+    assert any(
+        "itc_negatives is global and compile" in p for p in problems(dataclasses.replace(both, compile=True))
+    )
     assert not problems(both)

@@ -57,9 +57,7 @@ def contrast_all(engine: TorchEngine, batches: Sequence[Batch]) -> list[MicroBat
     inputs = (image, text, model.logit_scale, model.logit_bias)
     d_image, d_text, d_scale, d_bias = torch.autograd.grad(loss, inputs, materialize_grads=True)
     share = 1 / len(batches)
-    parts = zip(
-        micros, d_image.split([*map(len, images)]), d_text.split([*map(len, texts)]), strict=True
-    )
+    parts = zip(micros, d_image.split([*map(len, images)]), d_text.split([*map(len, texts)]), strict=True)
     return [
         MicroBatch(
             micro.batch,

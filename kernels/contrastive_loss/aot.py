@@ -17,7 +17,11 @@ DATA = {"image", "text", "left", "right", "grad"}  # pointers to the call's dtyp
 def aot_cases(arch: int) -> list[AotCase]:
     """Widths that a tile divides and one that it does not, in every kind of loss."""
     forms = [("bf16", Form(width, True, arch)) for width in (32, 512, 768)]
-    forms += [("bf16", Form(100, True, arch)), ("fp16", Form(768, True, arch)), ("fp32", Form(512, False, arch))]
+    forms += [
+        ("bf16", Form(100, True, arch)),
+        ("fp16", Form(768, True, arch)),
+        ("fp32", Form(512, False, arch)),
+    ]
     return [case for dtype, form in forms for case in launched(dtype, form)]
 
 
@@ -35,7 +39,11 @@ def _case(kernel: Any, name: str, dtype: str, form: Form, flags: dict[str, bool]
         "WIDTH": form.width, "BLOCK_D": form.block_d, "BLOCK_M": config.queries, "BLOCK_N": config.keys, **flags,
     }  # fmt: skip
     numbers = {p.name: p.annotation_type for p in kernel.params if p.name not in about}
-    pointers = {n: f"*{dtype}" if n in DATA else "*fp32" for n, kind in numbers.items() if not kind or kind == "tensor"}
+    pointers = {
+        n: f"*{dtype}" if n in DATA else "*fp32"
+        for n, kind in numbers.items()
+        if not kind or kind == "tensor"
+    }
     said = [flag.lower() for flag, on in flags.items() if on]
     return AotCase(
         kernel=kernel,

@@ -39,7 +39,9 @@ def logit_grads_kernel(
     m = tl.program_id(0) % tiles * BLOCK_M + tl.arange(0, BLOCK_M)
     n = tl.program_id(0) // tiles * BLOCK_N + tl.arange(0, BLOCK_N)
     logits = logits_tile(left, right, m, n, rows, columns, WIDTH, BLOCK_D, BLOCK_M, BLOCK_N) * tl.load(scale)
-    if SWAPPED:  # `first` counts texts here: row m is text first + m, whose image is column (first + m) // captions
+    if (
+        SWAPPED
+    ):  # `first` counts texts here: row m is text first + m, whose image is column (first + m) // captions
         owner = tl.where(first + m < 0, -1, (first + m) // captions)  # a division rounds towards 0
         positive = owner[:, None] == n[None, :]
     else:
@@ -87,7 +89,8 @@ def logit_grads(
     row_lse, column_lse = (torch.stack(split(part, torch.float32)) for part in lse) if lse else (scale, scale)
     with torch.cuda.device_of(left):
         logit_grads_kernel[(programs,)](
-            left, right, scale, scale if bias is None else bias, row_lse, column_lse, grad, sums, rows, columns, first, captions,
+            left, right, scale, scale if bias is None else bias, row_lse, column_lse, grad, sums,
+            rows, columns, first, captions,
             WIDTH=form.width, BLOCK_D=form.block_d, BLOCK_M=config.queries, BLOCK_N=config.keys,
             SIGMOID=lse is None, SWAPPED=swapped, **config.options,
         )  # fmt: skip

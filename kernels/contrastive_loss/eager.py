@@ -63,7 +63,9 @@ class Problem:
 
     def buffer(self, rows: int) -> Tensor:
         """[rows, M], of any content."""
-        full = self.free.pop() if self.free else self.text.new_empty(self.rows * len(self.text), dtype=self.wide)
+        full = (
+            self.free.pop() if self.free else self.text.new_empty(self.rows * len(self.text), dtype=self.wide)
+        )
         return full[: rows * len(self.text)].view(rows, len(self.text))
 
     def logits(self, start: int) -> Tensor:
@@ -200,7 +202,10 @@ class Softmax:
             row = rows[start : start + len(chunk), None]
             other = problem.buffer(len(chunk))
             if found is None:
-                (high, low), (high_columns, low_columns) = split(row, problem.wide), split(columns, problem.wide)
+                (high, low), (high_columns, low_columns) = (
+                    split(row, problem.wide),
+                    split(columns, problem.wide),
+                )
                 torch.sub(chunk, high, out=other).exp_().mul_(low / 2)
                 chunk.sub_(high_columns).exp_().mul_(low_columns * (share / 2)).add_(other)
             else:

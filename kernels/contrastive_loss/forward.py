@@ -10,9 +10,6 @@ from torch import Tensor
 
 from kernels.contrastive_loss.launch import Form, configure
 from kernels.contrastive_loss.tiles import logits_tile
-from kernels.launch import LOG2_E
-
-LN_2 = 1 / LOG2_E
 
 
 @triton.jit(do_not_specialize=["rows", "columns"])
@@ -20,7 +17,7 @@ def logit_sums_kernel(
     image: tl.tensor,  # [rows, WIDTH]
     text: tl.tensor,  # [columns, WIDTH]
     scale: tl.tensor,  # fp32 []
-    row_max: tl.tensor,  # fp32 [column tiles, rows], of logits times log2 e
+    row_max: tl.tensor,  # fp32 [column tiles, rows]
     row_sum: tl.tensor,  # fp32, likewise
     column_max: tl.tensor,  # fp32 [row tiles, columns]
     column_sum: tl.tensor,
@@ -38,19 +35,21 @@ def logit_sums_kernel(
     m = tile_m * BLOCK_M + tl.arange(0, BLOCK_M)
     n = tile_n * BLOCK_N + tl.arange(0, BLOCK_N)
     logits = logits_tile(image, text, m, n, rows, columns, WIDTH, BLOCK_D, BLOCK_M, BLOCK_N)
-    logits *= tl.load(scale) * 1.4426950408889634
+    logits *= tl.load(
+        scale
+    )  # as in backward.py, to the bit: the largest probability is then as exact as float32 allows
     logits = tl.where((m < rows)[:, None] & (n < columns)[None, :], logits, float("-inf"))
 
     largest = tl.max(logits, 1)
     shown = tl.where(largest == float("-inf"), 0.0, largest)
     place = tile_n.to(tl.int64) * rows + m
     tl.store(row_max + place, largest, mask=m < rows)
-    tl.store(row_sum + place, tl.sum(tl.exp2(logits - shown[:, None]), 1), mask=m < rows)
+    tl.store(row_sum + place, tl.sum(tl.exp(logits - shown[:, None]), 1), mask=m < rows)
     largest = tl.max(logits, 0)
     shown = tl.where(largest == float("-inf"), 0.0, largest)
     place = tile_m.to(tl.int64) * columns + n
     tl.store(column_max + place, largest, mask=n < columns)
-    tl.store(column_sum + place, tl.sum(tl.exp2(logits - shown[None, :]), 0), mask=n < columns)
+    tl.store(column_sum + place, tl.sum(tl.exp(logits - shown[None, :]), 0), mask=n < columns)
 
 
 def logit_sums(image: Tensor, text: Tensor, scale: Tensor) -> tuple[Tensor, Tensor]:
@@ -70,6 +69,6 @@ def logit_sums(image: Tensor, text: Tensor, scale: Tensor) -> tuple[Tensor, Tens
 
 
 def combine(largest: Tensor, total: Tensor) -> Tensor:
-    """Parts [parts, n] in powers of 2 -> natural log-sum-exp [n], float64, in the parts' order."""
+    """Parts [parts, n] -> natural log-sum-exp [n], float64, in the parts' order."""
     top = largest.amax(0)
-    return (top + (total * torch.exp2(largest - top)).sum(0).double().log2()) * LN_2
+    return top + (total * torch.exp(largest - top)).sum(0).double().log()

@@ -37,4 +37,4 @@ def configure(kernel: Kernel, form: Form) -> Config:
         return config
     if not form.half:  # no tensor cores: products are unrolled, so the tiles are small
         return Config(32, 32, 4, 1)
-    return Config(128, 128, 8, 3)
+    return Config(128, 128 if kernel == "sums" else 64, 8, 3)

@@ -92,7 +92,9 @@ def plan(image: Tensor, group: dist.ProcessGroup | None) -> Plan:
         refusals["triton"] = why
     if image.device.type == "cpu":
         return Plan("eager", "chunks of logits in the cache; measured faster on a CPU", refusals)
-    return Plan("eager", f"nothing was measured on {image.device.type}: chunks of torch's own products", refusals)
+    return Plan(
+        "eager", f"nothing was measured on {image.device.type}: chunks of torch's own products", refusals
+    )
 
 
 def _check(

@@ -87,7 +87,12 @@ def _run(
     empty = _fake(image, text, logit_scale, logit_bias, sigmoid, group, triton, training=False)
     wide = empty[0].dtype
     if len(image) == 0:
-        return torch.zeros_like(empty[0]), torch.zeros_like(image), torch.zeros_like(text), *map(torch.zeros_like, empty[3:])
+        return (
+            torch.zeros_like(empty[0]),
+            torch.zeros_like(image),
+            torch.zeros_like(text),
+            *map(torch.zeros_like, empty[3:]),
+        )
     captions, first = len(text) // len(image), ranks.rank * len(image)
     image, own = image.detach().contiguous(), text.detach().contiguous()
     texts = ranks.gather(own)

@@ -110,7 +110,9 @@ class Softmax:
         ]
         rows = torch.cat([row for row, _ in parts])
         columns = torch.stack([column for _, column in parts]).logsumexp(0)
-        own = text[problem.first * captions : (problem.first + len(image)) * captions].unflatten(0, (-1, captions))
+        own = text[problem.first * captions : (problem.first + len(image)) * captions].unflatten(
+            0, (-1, captions)
+        )
         positives = (image.float()[:, None] * own.float()).sum(-1).flatten() * problem.scale
         return Normalizers(rows, columns, positives)
 
