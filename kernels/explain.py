@@ -18,7 +18,7 @@ EXPLAINERS: dict[Callable[..., Any], Callable[..., Choice]] = {
     contrastive.contrastive_loss: contrastive.explain,
 }
 # Backends that a function never has, and why.
-NEVER = {
+NEVER: dict[Callable[..., Any], dict[str, str | None]] = {
     contrastive.contrastive_loss: {"sdpa": contrastive.NO_ATTENTION, "flash_attn": contrastive.NO_ATTENTION}
 }
 

@@ -7,6 +7,8 @@ pairs each.
 
 from __future__ import annotations
 
+from typing import Any, cast
+
 import torch
 import torch.distributed as dist
 from torch import Tensor
@@ -17,7 +19,7 @@ class Group:
     """A process group by its name; "" is this process alone."""
 
     def __init__(self, name: str) -> None:
-        self.group = _resolve_process_group(name) if name else None
+        self.group = _resolve_process_group(cast(Any, name)) if name else None
         self.size = self.group.size() if self.group else 1
         self.rank = self.group.rank() if self.group else 0
 

@@ -87,26 +87,20 @@ def _run(
     empty = _fake(image, text, logit_scale, logit_bias, sigmoid, group, triton, training=False)
     wide = empty[0].dtype
     if len(image) == 0:
-        return (
-            torch.zeros_like(empty[0]),
-            torch.zeros_like(image),
-            torch.zeros_like(text),
-            *map(torch.zeros_like, empty[3:]),
-        )
+        zero, d_scale, d_bias = (torch.zeros_like(empty[i]) for i in (0, 3, 4))
+        return zero, torch.zeros_like(image), torch.zeros_like(text), d_scale, d_bias
     captions, first = len(text) // len(image), ranks.rank * len(image)
     image, own = image.detach().contiguous(), text.detach().contiguous()
     texts = ranks.gather(own)
     scale = logit_scale.detach().to(wide).exp()
     bias = None if logit_bias is None or not sigmoid else logit_bias.detach()
     grads: Grads | None = None
-    problem: Any
+    ways: Any = eager
     if triton:
-        from kernels.contrastive_loss import triton_problem as ways
+        from kernels.contrastive_loss import triton_problem
 
-        problem = ways.Problem(image, texts, scale, captions, first)
-    else:
-        ways = eager
-        problem = eager.Problem(image, texts, scale, captions, first)
+        ways = triton_problem
+    problem = ways.Problem(image, texts, scale, captions, first)
     if sigmoid:
         total, grads = ways.sigmoid(problem, bias, training)
         loss = total / len(image)
