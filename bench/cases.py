@@ -133,9 +133,6 @@ CPU_CONTRASTS = tuple(
     for kind in ("softmax", "sigmoid")
     for pairs, width in ((512, 256), (1025, 97), (2048, 768))
 )
-CPU_LARGE_CONTRASTS = tuple(
-    ContrastiveCase(f"{kind}-8192", kind, 8192, 768) for kind in ("softmax", "sigmoid")
-)
 GPU_CONTRASTS = tuple(
     ContrastiveCase(f"{kind}-{pairs}", kind, pairs, 768)
     for kind in ("softmax", "sigmoid")

@@ -98,7 +98,6 @@ def _cpu_tasks() -> tuple[Task, ...]:
         *_tasks(ACCELERATED_ATTENTION, "cpu", cases.CPU_ATTENTIONS_BF16, (TRAINING,), (BF16,)),
         *_tasks(ACCELERATED_STEP, "cpu", cases.CPU_MODELS, (STEP,), (FP32,)),
         *_tasks(CONTRASTIVE_LOSS, "cpu", cases.CPU_CONTRASTS, (TRAINING,), (FP32,)),
-        *_tasks(CONTRASTIVE_LOSS, "cpu", cases.CPU_LARGE_CONTRASTS, (TRAINING,), (FP32,)),
         *map(_loader_task, cases.CPU_LOADERS),
     )
 

@@ -113,7 +113,7 @@ def _run(
         loss = ((rows - positives.double().unflatten(0, (-1, captions)).mean(1)).mean() + to_image) / 2
         grads = softmax.grads(rows, columns) if training else None
     if grads is None:
-        return loss.to(wide), *map(torch.zeros_like, empty[1:])  # type: ignore[return-value]
+        return loss.to(wide), *map(torch.zeros_like, empty[1:])
     return (
         loss.to(wide),
         grads.image.to(image.dtype),
