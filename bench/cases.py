@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from bench.peers.accelerated import AttentionCase, ModelCase
+from bench.peers.contrastive import ContrastiveCase
 from bench.peers.latent import LatentCase
 from bench.peers.layers import BlockCase, CrossCase
 from bench.peers.loading import LoaderCase
@@ -140,3 +141,13 @@ CPU_TEXTS = tuple(TextCase(kind, batch) for kind in ("unigram", "bpe") for batch
 PIPELINES = (PipelineCase(32, 448),)
 CPU_SOUNDS = tuple(map(SoundCase, CODECS))
 CPU_CLIPS = (ClipCase(250), ClipCase(48))
+CPU_CONTRASTS = tuple(
+    ContrastiveCase(f"{kind}-{pairs}", kind, pairs, width)
+    for kind in ("softmax", "sigmoid")
+    for pairs, width in ((512, 256), (1025, 97), (2048, 768))
+)
+GPU_CONTRASTS = tuple(
+    ContrastiveCase(f"{kind}-{pairs}", kind, pairs, 768)
+    for kind in ("softmax", "sigmoid")
+    for pairs in (2048, 32768)
+)

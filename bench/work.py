@@ -55,6 +55,15 @@ def latent_attention(
     return Work(flops, numbers * itemsize, visible, "keys")
 
 
+def contrastive_loss(pairs: int, width: int, itemsize: int, *, backward: bool) -> Work:
+    """N pairs of D numbers. Forward 2N^2 D FLOPs and 2ND numbers (image, text in); backward twice that in FLOPs, and 2ND
+    more numbers (both gradients out). Logits that are made again are no work."""
+    flops, numbers = 2 * pairs**2 * width, 2 * pairs * width
+    if backward:
+        flops, numbers = 3 * flops, 2 * numbers
+    return Work(flops, numbers * itemsize, pairs, "pairs")
+
+
 def swin_block(tokens: int, channels: int, slots: int, hidden: int, itemsize: int, *, backward: bool) -> Work:
     """A whole Swin block: qkv, attention, output projection, two feed-forward products; backward twice the linear
     layers' forward. Bytes: input and output once (backward: both and both gradients), and the weights."""

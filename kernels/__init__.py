@@ -9,6 +9,7 @@ from typing import Any
 __auroraio__ = True  # tells this package from another of the same name; see clash.py
 
 from kernels import clash
+from kernels.contrastive_loss.op import contrastive_loss
 from kernels.explain import available_backends, explain
 from kernels.latent_attention.merge import merge_attention
 from kernels.latent_attention.op import latent_attention
@@ -22,6 +23,7 @@ __all__ = [
     "WindowAttention",
     "accelerate",
     "available_backends",
+    "contrastive_loss",
     "explain",
     "latent_attention",
     "merge_attention",

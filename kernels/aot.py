@@ -59,8 +59,14 @@ class AotCase:
 def cases(arch: int) -> list[AotCase]:
     """Every case of every kernel on compute capability `arch` (80, 90). Imports Triton, so it raises ImportError
     where there is none."""
+    from kernels.contrastive_loss import aot as contrastive
     from kernels.latent_attention import aot as latent
     from kernels.window_attention import aot as window
     from kernels.window_attention import bias
 
-    return [*bias.aot_cases(arch), *window.aot_cases(arch), *latent.aot_cases(arch)]
+    return [
+        *bias.aot_cases(arch),
+        *window.aot_cases(arch),
+        *latent.aot_cases(arch),
+        *contrastive.aot_cases(arch),
+    ]

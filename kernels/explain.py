@@ -8,6 +8,7 @@ from typing import Any
 import torch
 
 from kernels.backend import BACKENDS, Choice, triton_refusal
+from kernels.contrastive_loss import op as contrastive
 from kernels.latent_attention import flash_ops
 from kernels.latent_attention import op as latent
 from kernels.window_attention import op as window
@@ -15,7 +16,10 @@ from kernels.window_attention import op as window
 EXPLAINERS: dict[Callable[..., Any], Callable[..., Choice]] = {
     window.window_attention: window.explain,
     latent.latent_attention: latent.explain,
+    contrastive.contrastive_loss: contrastive.explain,
 }
+# The backends of functions that are no attention.
+NAMES: dict[Callable[..., Any], tuple[str, ...]] = {contrastive.contrastive_loss: contrastive.NAMES}
 
 
 def explain(fn: Callable[..., Any], *args: Any, **kwargs: Any) -> Choice:
@@ -37,9 +41,13 @@ def explain(fn: Callable[..., Any], *args: Any, **kwargs: Any) -> Choice:
 def available_backends() -> dict[str, dict[str, str | None]]:
     """function -> backend -> None where it can run on this machine, else why it cannot."""
     device = torch.device("cuda" if torch.cuda.is_available() else "cpu")
-    backends = dict.fromkeys(BACKENDS) | {"triton": triton_refusal(device)}
-    flash = {
-        window.window_attention: window.NEVER["flash_attn"],
-        latent.latent_attention: flash_ops.machine_refusal(device),
+    machine = {"triton": triton_refusal(device)}
+    own: dict[Callable[..., Any], dict[str, str | None]] = {
+        window.window_attention: {**window.NEVER},
+        latent.latent_attention: {"flash_attn": flash_ops.machine_refusal(device)},
     }
-    return {fn.__name__: backends | {"flash_attn": why} for fn, why in flash.items()}
+    found = {}
+    for fn in EXPLAINERS:
+        refusals = machine | own.get(fn, {})
+        found[fn.__name__] = {name: refusals.get(name) for name in NAMES.get(fn, BACKENDS)}
+    return found

@@ -17,6 +17,7 @@ import torch.distributed as dist
 import torch.nn.functional as F
 from torch import Tensor
 
+import kernels
 from models.tokens import IGNORE, PAD
 
 
@@ -84,6 +85,29 @@ class Normalizers:
         return cls(*(max(float(n), 1.0) for n in count(tokens, mlm_targets, mim_mask)))
 
 
+@dataclass(frozen=True)
+class CachedContrast:
+    """A contrastive loss that was taken over more than one micro-batch: what falls to this one (GradCache,
+    arXiv:2101.06983)."""
+
+    loss: Tensor
+    """This micro-batch's share, fp32 scalar."""
+    image: Tensor
+    """Gradient at its image embeddings [P, E]."""
+    text: Tensor
+    """Gradient at its text embeddings [P*K, E]."""
+    logit_scale: Tensor
+    logit_bias: Tensor
+    """Its shares of the gradients of logit_scale and logit_bias, scalars."""
+
+    def at(self, image: Tensor, text: Tensor, logit_scale: Tensor, logit_bias: Tensor) -> Tensor:
+        """A scalar with this loss and these gradients."""
+        given = (image, text, logit_scale, logit_bias)
+        grads = (self.image, self.text, self.logit_scale, self.logit_bias)
+        product = torch.stack([(x * grad).sum() for x, grad in zip(given, grads, strict=True)]).sum()
+        return product + (self.loss - product.detach())
+
+
 def count(tokens: Tensor, mlm_targets: Tensor, mim_mask: Tensor) -> tuple[int, int, int]:
     """How many caption tokens are predicted, words asked for, and patches hidden in a batch."""
     return int((tokens[:, 1:] != PAD).sum()), int((mlm_targets != IGNORE).sum()), int(mim_mask.sum())
@@ -139,62 +163,8 @@ def contrastive_loss(
     *,
     kind: Literal["sigmoid", "softmax"],
 ) -> Tensor:
-    """Contrastive loss of unit vectors image [P, E], text [P*K, E]; text rows i*K .. i*K+K-1 belong to
-    image i.
-
-    With torch.distributed initialised, P images of this rank meet the texts of all ranks (and, for softmax,
-    the texts meet all
-    images); the mean over ranks is the loss of the global batch, gradients included. logit_scale is the log
-    of the multiplier.
-
-    "sigmoid" (SigLIP, arXiv:2303.15343): sum of -log sigmoid(+-(scale * cos + bias)) over all pairs,
-    divided by P*K.
-    "softmax" (CLIP, arXiv:2103.00020): mean of both directions' cross-entropies; K positives of an image
-    share its target. Its bias
-    cancels and is not used.
-    """
-    if len(image) == 0 or len(text) % len(image):
-        raise ValueError(f"{len(text)} texts cannot belong to {len(image)} images in equal numbers")
-    pairs, captions = len(image), len(text) // len(image)
-    rank = dist.get_rank() if dist.is_available() and dist.is_initialized() else 0
-    scale = logit_scale.float().exp()
-    texts = gather(text.float())
-    owner = (
-        torch.arange(len(texts), device=image.device) // captions - rank * pairs
-    )  # this rank's images are 0 .. P-1
-    positive = owner[None] == torch.arange(pairs, device=image.device)[:, None]
-    logits = scale * image.float() @ texts.T
-    if kind == "sigmoid":
-        signs = positive.float() * 2 - 1
-        return -F.logsigmoid(signs * (logits + logit_bias.float())).sum() / (pairs * captions)
-    if kind == "softmax":
-        to_text = F.cross_entropy(logits, positive / captions)
-        images = gather(image.float())
-        own = torch.arange(pairs, device=image.device).repeat_interleave(captions) + rank * pairs
-        return (to_text + F.cross_entropy(scale * text.float() @ images.T, own)) / 2
-    raise ValueError(f"contrastive loss kind {kind!r}; supported: 'sigmoid', 'softmax'")
-
-
-def gather(x: Tensor) -> Tensor:
-    """x [N, E] of every rank, in rank order [R*N, E], with gradients back to each; x itself in a single
-    process."""
-    if not (dist.is_available() and dist.is_initialized()) or dist.get_world_size() == 1:
-        return x
-    return _Gather.apply(x)
-
-
-class _Gather(torch.autograd.Function):
-    """All-gather whose backward sums every rank's gradient of this rank's rows; every backend has both
-    collectives."""
-
-    @staticmethod
-    def forward(ctx: torch.autograd.function.FunctionCtx, x: Tensor) -> Tensor:
-        parts = [torch.empty_like(x) for _ in range(dist.get_world_size())]
-        dist.all_gather(parts, x.contiguous())
-        return torch.cat(parts)
-
-    @staticmethod
-    def backward(ctx: torch.autograd.function.FunctionCtx, *grads: Tensor) -> Tensor:
-        grad = grads[0].contiguous()
-        dist.all_reduce(grad)
-        return grad.chunk(dist.get_world_size())[dist.get_rank()]
+    """`kernels.contrastive_loss` of unit vectors image [P, E], text [P*K, E], over all ranks where torch.distributed
+    has several: the mean over ranks is the loss of the global batch, gradients included."""
+    several = dist.is_available() and dist.is_initialized() and dist.get_world_size() > 1
+    group = dist.group.WORLD if several else None
+    return kernels.contrastive_loss(image, text, logit_scale, logit_bias, kind=kind, group=group)

@@ -11,6 +11,7 @@ from typing import Any
 import pytest
 import torch
 
+from bench.peers.contrastive import CONTRASTIVE_LOSS, ContrastiveCase
 from bench.peers.latent import LATENT_ATTENTION, LatentCase
 from bench.peers.window import WINDOW_ATTENTION, WindowCase
 from bench.subject import FORWARD, TRAINING, Problem, Subject, solve
@@ -26,6 +27,8 @@ CASES: list[tuple[Subject, Any]] = [
     (LATENT_ATTENTION, LatentCase("97-keys", 3, 64, 97, 4, 64)),
     (LATENT_ATTENTION, LatentCase("ragged", 4, 33, 1025, 2, 128, ragged=True)),
     (LATENT_ATTENTION, LatentCase("one-query", 8, 1, 196, 4, 32)),
+    (CONTRASTIVE_LOSS, ContrastiveCase("softmax-1025", "softmax", 1025, 96)),
+    (CONTRASTIVE_LOSS, ContrastiveCase("sigmoid-97", "sigmoid", 97, 59)),
 ]
 
 

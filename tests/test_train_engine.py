@@ -19,6 +19,7 @@ from models import Aurora
 from models.objectives import ObjectiveConfig
 from train import machine
 from train.config import ConfigError, OptimConfig, PretrainConfig
+from train.contrast import MicroBatch
 from train.engine import Ranks, TorchEngine, gather_rng, load_rng, rng_state
 from train.machine import Precision, choose_device, choose_precision
 
@@ -72,7 +73,7 @@ def parts(whole: Batch, count: int) -> list[Batch]:
 def gradients(one: TorchEngine, batches: list[Batch]) -> tuple[dict[str, torch.Tensor], dict[str, float]]:
     normalizers, stopping = one.agree(batches, False)
     assert not stopping
-    for i, micro in enumerate(batches):
+    for i, micro in enumerate(one.micro_batches(batches)):
         with one.micro_step(last=i == len(batches) - 1):
             one.backward(one.losses(micro, one.config.objectives, normalizers))
     found = {name: p.grad.clone() for name, p in one.model.named_parameters() if p.grad is not None}
@@ -101,7 +102,7 @@ def test_the_accumulation_test_can_fail() -> None:
     wrong = engine(objectives)
     for micro in parts(whole, 4):
         normalizers, _ = wrong.agree([micro], False)
-        losses = wrong.losses(micro, objectives, normalizers)
+        losses = wrong.losses(MicroBatch(micro), objectives, normalizers)
         wrong.backward({name: loss / 4 for name, loss in losses.items()})
     small = {name: p.grad for name, p in wrong.model.named_parameters() if p.grad is not None}
     scale = max(g.abs().max().item() for g in large.values())

@@ -116,7 +116,12 @@ class PretrainConfig:
     batch_size: int = 64
     """Samples per optimizer step, pairs and uncaptioned pictures together, over all ranks and micro-steps."""
     accumulation: int = 1
-    """Micro-steps per optimizer step. Contrastive negatives are those of one micro-step over all ranks."""
+    """Micro-steps per optimizer step. Contrastive negatives are those of one micro-step over all ranks, unless
+    itc_negatives says otherwise."""
+    itc_negatives: Literal["microstep", "global"] = "microstep"
+    """Which texts an image is contrasted with. microstep: those of its micro-step over all ranks. global: those of all
+    micro-steps, with the gradients of one large batch (GradCache); embeddings are computed twice, about a third more time.
+    """
     steps: int = 400
     """Optimizer steps."""
     precision: Literal["auto", "bf16", "fp32"] = "auto"
@@ -218,6 +223,11 @@ def problems(config: PretrainConfig, world_size: int = 1) -> list[str]:
     if not any(config.objectives.weights().values()):
         found.append(
             "every objective has weight 0: nothing to learn; set one of --objectives.{mim,itc,caption,mlm}"
+        )
+    if config.itc_negatives == "global" and config.compile:
+        found.append(
+            "itc_negatives is global and compile is on: compiled code draws other dropout the second time; "
+            "set --itc-negatives microstep or --no-compile"
         )
     if config.model.stem == "conv" and config.objectives.mim:
         found.append(

@@ -22,6 +22,7 @@ from dataload.images import normalize
 from models import Aurora
 from models.objectives import Normalizers, ObjectiveConfig, count
 from train.config import PretrainConfig
+from train.contrast import MicroBatch, contrast_all
 from train.machine import Precision, choose_device
 from train.optim import Ema, load_optimizer_tensors, make_adamw, optimizer_tensors
 
@@ -104,7 +105,7 @@ def share(value: Any, ranks: Ranks) -> Any:
 class TorchEngine:
     """The model and its optimizer on one device per rank.
 
-    An optimizer step is: `agree` on the denominators; then for each micro-batch `micro_step(...)` around
+    An optimizer step is: `agree` on the denominators; then for each of the `micro_batches` `micro_step(...)` around
     `losses` and `backward`; then `step`. Every loss is such that its mean over ranks is the loss of the
     global batch, because that is the mean DistributedDataParallel takes of gradients.
     """
@@ -140,6 +141,13 @@ class TorchEngine:
         caption, mlm, mim = (max(n, 1.0) / self.ranks.size for n in sums)
         return Normalizers(caption, mlm, mim, itc_share=1 / len(batches)), stops > 0
 
+    def micro_batches(self, batches: Sequence[Batch]) -> list[MicroBatch]:
+        """The micro-batches of this step; with `itc_negatives` "global", after a first pass over all of them for what
+        the contrastive loss of the whole step needs."""
+        if self.config.itc_negatives == "global" and self.config.objectives.itc:
+            return contrast_all(self, batches)
+        return [MicroBatch(batch) for batch in batches]
+
     @contextmanager
     def micro_step(self, *, last: bool) -> Iterator[None]:
         """Around forward and backward of one micro-batch: ranks exchange gradients on the last one only."""
@@ -150,18 +158,25 @@ class TorchEngine:
             yield
 
     def losses(
-        self, batch: Batch, objectives: ObjectiveConfig, normalizers: Normalizers
+        self, micro: MicroBatch, objectives: ObjectiveConfig, normalizers: Normalizers
     ) -> dict[str, Tensor]:
         """Forward of one micro-batch."""
-        if self.device.type == "cuda":
-            batch = batch.pin_memory().to(self.device)
-        with torch.autocast(
-            self.device.type, dtype=torch.bfloat16, enabled=self.precision.autocast is not None
-        ):
+        batch = self.on_device(micro.batch)
+        with self.autocast(), micro.draws(self.device):
             return self.module(
                 normalize(batch.pair_images), batch.tokens, batch.mlm_tokens, batch.mlm_targets,
                 normalize(batch.mim_images), batch.mim_mask, objectives=objectives, normalizers=normalizers,
+                contrast=micro.contrast,
             )  # fmt: skip
+
+    def on_device(self, batch: Batch) -> Batch:
+        """The batch where the model is."""
+        return batch.pin_memory().to(self.device) if self.device.type == "cuda" else batch
+
+    def autocast(self) -> torch.autocast:
+        """The arithmetic of this run."""
+        enabled = self.precision.autocast is not None
+        return torch.autocast(self.device.type, dtype=torch.bfloat16, enabled=enabled)
 
     def backward(self, losses: Mapping[str, Tensor]) -> None:
         """Add this micro-batch's gradients of the weighted sum."""

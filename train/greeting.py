@@ -82,18 +82,21 @@ def negatives(config: PretrainConfig, pairs: int, world_size: int) -> int:
     """Texts of other pictures that each picture is contrasted with, for `pairs` pictures per rank and
     micro-step.
     """
-    return (pairs * world_size - 1) * config.data.captions_per_image
+    micro_steps = config.accumulation if config.itc_negatives == "global" else 1
+    return (pairs * world_size * micro_steps - 1) * config.data.captions_per_image
 
 
 def _contrast(config: PretrainConfig, data: Data, world_size: int) -> list[str]:
     if not config.objectives.itc:
         return []
     others = negatives(config, data.pairs, world_size)
-    over = "over all processes" if world_size > 1 else ""
-    scope = (
-        f"of its micro-step {over}".strip() if config.accumulation > 1 or world_size > 1 else "of its batch"
-    )
-    line = f"contrast    each image is contrasted with {others:,} texts of other images, those {scope}"
-    if config.accumulation > 1:
-        line += f" (accumulation adds none: a micro-batch has {micro_batch(config, world_size):,} samples)"
-    return [line]
+    over = " over all processes" if world_size > 1 else ""
+    line = f"contrast    each image is contrasted with {others:,} texts of other images, those of its "
+    if config.accumulation == 1:
+        return [line + ("batch" if not over else f"step{over}")]
+    if config.itc_negatives == "global":
+        return [f"{line}whole step{over}, all {config.accumulation} micro-steps (itc_negatives global)"]
+    return [
+        f"{line}micro-step{over} (itc_negatives microstep: accumulation adds none, a micro-batch has "
+        f"{micro_batch(config, world_size):,} samples)"
+    ]

@@ -136,6 +136,7 @@ def aurora_xl() -> PretrainConfig:
         optim=replace(large.optim, lr=1.5e-4, final_lr=1e-6, warmup=5_000, clip=1.0),
         batch_size=2048,
         accumulation=8,
+        itc_negatives="microstep",  # a second pass for the negatives of all micro-steps has no room in its weeks
         steps=-(-XL_SAMPLES // 2048),
         precision="bf16",
         ema_decay=0.0,

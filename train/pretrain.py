@@ -67,11 +67,12 @@ def train(run: Run, stop: Stop) -> bool:
         waited = time.perf_counter() - started
 
         normalizers, stopping = engine.agree(batches, bool(stop))
-        for i, batch in enumerate(batches):
+        micro_batches = [] if stopping else engine.micro_batches(batches)
+        for i, micro in enumerate(micro_batches):
             if stopping:
                 break
             with engine.micro_step(last=i == len(batches) - 1):
-                engine.backward(engine.losses(batch, config.objectives, normalizers))
+                engine.backward(engine.losses(micro, config.objectives, normalizers))
             stopping = bool(stop) and run.ranks.size == 1  # several ranks stop together, at the next step
         if stopping:
             engine.discard()

@@ -26,7 +26,7 @@ from models.aurora.decoder import DecodingState, TextDecoder
 from models.aurora.encoder import STRIDE, SwinBlock, SwinEncoder, WindowAttention
 from models.aurora.heads import FeaturePyramid, MemoryProjector, QueryHeads, with_places
 from models.layers import AttentionPool, MeanPool, SwiGLU, WordBag
-from models.objectives import Normalizers, ObjectiveConfig
+from models.objectives import CachedContrast, Normalizers, ObjectiveConfig
 from models.tokens import BOS, EOS, IGNORE, MASK, PAD, SPECIAL
 
 MEMORY_GAIN = (
@@ -85,6 +85,7 @@ class Aurora(nn.Module):
         mim_mask: Tensor,
         objectives: ObjectiveConfig | None = None,
         normalizers: Normalizers | None = None,
+        contrast: CachedContrast | None = None,
     ) -> dict[str, Tensor]:
         """The losses that are on, unweighted fp32 scalars under "mim", "itc", "caption", "mlm".
 
@@ -97,11 +98,26 @@ class Aurora(nn.Module):
             mim_mask: bool [U, height/32, width/32], True = hidden.
             normalizers: denominators of the whole optimizer step; without them each loss is this batch's
             mean.
+            contrast: the contrastive loss and its gradients at this batch's embeddings, where they are known already
+            ("itc" is then that loss, with those gradients); without it the loss is taken over this batch.
         """
         return pretraining_losses(
             self, pair_images, tokens, mlm_tokens, mlm_targets, mim_images, mim_mask,
-            objectives or ObjectiveConfig(), normalizers,
+            objectives or ObjectiveConfig(), normalizers, contrast,
         )  # fmt: skip
+
+    def embed(
+        self,
+        pair_images: Tensor,
+        tokens: Tensor,
+        mim_images: Tensor,
+        mim_mask: Tensor,
+        objectives: ObjectiveConfig,
+    ) -> tuple[Tensor, Tensor]:
+        """What `forward` contrasts: fp32 [P, E] of the images and [P*K, E] of the texts, made of the same random numbers
+        in the same order."""
+        seen = see(self, pair_images, mim_images, mim_mask, objectives)
+        return read(self, seen.pairs, tokens, objectives)[1:]
 
     def encode_image(self, images: Tensor) -> list[Tensor]:
         """Normalised images [B, 3, height, width] -> four maps [B, H_i, W_i, C_i], strides 4, 8, 16, 32."""
@@ -168,6 +184,50 @@ class Detections:
     masks: Tensor
 
 
+@dataclass(frozen=True)
+class Seen:
+    """What the encoder made of a batch: maps of the pairs, and the last map of the hidden uncaptioned images."""
+
+    pairs: list[Tensor]
+    hidden: Tensor
+
+
+def see(
+    model: Aurora, pair_images: Tensor, mim_images: Tensor, mim_mask: Tensor, config: ObjectiveConfig
+) -> Seen:
+    """Pairs and hidden uncaptioned images go through the encoder together, once; neither does where no objective wants
+    it."""
+    pairs = len(pair_images) if config.itc or config.caption or config.mlm else 0
+    hidden = len(mim_images) if config.mim else 0
+    if pairs + hidden == 0:
+        raise ValueError(
+            f"nothing to train on: {len(pair_images)} captioned and {len(mim_images)} uncaptioned images with {config}; "
+            "captioned images feed itc, caption and mlm, uncaptioned ones feed mim"
+        )
+    images = torch.cat((pair_images[:pairs], mim_images[:hidden]))
+    mask = torch.cat((mim_mask.new_zeros(pairs, *mim_mask.shape[1:]), mim_mask[:hidden])) if hidden else None
+    maps = model.encoder(images, mask)
+    return Seen([level[:pairs] for level in maps], maps[3][pairs:])
+
+
+def read(
+    model: Aurora, maps: list[Tensor], tokens: Tensor, config: ObjectiveConfig
+) -> tuple[Tensor | None, Tensor, Tensor]:
+    """The captions as the unimodal layers read them, where something wants that; the embeddings of images and texts
+    (empty without itc)."""
+    text = None
+    shared = not config.itc_word_dropout and isinstance(model.text_pool, AttentionPool)
+    if config.caption or (config.itc and shared):
+        text = model.decoder.read_text(tokens, causal=True)
+    if not config.itc:
+        return text, maps[3].new_empty(0), maps[3].new_empty(0)
+    if shared and isinstance(model.text_pool, AttentionPool):
+        embedding = model.text_pool(text, tokens != PAD)
+    else:
+        embedding = model.text_embedding(drop_words(tokens, config.itc_word_dropout))
+    return text, model.image_embedding(maps), embedding
+
+
 def pretraining_losses(
     model: Aurora,
     pair_images: Tensor,
@@ -178,37 +238,24 @@ def pretraining_losses(
     mim_mask: Tensor,
     config: ObjectiveConfig,
     normalizers: Normalizers | None,
+    contrast: CachedContrast | None,
 ) -> dict[str, Tensor]:
-    """See `Aurora.forward`. Pairs and hidden uncaptioned images go through the encoder together, once."""
-    pairs = len(pair_images) if config.itc or config.caption or config.mlm else 0
-    hidden = len(mim_images) if config.mim else 0
-    if pairs + hidden == 0:
-        raise ValueError(
-            f"nothing to train on: {len(pair_images)} captioned and {len(mim_images)} uncaptioned images with {config}; "
-            "captioned images feed itc, caption and mlm, uncaptioned ones feed mim"
-        )
+    """See `Aurora.forward`. `see` and `read` come first: `Aurora.embed` does what they do."""
     n = normalizers or Normalizers.of(tokens, mlm_targets, mim_mask)
     losses: dict[str, Tensor] = {}
-
-    images = torch.cat((pair_images[:pairs], mim_images[:hidden]))
-    mask = torch.cat((mim_mask.new_zeros(pairs, *mim_mask.shape[1:]), mim_mask[:hidden])) if hidden else None
-    maps = model.encoder(images, mask)
-    if hidden:
-        predicted = model.pixels(maps[3][pairs:])
+    seen = see(model, pair_images, mim_images, mim_mask, config)
+    maps, pairs = seen.pairs, len(seen.pairs[3])
+    if len(seen.hidden):
+        predicted = model.pixels(seen.hidden)
         losses["mim"] = objectives.masked_image_loss(predicted, mim_images, mim_mask) / n.mim_patches
     if not pairs:
         return losses
 
-    maps = [level[:pairs] for level in maps]
-    shared = not config.itc_word_dropout and isinstance(model.text_pool, AttentionPool)
-    if config.caption or (config.itc and shared):
-        text = model.decoder.read_text(tokens, causal=True)
-    if config.itc:
-        if shared and isinstance(model.text_pool, AttentionPool):
-            text_embedding = model.text_pool(text, tokens != PAD)
-        else:
-            text_embedding = model.text_embedding(drop_words(tokens, config.itc_word_dropout))
-        losses["itc"] = n.itc_share * alignment(model, model.image_embedding(maps), text_embedding, config)
+    text, image_embedding, text_embedding = read(model, maps, tokens, config)
+    if contrast is not None:
+        losses["itc"] = contrast.at(image_embedding, text_embedding, model.logit_scale, model.logit_bias)
+    elif config.itc:
+        losses["itc"] = n.itc_share * alignment(model, image_embedding, text_embedding, config)
     if config.caption or config.mlm:
         memory = model.memory(maps)
         captions = len(tokens) // pairs
@@ -216,6 +263,7 @@ def pretraining_losses(
             memory = memory.repeat_interleave(captions, dim=0)
     weight = model.decoder.embedding.weight
     if config.caption:
+        assert text is not None
         inputs = text[:, :-1]
         if config.parallel_caption:
             inputs = model.decoder.read_text(
