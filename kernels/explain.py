@@ -7,13 +7,16 @@ from typing import Any
 
 import torch
 
-from kernels.backend import BACKENDS, PLANNED, PLANNED_REASON, Choice, triton_refusal
+from kernels.backend import BACKENDS, Choice, planned, triton_refusal
 from kernels.latent_attention import op as latent
+from kernels.linear_cross_entropy import liger
+from kernels.linear_cross_entropy import op as linear
 from kernels.window_attention import op as window
 
 EXPLAINERS: dict[Callable[..., Any], Callable[..., Choice]] = {
     window.window_attention: window.explain,
     latent.latent_attention: latent.explain,
+    linear.linear_cross_entropy: linear.explain,
 }
 
 
@@ -36,6 +39,10 @@ def explain(fn: Callable[..., Any], *args: Any, **kwargs: Any) -> Choice:
 def available_backends() -> dict[str, dict[str, str | None]]:
     """function -> backend -> None where it can run on this machine, else why it cannot."""
     device = torch.device("cuda" if torch.cuda.is_available() else "cpu")
-    backends = dict.fromkeys(BACKENDS) | {"triton": triton_refusal(device)}
-    backends |= dict.fromkeys(PLANNED, PLANNED_REASON)
-    return {fn.__name__: dict(backends) for fn in EXPLAINERS}
+    refusals = {"triton": triton_refusal(device), "liger": liger.refusal(device, torch.float32)}
+    of_others = {linear.linear_cross_entropy: linear.NAMES}
+    found = {}
+    for fn in EXPLAINERS:
+        names = of_others.get(fn, BACKENDS)
+        found[fn.__name__] = {name: refusals.get(name) for name in names} | planned(names)
+    return found
