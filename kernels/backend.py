@@ -88,10 +88,10 @@ def describe(function: str, requested: str, plan: Plan) -> Choice:
     else:
         backend, reason, passed = None, f"{requested} was asked for: {why}", "able, but not asked for"
     others = {name: plan.refusals.get(name, passed) for name in plan.names if name != backend}
-    return Choice(function, backend, reason, others | planned(plan.names))
+    return Choice(function, backend, reason, others | dict.fromkeys(planned(plan.names), PLANNED_REASON))
 
 
-def planned(names: tuple[str, ...]) -> dict[str, str]:
+def planned(names: tuple[str, ...]) -> dict[str, str | None]:
     """Backends that a function with these will have, and what is said of them."""
     return dict.fromkeys(PLANNED if names == BACKENDS else (), PLANNED_REASON)
 
