@@ -5,7 +5,9 @@ from __future__ import annotations
 from bench.peers.accelerated import AttentionCase, ModelCase
 from bench.peers.latent import LatentCase
 from bench.peers.layers import BlockCase, CrossCase
+from bench.peers.linear_ce import LossCase
 from bench.peers.loading import LoaderCase
+from bench.peers.optimizer import OptimizerCase
 from bench.peers.step import StepCase
 from bench.peers.window import WindowCase
 from models import AURORA_SIZES
@@ -127,3 +129,12 @@ GPU_MODELS = (
 )
 CPU_LOADERS = (LoaderCase(32, 64, 24), LoaderCase(32, 224, 64))
 GPU_LOADERS = (LoaderCase(64, 224, 64), LoaderCase(64, 448, 64))
+# 16k tokens x 32k vocabulary is the size that counts; a CPU takes a minute for a round of it (bench/README.md), so it gets
+# the same with fewer tokens and a narrower model by default.
+CPU_LOSSES = (LossCase("1k-tokens-8k-vocabulary", 1024, 256, 8192),)
+GPU_LOSSES = (
+    LossCase("16k-tokens-32k-vocabulary", 16384, 2048, 32768),
+    LossCase("16k-tokens-128k-vocabulary", 16384, 4096, 131072),
+)
+CPU_OPTIMIZERS = (OptimizerCase("50M-parameters", 7, 768),)
+GPU_OPTIMIZERS = (OptimizerCase("1B-parameters", 20, 2048),)

@@ -96,3 +96,8 @@ def linear_cross_entropy(tokens: int, width: int, vocabulary: int, itemsize: int
     return Work(
         3 * flops if backward else flops, numbers * itemsize * (2 if backward else 1), tokens, "tokens"
     )
+
+
+def optimizer_step(parameters: int, itemsize: int) -> Work:
+    """AdamW with clipping: gradients read twice (their norm comes first), weights and both moments read and written."""
+    return Work(0.0, 8 * parameters * itemsize, parameters, "parameters")
