@@ -94,11 +94,11 @@ def test_torchs_side_is_the_formula(name: str) -> None:
 @pytest.mark.usefixtures("interpreter")
 @on_each_device
 def test_ligers_side_is_the_formula(device: str) -> None:
-    """On a GPU alone: RMSNorm, whose backward asks for the number of multiprocessors, and SwiGLU, whose kernel calls a
-    method of a number that the interpreter's numbers lack. GEGLU has the same wrapper."""
+    """On a GPU alone: RMSNorm, whose backward asks for the number of multiprocessors, and the gates, whose kernels need
+    more of numbers and of tanh than the interpreter has."""
     pytest.importorskip("liger_kernel", reason="needs Liger-Kernel: pip install 'auroraio[liger]'")
     torch.use_deterministic_algorithms(False)
-    names = ["geglu", "rotary"] + (["rms_norm", "swiglu"] if device == "cuda" else [])
+    names = ["rotary"] + (["rms_norm", "swiglu", "geglu"] if device == "cuda" else [])
     for name in names:
         compare(name, "liger", device, torch.float32, 1e-5)
         if device == "cuda":
@@ -133,6 +133,29 @@ def test_which_would_run(monkeypatch: pytest.MonkeyPatch) -> None:
     assert "auroraio[liger]" in fused.choose(OnGpu())[1]  # type: ignore[arg-type]
     with pytest.raises(BackendError, match=r"auroraio\[liger\]"):
         fused.choose(OnGpu(), "liger")  # type: ignore[arg-type]
+
+
+def test_a_gate_that_overwrites_its_inputs_is_right_twice() -> None:
+    """The wrapper around Liger's gates, with a stand-in whose gradients overwrite its inputs as theirs do."""
+    overwritten = []
+
+    def forward(gate: Tensor, up: Tensor) -> tuple[Tensor, Tensor, Tensor]:
+        return gate, up, gate * up
+
+    def backward(gate: Tensor, up: Tensor, grad: Tensor) -> tuple[Tensor, Tensor]:
+        old = gate.clone()
+        overwritten.append(gate.data_ptr())
+        gate.copy_(grad * up)
+        return gate, up.copy_(grad * old)
+
+    leaves = [torch.randn(3, 4, requires_grad=True) for _ in range(2)]
+    gate, up = (leaf * 1 for leaf in leaves)
+    out = fused._gated(gate, up, forward, backward)
+    wanted = (2 * leaves[1], 2 * leaves[0])
+    for keep in (True, True, False):
+        got = torch.autograd.grad(out, leaves, torch.full((3, 4), 2.0), retain_graph=keep)
+        torch.testing.assert_close(got, wanted)
+    assert [address == gate.data_ptr() for address in overwritten] == [False, False, True]
 
 
 def test_the_models_norms_and_gates_go_through_here(monkeypatch: pytest.MonkeyPatch) -> None:

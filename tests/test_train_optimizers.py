@@ -262,20 +262,26 @@ def test_eight_bits_are_near_whole_ones() -> None:
         assert (p - q).norm() < 0.1 * (q - before).norm()
 
 
+@pytest.mark.slow
 def test_runs_with_eight_bits_go_on_exactly(tmp_path: Path) -> None:
     """The command, stopped and resumed through its checkpoint; its first lines say which optimizer runs."""
     pytest.importorskip("torchao", reason="needs torchao: pip install 'auroraio[torchao]'")
     whole, parts = tmp_path / "whole", tmp_path / "parts"
-    options = ("--optim.kind", "torch-8bit", "--optim.final-lr", "1e-3", "--optim.lr", "1e-3")
+    options = (
+        "--optim.kind",
+        "torch-8bit",
+        "--optim.final-lr",
+        "1e-3",
+        "--optim.lr",
+        "1e-3",
+        "--optim.warmup",
+        "1",
+    )
     run = ("-m", "train.pretrain")
-    done = command(*run, *arguments(whole, "--steps", "6", *options))
+    done = command(*run, *arguments(whole, "--steps", "4", *options))
     assert done.returncode == 0, done.stderr
     assert "optimizer   torchao's AdamW8bit (asked for by name)" in done.stdout + done.stderr
-    assert command(*run, *arguments(parts, "--steps", "3", *options)).returncode == 0
-    again = command(*run, *arguments(parts, "--steps", "6", *options, "--resume", "auto"))
+    assert command(*run, *arguments(parts, "--steps", "2", *options)).returncode == 0
+    again = command(*run, *arguments(parts, "--steps", "4", *options, "--resume", "auto"))
     assert again.returncode == 0, again.stderr
     assert losses(parts) == losses(whole)
-    other = command(
-        *run, *arguments(parts, "--steps", "9", *options[2:], "--optim.kind", "torch", "--resume", "auto")
-    )
-    assert other.returncode == 2 and "--optim.kind was another then" in other.stderr
