@@ -1,4 +1,4 @@
-"""The attention functions on a CUDA device: every backend, half and full precision, forward and gradients.
+"""The functions on a CUDA device: every backend, half and full precision, forward and gradients.
 
 What is exact, and what error is ordinary, is the benchmark's rule (bench/numerics.py): the reference in fp64, and
 plain PyTorch in the same dtype.
@@ -12,6 +12,7 @@ import pytest
 import torch
 
 from bench.peers.latent import LATENT_ATTENTION, LatentCase
+from bench.peers.linear_ce import LINEAR_CROSS_ENTROPY, LossCase
 from bench.peers.window import WINDOW_ATTENTION, WindowCase
 from bench.subject import FORWARD, TRAINING, Problem, Subject, solve
 
@@ -26,6 +27,7 @@ CASES: list[tuple[Subject, Any]] = [
     (LATENT_ATTENTION, LatentCase("97-keys", 3, 64, 97, 4, 64)),
     (LATENT_ATTENTION, LatentCase("ragged", 4, 33, 1025, 2, 128, ragged=True)),
     (LATENT_ATTENTION, LatentCase("one-query", 8, 1, 196, 4, 32)),
+    (LINEAR_CROSS_ENTROPY, LossCase("few-tokens", 301, 64, 1009)),
 ]
 
 
