@@ -6,9 +6,11 @@ from bench.peers.accelerated import AttentionCase, ModelCase
 from bench.peers.contrastive import ContrastiveCase
 from bench.peers.latent import LatentCase
 from bench.peers.layers import BlockCase, CrossCase
+from bench.peers.linear_ce import LossCase
 from bench.peers.loading import LoaderCase
 from bench.peers.media import CODECS, ClipCase, SoundCase
 from bench.peers.opening import OpenCase
+from bench.peers.optimizer import OptimizerCase
 from bench.peers.pipelines import PipelineCase
 from bench.peers.step import StepCase
 from bench.peers.tokenizing import TextCase
@@ -151,3 +153,12 @@ GPU_CONTRASTS = tuple(
     for kind in ("softmax", "sigmoid")
     for pairs in (2048, 32768)
 )
+# 16k tokens x 32k vocabulary is the size that counts; a CPU takes a minute for a round of it (bench/README.md), so it gets
+# the same with fewer tokens and a narrower model by default.
+CPU_LOSSES = (LossCase("1k-tokens-8k-vocabulary", 1024, 256, 8192),)
+GPU_LOSSES = (
+    LossCase("16k-tokens-32k-vocabulary", 16384, 2048, 32768),
+    LossCase("16k-tokens-128k-vocabulary", 16384, 4096, 131072),
+)
+CPU_OPTIMIZERS = (OptimizerCase("50M-parameters", 7, 768),)
+GPU_OPTIMIZERS = (OptimizerCase("1B-parameters", 20, 2048),)

@@ -18,6 +18,8 @@ from bench.peers.accelerated import ACCELERATED_ATTENTION, ACCELERATED_STEP
 from bench.peers.contrastive import CONTRASTIVE_LOSS
 from bench.peers.latent import LATENT_ATTENTION
 from bench.peers.layers import PERCEIVER_CROSS_ATTENTION, SWIN_BLOCK
+from bench.peers.linear_ce import LINEAR_CROSS_ENTROPY
+from bench.peers.optimizer import OPTIMIZER_STEP
 from bench.peers.step import TRAINING_STEP
 from bench.peers.window import WINDOW_ATTENTION
 from bench.record import Row
@@ -128,6 +130,9 @@ def _cpu_tasks() -> tuple[Task, ...]:
         *_tasks(ACCELERATED_ATTENTION, "cpu", cases.CPU_ATTENTIONS_BF16, (TRAINING,), (BF16,)),
         *_tasks(ACCELERATED_STEP, "cpu", cases.CPU_MODELS, (STEP,), (FP32,)),
         *_tasks(CONTRASTIVE_LOSS, "cpu", cases.CPU_CONTRASTS, (TRAINING,), (FP32,)),
+        *_tasks(LINEAR_CROSS_ENTROPY, "cpu", cases.CPU_LOSSES, both, (FP32,)),
+        *_tasks(LINEAR_CROSS_ENTROPY, "cpu", cases.CPU_LOSSES, (TRAINING,), (BF16,)),
+        *_tasks(OPTIMIZER_STEP, "cpu", cases.CPU_OPTIMIZERS, (STEP,), (FP32,)),
         *map(_loader_task, cases.CPU_LOADERS),
         *(_opening_task(case, mode) for case in cases.OPENINGS for mode in (opening.OPEN, opening.RESUME)),
         *map(_text_task, cases.CPU_TEXTS),
@@ -148,6 +153,8 @@ def _gpu_tasks() -> tuple[Task, ...]:
         *_tasks(ACCELERATED_ATTENTION, "cuda", cases.GPU_ATTENTIONS, both, (BF16,)),
         *_tasks(ACCELERATED_STEP, "cuda", cases.GPU_MODELS, (STEP,), (BF16,)),
         *_tasks(CONTRASTIVE_LOSS, "cuda", cases.GPU_CONTRASTS, (TRAINING,), (BF16,)),
+        *_tasks(LINEAR_CROSS_ENTROPY, "cuda", cases.GPU_LOSSES, both, (BF16,)),
+        *_tasks(OPTIMIZER_STEP, "cuda", cases.GPU_OPTIMIZERS, (STEP,), (FP32,)),
         *map(_loader_task, cases.GPU_LOADERS),
         *map(_pipeline_task, cases.PIPELINES),
     )

@@ -96,3 +96,17 @@ def cross_attention_layer(
         flops += 2 * linear + 10 * batch * queries * keys * inner
         numbers += batch * (3 * queries * q_dim + 2 * keys * kv_dim) + 2 * weights
     return Work(flops, numbers * itemsize, batch * keys, "keys")
+
+
+def linear_cross_entropy(tokens: int, width: int, vocabulary: int, itemsize: int, *, backward: bool) -> Work:
+    """M tokens of width H over a vocabulary V. Forward 2MHV FLOPs, hidden and weight in; backward 4MHV more, and both
+    gradients out. The logits are left out: a fused kernel would keep them on the chip."""
+    flops, numbers = 2 * tokens * width * vocabulary, (tokens + vocabulary) * width
+    return Work(
+        3 * flops if backward else flops, numbers * itemsize * (2 if backward else 1), tokens, "tokens"
+    )
+
+
+def optimizer_step(parameters: int, itemsize: int) -> Work:
+    """AdamW with clipping: gradients read twice (their norm comes first), weights and both moments read and written."""
+    return Work(0.0, 8 * parameters * itemsize, parameters, "parameters")

@@ -1,4 +1,4 @@
-"""AuroraIO's kernels: attention functions, useful alone. README.md has what they mean and how to add to
+"""AuroraIO's kernels: attention and loss functions, useful alone. README.md has what they mean and how to add to
 them."""
 
 from __future__ import annotations
@@ -14,6 +14,7 @@ from kernels.explain import available_backends, explain
 from kernels.latent_attention.merge import merge_attention
 from kernels.latent_attention.op import latent_attention
 from kernels.latent_module import LatentAttention
+from kernels.linear_cross_entropy.op import linear_cross_entropy
 from kernels.modules import WindowAttention
 from kernels.patch import accelerate, restore
 from kernels.window_attention.op import window_attention
@@ -26,6 +27,7 @@ __all__ = [
     "contrastive_loss",
     "explain",
     "latent_attention",
+    "linear_cross_entropy",
     "merge_attention",
     "restore",
     "window_attention",

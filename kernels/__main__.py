@@ -19,7 +19,7 @@ def main() -> None:
     print(f"torch {torch.__version__}, Python {platform.python_version()}, {system}")
     print(f"CPU: {torch.get_num_threads()} threads, {torch.backends.cpu.get_cpu_capability()}")
     print(f"CUDA: {_cuda()}")
-    for package in ("triton", "flash_attn", "flash_attn_interface"):
+    for package in ("triton", "flash_attn", "flash_attn_interface", "liger_kernel"):
         print(f"package {package}: {_installed(package)}")
     other = other_distribution()
     if other is not None:

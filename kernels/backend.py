@@ -5,6 +5,7 @@
     sdpa        torch.nn.functional.scaled_dot_product_attention does the attention
     triton      this project's kernels; on CUDA devices, for the functions that have them
     flash_attn  FlashAttention, where it is installed; latent_attention alone
+    liger       Liger-Kernel's kernels; on CUDA devices, for linear_cross_entropy
 
 `auto` (the default) takes what measured fastest for the call's device, dtype and shape: the rule and the
 figures stand in each function's op.py. A backend that is named runs, or raises BackendError; it is never
@@ -42,6 +43,7 @@ class Plan(NamedTuple):
     preferred: str  # what `auto` takes
     reason: str  # why
     refusals: Mapping[str, str]  # backend -> why it cannot run this call; backends that can are absent
+    names: tuple[str, ...] = BACKENDS  # the function's backends, where they are not those of attention
 
 
 @dataclass(frozen=True)
@@ -68,7 +70,7 @@ def resolve(function: str, requested: str, plan: Plan) -> str:
         return plan.preferred
     why = _refusal(function, requested, plan)
     if why is not None:
-        able = ", ".join(name for name in BACKENDS if name not in plan.refusals)
+        able = ", ".join(name for name in plan.names if name not in plan.refusals)
         raise BackendError(
             f"{function}: backend {requested!r} cannot run this call: {why}. These can: {able}"
         )
@@ -83,14 +85,14 @@ def describe(function: str, requested: str, plan: Plan) -> Choice:
         backend, reason, passed = requested, "asked for by name", "able, but not asked for"
     else:
         backend, reason, passed = None, f"{requested} was asked for: {why}", "able, but not asked for"
-    others = {name: plan.refusals.get(name, passed) for name in BACKENDS if name != backend}
+    others = {name: plan.refusals.get(name, passed) for name in plan.names if name != backend}
     return Choice(function, backend, reason, others)
 
 
 def _refusal(function: str, requested: str, plan: Plan) -> str | None:
-    if requested in BACKENDS:
+    if requested in plan.names:
         return plan.refusals.get(requested)
-    names = ", ".join(map(repr, ("auto", *BACKENDS)))
+    names = ", ".join(map(repr, ("auto", *plan.names)))
     raise ValueError(f"{function}: unknown backend {requested!r}; supported: {names}")
 
 

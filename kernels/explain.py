@@ -11,15 +11,21 @@ from kernels.backend import BACKENDS, Choice, triton_refusal
 from kernels.contrastive_loss import op as contrastive
 from kernels.latent_attention import flash_ops
 from kernels.latent_attention import op as latent
+from kernels.linear_cross_entropy import liger
+from kernels.linear_cross_entropy import op as linear
 from kernels.window_attention import op as window
 
 EXPLAINERS: dict[Callable[..., Any], Callable[..., Choice]] = {
     window.window_attention: window.explain,
     latent.latent_attention: latent.explain,
     contrastive.contrastive_loss: contrastive.explain,
+    linear.linear_cross_entropy: linear.explain,
 }
 # The backends of functions that are no attention.
-NAMES: dict[Callable[..., Any], tuple[str, ...]] = {contrastive.contrastive_loss: contrastive.NAMES}
+NAMES: dict[Callable[..., Any], tuple[str, ...]] = {
+    contrastive.contrastive_loss: contrastive.NAMES,
+    linear.linear_cross_entropy: linear.NAMES,
+}
 
 
 def explain(fn: Callable[..., Any], *args: Any, **kwargs: Any) -> Choice:
@@ -41,7 +47,7 @@ def explain(fn: Callable[..., Any], *args: Any, **kwargs: Any) -> Choice:
 def available_backends() -> dict[str, dict[str, str | None]]:
     """function -> backend -> None where it can run on this machine, else why it cannot."""
     device = torch.device("cuda" if torch.cuda.is_available() else "cpu")
-    machine = {"triton": triton_refusal(device)}
+    machine = {"triton": triton_refusal(device), "liger": liger.refusal(device, torch.float32)}
     own: dict[Callable[..., Any], dict[str, str | None]] = {
         window.window_attention: {**window.NEVER},
         latent.latent_attention: {"flash_attn": flash_ops.machine_refusal(device)},

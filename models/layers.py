@@ -13,7 +13,7 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
 
-from kernels import latent_attention
+from kernels import fused, latent_attention
 
 Rotary = tuple[Tensor, Tensor]
 
@@ -33,11 +33,13 @@ def rotary_angles(length: int, head_dim: int, device: torch.device, start: int =
     return angle.cos(), angle.sin()
 
 
-def rotate(x: Tensor, rotary: Rotary) -> Tensor:
-    """Turn x [B, N, h, d] by its positions' angles; halves of d form the pairs."""
-    cos, sin = (part[:, None].to(x.dtype) for part in rotary)
-    first, second = x.chunk(2, dim=-1)
-    return torch.cat((first * cos - second * sin, second * cos + first * sin), dim=-1)
+class RMSNorm(nn.RMSNorm):
+    """torch's RMSNorm, by Liger-Kernel on a GPU that has it (kernels/fused.py)."""
+
+    def forward(self, x: Tensor) -> Tensor:
+        """x [..., D] -> [..., D]."""
+        assert self.weight is not None and self.eps is not None
+        return fused.rms_norm(x, self.weight, self.eps)
 
 
 def sincos_grid(height: int, width: int, dim: int, device: torch.device) -> Tensor:
@@ -70,7 +72,7 @@ class SwiGLU(nn.Module):
         self.out = nn.Linear(hidden, out_dim or dim, bias=False)
 
     def forward(self, x: Tensor) -> Tensor:
-        return self.out(F.silu(self.gate(x)) * self.up(x))
+        return self.out(fused.swiglu(self.gate(x), self.up(x)))
 
 
 class SelfAttention(nn.Module):
@@ -82,8 +84,8 @@ class SelfAttention(nn.Module):
         self.head_dim = head_dim
         self.qkv = nn.Linear(dim, 3 * dim, bias=False)
         self.out = nn.Linear(dim, dim, bias=False)
-        self.q_norm = nn.RMSNorm(head_dim, eps=1e-6)
-        self.k_norm = nn.RMSNorm(head_dim, eps=1e-6)
+        self.q_norm = RMSNorm(head_dim, eps=1e-6)
+        self.k_norm = RMSNorm(head_dim, eps=1e-6)
 
     def forward(
         self,
@@ -100,7 +102,7 @@ class SelfAttention(nn.Module):
         q, k, v = self.qkv(x).view(batch, length, 3, dim // self.head_dim, self.head_dim).unbind(2)
         q, k = self.q_norm(q), self.k_norm(k)
         if rotary is not None:
-            q, k = rotate(q, rotary), rotate(k, rotary)
+            q, k = fused.rotary(q, k, *rotary)
         if cache is not None:
             k, v = cache.append(k, v)
         if causal and cache is None:
@@ -121,8 +123,8 @@ class CrossAttention(nn.Module):
         self.q = nn.Linear(dim, dim, bias=False)
         self.kv = nn.Linear(memory_dim, 2 * dim, bias=False)
         self.out = nn.Linear(dim, dim, bias=False)
-        self.q_norm = nn.RMSNorm(head_dim, eps=1e-6)
-        self.k_norm = nn.RMSNorm(head_dim, eps=1e-6)
+        self.q_norm = RMSNorm(head_dim, eps=1e-6)
+        self.k_norm = RMSNorm(head_dim, eps=1e-6)
 
     def keys_values(self, memory: Tensor) -> tuple[Tensor, Tensor]:
         """memory [B, M, memory_dim] -> keys, values [B, M, h, d]."""
@@ -165,14 +167,14 @@ class Block(nn.Module):
         self.query_residual = query_residual
         self.self_attention = SelfAttention(dim, head_dim) if self_attention else None
         if self_attention:
-            self.self_norm = nn.RMSNorm(dim, eps=1e-6)
+            self.self_norm = RMSNorm(dim, eps=1e-6)
             self.self_scale = nn.Parameter(torch.full((dim,), layer_scale))
         self.cross_attention = CrossAttention(dim, head_dim, memory_dim) if memory_dim else None
         if memory_dim:
-            self.cross_norm = nn.RMSNorm(dim, eps=1e-6)
-            self.memory_norm = nn.RMSNorm(memory_dim, eps=1e-6)
+            self.cross_norm = RMSNorm(dim, eps=1e-6)
+            self.memory_norm = RMSNorm(memory_dim, eps=1e-6)
             self.cross_scale = nn.Parameter(torch.full((dim,), cross_scale))
-        self.feed_norm = nn.RMSNorm(dim, eps=1e-6)
+        self.feed_norm = RMSNorm(dim, eps=1e-6)
         self.feed = SwiGLU(dim)
         self.feed_scale = nn.Parameter(torch.full((dim,), layer_scale))
         self.dropout = nn.Dropout(dropout)
@@ -219,7 +221,7 @@ class AttentionPool(nn.Module):
         self.block = Block(
             dim, head_dim, memory_dim=dim, self_attention=False, layer_scale=layer_scale, query_residual=False
         )
-        self.norm = nn.RMSNorm(dim, eps=1e-6)
+        self.norm = RMSNorm(dim, eps=1e-6)
         self.project = nn.Linear(dim, out_dim, bias=False)
 
     def forward(self, x: Tensor, mask: Tensor | None = None) -> Tensor:

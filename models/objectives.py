@@ -14,7 +14,6 @@ from typing import Literal
 
 import torch
 import torch.distributed as dist
-import torch.nn.functional as F
 from torch import Tensor
 
 import kernels
@@ -143,16 +142,13 @@ def token_loss(x: Tensor, weight: Tensor, targets: Tensor, config: ObjectiveConf
     """Sum of the cross-entropies (and z-losses) of the tokens that have a target.
 
     x [..., D], weight [V, D] of the tied embedding, targets int64 [...] with -100 where there is none.
-    Logits are fp32 and exist
-    only for tokens with a target.
+    Logits exist for a few tokens at a time, and only for those with a target; 0 where none has.
     """
     wanted = targets != IGNORE
-    targets = targets[wanted]
-    logits = F.linear(x[wanted], weight).float()
-    loss = F.cross_entropy(logits, targets, label_smoothing=config.label_smoothing, reduction="sum")
-    if config.z_loss:
-        loss = loss + config.z_loss * logits.logsumexp(dim=-1).square().sum()
-    return loss
+    return kernels.linear_cross_entropy(
+        x[wanted], weight, targets[wanted], ignore_index=IGNORE, label_smoothing=config.label_smoothing,
+        z_loss=config.z_loss, reduction="sum",
+    )  # fmt: skip
 
 
 def contrastive_loss(

@@ -172,6 +172,14 @@ def test_flops_are_what_torch_counts() -> None:
     said = work.latent_attention(batch * keys, queries, batch, heads, heads, dim, dv, 2, backward=False)
     assert said.flops == counter.get_total_flops()
     assert said.bytes == 2 * (q.numel() + k.numel() + v.numel() + batch * heads * queries * dv)
+    hidden, table = (torch.randn(n, dim, requires_grad=True) for n in (keys, 31))
+    for backward, wanted in ((False, 1), (True, 3)):
+        with FlopCounterMode(display=False) as counter:
+            out = hidden @ table.T
+            if backward:
+                out.sum().backward()
+        said = work.linear_cross_entropy(keys, dim, 31, 4, backward=backward)
+        assert said.flops == counter.get_total_flops() == wanted * 2 * keys * dim * 31
 
 
 def test_the_exact_gradient_is_that_of_the_same_numbers() -> None:

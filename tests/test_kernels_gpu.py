@@ -1,4 +1,4 @@
-"""The attention functions on a CUDA device: every backend, half and full precision, forward and gradients.
+"""The functions on a CUDA device: every backend, half and full precision, forward and gradients.
 
 What is exact, and what error is ordinary, is the benchmark's rule (bench/numerics.py): the reference in fp64, and
 plain PyTorch in the same dtype.
@@ -13,6 +13,7 @@ import torch
 
 from bench.peers.contrastive import CONTRASTIVE_LOSS, ContrastiveCase
 from bench.peers.latent import LATENT_ATTENTION, LatentCase
+from bench.peers.linear_ce import LINEAR_CROSS_ENTROPY, LossCase
 from bench.peers.window import WINDOW_ATTENTION, WindowCase
 from bench.subject import FORWARD, TRAINING, Problem, Subject, solve
 
@@ -29,6 +30,7 @@ CASES: list[tuple[Subject, Any]] = [
     (LATENT_ATTENTION, LatentCase("one-query", 8, 1, 196, 4, 32)),
     (CONTRASTIVE_LOSS, ContrastiveCase("softmax-1025", "softmax", 1025, 96)),
     (CONTRASTIVE_LOSS, ContrastiveCase("sigmoid-97", "sigmoid", 97, 59)),
+    (LINEAR_CROSS_ENTROPY, LossCase("few-tokens", 301, 64, 1009)),
 ]
 
 

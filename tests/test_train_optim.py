@@ -10,7 +10,8 @@ from micro import MODEL
 
 from models import Aurora
 from train.config import OptimConfig
-from train.optim import Ema, load_optimizer_tensors, lr_at, make_adamw, optimizer_tensors
+from train.optim import Ema, load_optimizer_tensors, lr_at, optimizer_tensors
+from train.optimizers import build_optimizer
 
 
 def test_schedule_is_torchs_linear_then_cosine() -> None:
@@ -42,6 +43,10 @@ def test_schedule_at_its_corners() -> None:
 def test_schedule_without_warmup_and_of_one_step() -> None:
     assert lr_at(0, 10, OptimConfig(lr=1.0, final_lr=0.5, warmup=0)) == 1.0
     assert lr_at(0, 1, OptimConfig(lr=1.0, final_lr=0.5, warmup=0)) == 1.0
+
+
+def make_adamw(model: torch.nn.Module, config: OptimConfig) -> torch.optim.Optimizer:
+    return build_optimizer(model, config, torch.device("cpu")).optimizer
 
 
 def gradients(model: Aurora, seed: int) -> None:

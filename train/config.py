@@ -95,6 +95,9 @@ class OptimConfig:
     """Decoupled weight decay; what is exempt is said at models.parameter_groups."""
     clip: float = 1.0
     """Largest global gradient norm; longer gradients are scaled down to it. 0: no clipping."""
+    kind: Literal["auto", "torch", "apex", "torch-8bit"] = "auto"
+    """Whose AdamW: torch's fused one, NVIDIA apex's FusedAdam (GPUs), or torchao's with moments in 8 bits. auto: apex where
+    NVIDIA's is installed, else torch; a line at the start says which."""
     max_skipped: int = 10
     """Steps in a row with a non-finite loss or gradient that are skipped before the run stops."""
 

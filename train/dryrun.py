@@ -13,9 +13,12 @@ from train.config import ConfigError, PretrainConfig, micro_batch, problems, to_
 from train.data import find_sources, load_tokenizer
 from train.engine import Ranks
 from train.machine import choose_device, choose_precision, device_name, free_disk, gigabytes, total_memory
+from train.optimizers import in_words
 
 # Values kept for the backward pass per token and channel of a block: 3.1 GB per 448 px image of XL in bf16.
 KEPT_PER_TOKEN = 19
+
+LOGITS = 512 * 2**20  # bytes of logits at a time: kernels/linear_cross_entropy/eager.py, on a GPU
 
 
 def dry_run(config: PretrainConfig) -> int:
@@ -112,6 +115,10 @@ def _check_machine(config: PretrainConfig, ranks: Ranks) -> list[str]:
         found.append("--compile on a CPU needs a C++ compiler, and there is none in PATH")
     parameters = count_aurora(config.model)["total"]
     print(f"model       {parameters:,} parameters")
+    try:
+        print(f"optimizer   {in_words(config.optim, device)}")
+    except ConfigError as error:
+        found.append(str(error))
 
     memory = estimate_memory(config, parameters, ranks.size, 2 if precision.autocast else 4)
     needed = sum(memory.values())
@@ -150,7 +157,8 @@ def estimate_memory(
     config: PretrainConfig, parameters: int, world_size: int, bytes_per_value: int
 ) -> dict[str, float]:
     """Bytes by part on one rank. Weights and optimizer are exact, activations within a factor of two."""
-    memory = {"weights": 4.0 * parameters, "gradients": 4.0 * parameters, "AdamW": 8.0 * parameters}
+    moments = 2.0 if config.optim.kind == "torch-8bit" else 8.0
+    memory = {"weights": 4.0 * parameters, "gradients": 4.0 * parameters, "AdamW": moments * parameters}
     if config.ema_decay:
         memory["EMA"] = 4.0 * parameters
     if world_size > 1:
@@ -161,7 +169,7 @@ def estimate_memory(
     image, text = activation_values(config.model, config.activation_checkpointing)
     memory["activations"] = bytes_per_value * (samples * image + pairs * text)
     logits = config.model.vocabulary * config.model.text_length * (1 + config.data.mlm_probability)
-    memory["logits"] = 4 * 3 * pairs * logits  # fp32 logits, their softmax, their gradient
+    memory["logits"] = min(4 * pairs * logits, LOGITS)
     return memory
 
 

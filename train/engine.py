@@ -6,6 +6,7 @@ the weights.
 
 from __future__ import annotations
 
+import math
 import os
 from collections.abc import Iterator, Mapping, Sequence
 from contextlib import contextmanager
@@ -24,7 +25,8 @@ from models.objectives import Normalizers, ObjectiveConfig, count
 from train.config import PretrainConfig
 from train.contrast import MicroBatch, contrast_all
 from train.machine import Precision, choose_device
-from train.optim import Ema, load_optimizer_tensors, make_adamw, optimizer_tensors
+from train.optim import Ema, load_optimizer_tensors, optimizer_tensors
+from train.optimizers import build_optimizer, clip_and_step
 
 TIMEOUT = timedelta(hours=2)  # the other ranks wait while rank 0 evaluates
 
@@ -116,7 +118,8 @@ class TorchEngine:
         self.config, self.device, self.precision, self.ranks = config, device, precision, ranks
         self.model = model.to(device).train()
         self.model.gradient_checkpointing = config.activation_checkpointing
-        self.optimizer = make_adamw(self.model, config.optim)
+        self.built = build_optimizer(self.model, config.optim, device)
+        self.optimizer = self.built.optimizer
         self.ema = Ema(self.model, config.ema_decay) if config.ema_decay else None
         self.weights = {name: weight for name, weight in config.objectives.weights().items() if weight}
         self._sums: dict[str, Tensor] = {}
@@ -188,23 +191,21 @@ class TorchEngine:
         """Clip and update at learning rate `lr`; with a non-finite loss or gradient on any rank, all ranks
         leave the weights alone.
         """
-        parameters = [p for p in self.model.parameters() if p.grad is not None]
-        clip = self.config.optim.clip or float("inf")
-        norm = nn.utils.clip_grad_norm_(parameters, clip, foreach=True)
         totals = torch.stack([*self._sums.values()]).double()
         if self.ranks.size > 1:
             dist.all_reduce(totals)
             totals /= self.ranks.size
-        *values, grad_norm = [*totals.tolist(), norm.item()]
+        weights = totals.new_tensor([self.weights[name] for name in self._sums])
+        # The step is on its way before anything is read: it decides by itself whether it is one.
+        norm = clip_and_step(
+            self.optimizer, lr, self.config.optim.clip, torch.isfinite((weights * totals).sum())
+        )
+        *values, grad_norm = torch.cat((totals, norm[None].to(totals))).tolist()
         losses = dict(zip(self._sums, values, strict=True))
         loss = sum(self.weights[name] * value for name, value in losses.items())
-        finite = torch.isfinite(torch.tensor([loss, grad_norm])).all().item()
-        if finite:
-            for group in self.optimizer.param_groups:
-                group["lr"] = lr
-            self.optimizer.step()
-            if self.ema:
-                self.ema.update(self.model)
+        finite = math.isfinite(loss) and math.isfinite(grad_norm)
+        if finite and self.ema:
+            self.ema.update(self.model)
         self.discard()
         return StepResult(losses, loss, grad_norm, skipped=not finite)
 

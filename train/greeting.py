@@ -13,6 +13,7 @@ from train.config import PretrainConfig, micro_batch
 from train.data import Data
 from train.engine import Ranks
 from train.machine import Precision, device_name
+from train.optimizers import in_words
 
 
 def greeting(
@@ -24,6 +25,7 @@ def greeting(
         f"device      {device_name(device)}{processes}; {precision.name}: {precision.why}",
         f"kernels     {_kernels(config.model, device, precision)}",
         f"model       {_model(config.model)}",
+        f"optimizer   {in_words(config.optim, device)}",
         *_data(config, data),
         f"steps       {_steps(config, data)}",
         *_contrast(config, data, ranks.size),

@@ -1,4 +1,4 @@
-"""The learning rate, AdamW, and the moving average of the weights."""
+"""The learning rate, the optimizer's state under names, and the moving average of the weights."""
 
 from __future__ import annotations
 
@@ -10,7 +10,6 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 
-import models
 from train.config import OptimConfig
 
 
@@ -25,14 +24,6 @@ def lr_at(step: int, steps: int, config: OptimConfig) -> float:
         return config.lr * (step + 1) / config.warmup
     progress = min((step - config.warmup) / max(steps - 1 - config.warmup, 1), 1.0)
     return config.final_lr + (config.lr - config.final_lr) * 0.5 * (1 + math.cos(math.pi * progress))
-
-
-def make_adamw(model: nn.Module, config: OptimConfig) -> torch.optim.AdamW:
-    """torch's fused AdamW (3.3x its for-loop on a CPU) over the model's parameter groups; the rate is set at
-    every step.
-    """
-    groups = models.parameter_groups(model, config.weight_decay)
-    return torch.optim.AdamW(groups, lr=config.lr, betas=config.betas, eps=config.eps, fused=True)
 
 
 class Ema:
@@ -80,17 +71,21 @@ def optimizer_tensors(
     """An optimizer's state under parameter names ("exp_avg.encoder.stem.weight"), and its groups as JSON-able
     data.
 
-    A parameter that has had no gradient has no state and is absent.
+    A parameter that has had no gradient has no state and is absent. A moment in 8 bits is several tensors
+    ("exp_avg/codes.encoder.stem.weight"); what is a number in the state is a tensor [] here.
     """
     names = {id(p): name for name, p in model.named_parameters()}
-    tensors = {
-        f"{kind}.{names[id(p)]}": value
-        for p, state in optimizer.state.items()
-        for kind, value in state.items()
-    }  # fmt: skip
+    tensors: dict[str, Tensor] = {}
+    for p, state in optimizer.state.items():
+        for kind, value in state.items():
+            if hasattr(value, "__tensor_flatten__"):
+                inner = {f"{kind}/{part}": getattr(value, part) for part in value.__tensor_flatten__()[0]}
+            else:
+                inner = {kind: torch.as_tensor(value)}
+            tensors |= {f"{part}.{names[id(p)]}": tensor for part, tensor in inner.items()}
     groups = []
     for group in optimizer.param_groups:
-        settings = {k: v for k, v in group.items() if k != "params"}
+        settings = {k: v.item() if isinstance(v, Tensor) else v for k, v in group.items() if k != "params"}
         groups.append({**settings, "params": [names[id(p)] for p in group["params"]]})
     return tensors, groups
 
@@ -102,15 +97,53 @@ def load_optimizer_tensors(
     groups: Sequence[Mapping[str, Any]],
 ) -> None:
     """The inverse. Hyperparameters stay the optimizer's own. Raises ValueError where the groups hold other
-    parameters.
+    parameters, or the state is of another kind of optimizer.
     """
     names = {id(p): name for name, p in model.named_parameters()}
     own = [[names[id(p)] for p in group["params"]] for group in optimizer.param_groups]
     if own != [list(group["params"]) for group in groups]:
         raise ValueError("the checkpoint's optimizer groups hold other parameters than this model's")
-    state: dict[int, dict[str, Tensor]] = {}
+    state: dict[int, dict[str, Any]] = {}
     number = {name: i for i, name in enumerate(name for group in own for name in group)}
     for key, value in tensors.items():
         kind, name = key.split(".", 1)
         state.setdefault(number[name], {})[kind] = value
-    optimizer.load_state_dict({"state": state, "param_groups": optimizer.state_dict()["param_groups"]})
+    if state and any("step" in kinds for kinds in state.values()) == _counts_by_group(optimizer):
+        raise ValueError(
+            "the checkpoint's optimizer counts its steps elsewhere than this run's: --optim.kind was another then"
+        )
+    parameters = dict(model.named_parameters())
+    flat = [name for group in own for name in group]
+    for index, kinds in state.items():
+        _assemble(optimizer, parameters[flat[index]], kinds)
+    settings = optimizer.state_dict()["param_groups"]
+    for setting, group in zip(settings, groups, strict=True):
+        if "step" in group:  # apex's count is a setting of the group
+            setting["step"] = group["step"]
+    optimizer.load_state_dict({"state": state, "param_groups": settings})
+
+
+def _counts_by_group(optimizer: torch.optim.Optimizer) -> bool:
+    """Whether the number of steps is a setting of the group (apex) rather than a state of each parameter."""
+    return type(optimizer).__module__.split(".")[0] == "apex"
+
+
+def _assemble(optimizer: torch.optim.Optimizer, p: Tensor, kinds: dict[str, Any]) -> None:
+    """Put the parts of 8-bit moments together, in place. Raises ValueError where `optimizer` keeps them otherwise."""
+    make = getattr(
+        optimizer, "_new_buffer", None
+    )  # torchao's own: which moments are in 8 bits is its decision
+    for kind, signed in (("exp_avg", True), ("exp_avg_sq", False)):
+        parts = {key.split("/")[1]: kinds.pop(key) for key in list(kinds) if key.startswith(f"{kind}/")}
+        moment: Any = make(p, signed) if make is not None else None
+        wanted = moment.__tensor_flatten__()[0] if hasattr(moment, "__tensor_flatten__") else []
+        if sorted(parts) != sorted(wanted):
+            found, needed = ("in 8 bits" if x else "whole" for x in (parts, wanted))
+            raise ValueError(
+                f"the checkpoint's optimizer keeps its moments {found}, this run's {needed}: "
+                "--optim.kind was another then"
+            )
+        for part in wanted:
+            getattr(moment, part).copy_(parts[part])
+        if wanted:
+            kinds[kind] = moment

@@ -16,7 +16,7 @@ from kernels.transforms import refuse_transforms
 NAME = "contrastive_loss"
 DTYPES = (torch.float64, torch.float32, torch.float16, torch.bfloat16)
 KINDS = ("sigmoid", "softmax")
-NO_ATTENTION = "it is a way to do attention"
+NAMES: tuple[str, ...] = ("reference", "eager", "triton")  # the backends of this function
 Kind = Literal["sigmoid", "softmax"]
 
 
@@ -82,7 +82,7 @@ def explain(
 
 def plan(image: Tensor, group: dist.ProcessGroup | None) -> Plan:
     """What auto takes for this call. The figures behind it are in kernels/README.md."""
-    refusals = {"sdpa": NO_ATTENTION}
+    refusals: dict[str, str] = {}
     if group is not None:
         refusals["reference"] = "it is for one process, and a group was given"
     why = triton_refusal(image.device)
@@ -91,10 +91,9 @@ def plan(image: Tensor, group: dist.ProcessGroup | None) -> Plan:
     if why is not None:
         refusals["triton"] = why
     if image.device.type == "cpu":
-        return Plan("eager", "chunks of logits in the cache; measured faster on a CPU", refusals)
-    return Plan(
-        "eager", f"nothing was measured on {image.device.type}: chunks of torch's own products", refusals
-    )
+        return Plan("eager", "chunks of logits in the cache; measured faster on a CPU", refusals, NAMES)
+    reason = f"nothing was measured on {image.device.type}: chunks of torch's own products"
+    return Plan("eager", reason, refusals, NAMES)
 
 
 def _check(

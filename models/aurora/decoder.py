@@ -20,7 +20,7 @@ from torch import Tensor, nn
 from torch.utils.checkpoint import checkpoint
 
 from models.aurora.config import AuroraConfig
-from models.layers import Block, KeyValueCache, Rotary, rotary_angles
+from models.layers import Block, KeyValueCache, RMSNorm, Rotary, rotary_angles
 from models.tokens import PAD
 
 
@@ -46,9 +46,9 @@ class TextDecoder(nn.Module):
             )
 
         self.unimodal = nn.ModuleList(layer(None) for _ in range(config.unimodal_layers))
-        self.unimodal_norm = nn.RMSNorm(dim, eps=1e-6)
+        self.unimodal_norm = RMSNorm(dim, eps=1e-6)
         self.crossmodal = nn.ModuleList(layer(dim) for _ in range(config.crossmodal_layers))
-        self.norm = nn.RMSNorm(dim, eps=1e-6)
+        self.norm = RMSNorm(dim, eps=1e-6)
 
     def embed(self, tokens: Tensor) -> Tensor:
         """int64 [...] -> [..., D] of about unit variance (arXiv:1706.03762, section 3.4: tied embeddings
