@@ -9,8 +9,9 @@ from concurrent.futures import Future
 
 import numpy as np
 import torch
+from PIL import Image
 
-from dataload import images, shards
+from dataload import images, sandbox, shards
 from dataload.batch import EvalBatch
 from dataload.broken import Broken
 from dataload.tokenizer import Tokenizer
@@ -84,10 +85,12 @@ class EvalSet:
 
     def _image(self, sample: int) -> np.ndarray | Broken:
         try:
-            picture = images.decode(self.index.image(sample), self._max_pixels)
+            data = self.index.image(sample)
+            picture = images.read(data, self._max_pixels, sandbox.shared(self._workers))
+            pixels = picture.cut((0, 0, picture.width, picture.height))
         except (images.BrokenImage, OSError) as error:
             return Broken(*self.index.where(sample), str(error))
-        return images.resize_center_crop(picture, self._image_size, self._interpolation)
+        return images.resize_center_crop(Image.fromarray(pixels), self._image_size, self._interpolation)
 
     def _collect(self, whole: list[tuple[int, np.ndarray]]) -> EvalBatch:
         captions = [self.index.captions(sample) for sample, _ in whole]

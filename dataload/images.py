@@ -11,70 +11,47 @@ Policies, in one place:
 
 from __future__ import annotations
 
-import functools
-import io
 import re
-import struct
 from dataclasses import dataclass
+from typing import TYPE_CHECKING
 
 import numpy as np
 import simplejpeg
 import torch
-from PIL import Image, ImageEnhance, UnidentifiedImageError
+from PIL import Image, ImageEnhance
 
-from dataload.broken import BrokenSample
 from dataload.crops import crop_box
+from dataload.picture_decode import (
+    MAX_PIXELS,
+    UPRIGHT,
+    BrokenImage,
+    broken,
+    decode,
+    decode_array,
+    formats,
+    open_picture,
+    orientation_of,
+    to_rgb,
+)
 from dataload.resize import resize
 
-MAX_PIXELS = 89_478_485
-"""Default limit on width * height; Pillow's own, at which it begins to warn."""
+if TYPE_CHECKING:
+    from dataload.sandbox import Sandbox
+
+__all__ = [
+    "INTERPOLATIONS", "MAX_PIXELS", "MEAN", "STD", "BrokenImage", "Picture", "color_jitter", "crop_box", "decode",
+    "decode_array", "denormalize", "formats", "mirror_caption", "normalize", "random_resized_crop", "read",
+    "resize_center_crop", "to_rgb", "turn_upright",
+]  # fmt: skip
+
 MEAN = (0.485, 0.456, 0.406)
 STD = (0.229, 0.224, 0.225)
 """ImageNet's mean and standard deviation per RGB channel, for pixels in 0..1."""
+CHILD = "dataload.picture_decode:decode_array"
+TIMEOUT = 30.0
+"""seconds that a sandbox gets for a picture"""
 INTERPOLATIONS = {"bilinear": Image.Resampling.BILINEAR, "bicubic": Image.Resampling.BICUBIC}
 """Pillow's filters, which widen with the scale (antialiased)."""
-_EXIF_ORIENTATION = 0x0112
-_UPRIGHT = {
-    2: Image.Transpose.FLIP_LEFT_RIGHT,
-    3: Image.Transpose.ROTATE_180,
-    4: Image.Transpose.FLIP_TOP_BOTTOM,
-    5: Image.Transpose.TRANSPOSE,
-    6: Image.Transpose.ROTATE_270,
-    7: Image.Transpose.TRANSVERSE,
-    8: Image.Transpose.ROTATE_90,
-}
-
-
-class BrokenImage(BrokenSample):
-    """The bytes are no picture that can be used; the message says why."""
-
-
-@functools.cache
-def formats() -> tuple[str, ...]:
-    """Every format that Pillow reads here, the usual ones first. Not EPS: reading it runs Ghostscript on the
-    file."""
-    Image.init()
-    usual = [name for name in ("JPEG", "PNG", "WEBP") if name in Image.OPEN]
-    return tuple(usual + [name for name in Image.ID if name not in usual and name != "EPS"])
-
-
-def decode(data: bytes, max_pixels: int = MAX_PIXELS) -> Image.Image:
-    """Decodes an encoded picture to mode RGB, upright, with the policies at the top of this file.
-
-    Raises BrokenImage, and nothing else, for bytes that are no picture, are cut short, or declare more than
-    `max_pixels` pixels (checked in the header, before anything is decoded; Pillow's own limit holds as well).
-    """
-    try:
-        image = _open(data, max_pixels)
-        image.load()
-        # Again: an ICO's or ICNS's directory may promise less than the picture inside has.
-        _check_size(image, max_pixels)
-        # After load(): PNG may carry EXIF behind the pixels, and TIFF and AVIF come upright already.
-        turn = _UPRIGHT.get(_orientation(image))
-        image = to_rgb(image)
-        return image if turn is None else image.transpose(turn)
-    except Exception as error:
-        raise _broken(error, data) from None
 
 
 @dataclass(frozen=True)
@@ -122,27 +99,39 @@ class Picture:
         return pixels if pixels.shape[:2] == turned else None
 
 
-def read(data: bytes, max_pixels: int = MAX_PIXELS) -> Picture:
+def read(data: bytes, max_pixels: int = MAX_PIXELS, sandbox: Sandbox | None = None) -> Picture:
     """A picture of which boxes can be cut. Raises BrokenImage for what its header shows, and for all that is broken in
-    anything but a JPEG; the rest of a JPEG is looked at by `Picture.cut`."""
+    anything but a JPEG; the rest of a JPEG is looked at by `Picture.cut`.
+
+    With a `sandbox`, formats other than JPEG, PNG and WebP are decoded in a child process: their readers are less tested,
+    and a file that crashes or occupies one must not take this process with it."""
     if data[:3] == b"\xff\xd8\xff":
         try:
-            image = _open(data, max_pixels)
+            image = open_picture(data, max_pixels)
             if image.format in ("JPEG", "MPO") and image.mode in ("L", "RGB"):
-                turn = _orientation(image)
-                turn = turn if turn in _UPRIGHT else 1
+                turn = orientation_of(image)
+                turn = turn if turn in UPRIGHT else 1
                 width, height = image.size if turn < 5 else image.size[::-1]
                 return Picture(data, width, height, turn, max_pixels=max_pixels)
         except Exception as error:
-            raise _broken(error, data) from None
-    pixels = decode_array(data, max_pixels)
+            raise broken(error, data) from None
+    pixels = _all_pixels(data, max_pixels, sandbox)
     return Picture(data, pixels.shape[1], pixels.shape[0], pixels=pixels, max_pixels=max_pixels)
 
 
-def decode_array(data: bytes, max_pixels: int = MAX_PIXELS) -> np.ndarray:
-    """`decode`, as uint8 [H, W, 3]. All pictures but plain JPEGs come through here, so that this is the place to send rare
-    formats to another process (what comes back has to be the same array, or BrokenImage)."""
-    return np.asarray(decode(data, max_pixels))
+def _all_pixels(data: bytes, max_pixels: int, sandbox: Sandbox | None) -> np.ndarray:
+    well_tested = data.startswith(b"\x89PNG") or (data[:4] == b"RIFF" and data[8:12] == b"WEBP")
+    if sandbox is None or well_tested or data[:3] == b"\xff\xd8\xff":
+        return decode_array(data, max_pixels)
+    pixels = sandbox.call(CHILD, data, max_pixels, timeout=TIMEOUT, broken=BrokenImage)
+    if not (
+        isinstance(pixels, np.ndarray)
+        and pixels.dtype == np.uint8
+        and pixels.shape[2:] == (3,)
+        and pixels.size
+    ):
+        raise BrokenImage("the decoder answered with something else than a picture")
+    return pixels
 
 
 def turn_upright(pixels: np.ndarray, orientation: int) -> np.ndarray:
@@ -154,76 +143,6 @@ def turn_upright(pixels: np.ndarray, orientation: int) -> np.ndarray:
     if orientation in (3, 4, 7, 8):
         pixels = pixels[::-1]
     return pixels
-
-
-def _open(data: bytes, max_pixels: int) -> Image.Image:
-    image: Image.Image = Image.open(io.BytesIO(data), formats=formats())
-    _check_size(image, max_pixels)
-    return image
-
-
-def _broken(error: Exception, data: bytes) -> BrokenImage:
-    """Pillow's readers raise OSError, SyntaxError, struct.error, IndexError, NotImplementedError, zlib.error,
-    DecompressionBombError and others: for bytes from outside they all mean the same."""
-    if isinstance(error, BrokenImage):
-        return error
-    if isinstance(error, UnidentifiedImageError):
-        # Pillow's message has the address of our buffer in it: another one each time.
-        return BrokenImage(f"{len(data)} bytes in no format that is read here")
-    return BrokenImage(f"{type(error).__name__}: {error}" if str(error) else type(error).__name__)
-
-
-def _check_size(image: Image.Image, max_pixels: int) -> None:
-    width, height = image.size
-    if width * height > max_pixels:
-        raise BrokenImage(f"{width}x{height} is {width * height} pixels, over the limit of {max_pixels}")
-    if width < 1 or height < 1:
-        raise BrokenImage(f"{width}x{height} has no pixels")
-
-
-def _orientation(image: Image.Image) -> int:
-    try:
-        return image.getexif().get(_EXIF_ORIENTATION, 1)
-    except (ValueError, TypeError, SyntaxError, KeyError, IndexError, OSError, struct.error):
-        return 1
-
-
-def to_rgb(image: Image.Image) -> Image.Image:
-    """Any loaded Pillow picture as mode RGB; see the policies at the top of this file."""
-    if image.mode.startswith(("I", "F")):
-        return _eight_bits(image).convert("RGB")
-    if image.has_transparency_data:
-        if image.mode == "La":  # premultiplied grey converts only to LA
-            image = image.convert("LA")
-        image = image.convert("RGBA")
-        white = Image.new("RGB", image.size, (255, 255, 255))
-        white.paste(image, mask=image.getchannel("A"))
-        return white
-    return image if image.mode == "RGB" else image.convert("RGB")
-
-
-def _eight_bits(image: Image.Image) -> Image.Image:
-    """Grey of more than 8 bits as mode L. 16-bit files have a white (65535, or what a TIFF's bit depth says).
-
-    32-bit integers and floats have none that is stored: 0..1, 0..255 and 0..65535 are told apart by the
-    largest value, and anything else is stretched from its smallest to its largest value.
-    """
-    values = np.asarray(image)
-    if values.dtype.kind == "u":
-        bits = getattr(image, "tag_v2", {}).get(258, (16,))[0]
-        values = values.astype(np.float64) * (255 / (2**bits - 1))
-    else:
-        values = np.nan_to_num(values.astype(np.float64), nan=0.0, posinf=0.0, neginf=0.0)
-        low, high = float(values.min()), float(values.max())
-        if image.mode == "F" and low >= 0 and high <= 1:
-            values = values * 255
-        elif image.mode == "F" and low >= 0 and high <= 255:
-            pass
-        elif low >= 0 and high <= 65535:
-            values = values * (255 / 65535)
-        else:
-            values = (values - low) * (255 / max(high - low, 1e-12))
-    return Image.fromarray(np.clip(np.rint(values), 0, 255).astype(np.uint8))
 
 
 def random_resized_crop(

@@ -9,7 +9,7 @@ from dataclasses import dataclass
 import numpy as np
 from PIL import Image
 
-from dataload import images, order, substitute
+from dataload import images, order, sandbox, substitute
 from dataload.broken import Broken, BrokenSample
 from dataload.masking import mim_mask, mlm_mask
 from dataload.resize import resize
@@ -202,7 +202,7 @@ class SampleMaker:
         with self.stages("fetch"):
             data = self._index.image(attempt.sample)
         with self.stages("header"):
-            picture = images.read(data, config.max_pixels)
+            picture = images.read(data, config.max_pixels, sandbox.shared(max(1, config.workers)))
         rng = order.generator(config.seed, attempt.job.epoch, attempt.sample, order.IMAGE)
         flipped = rng.random() < config.flip  # first, so that it does not depend on the crop's settings
         box = images.crop_box(picture.width, picture.height, rng, config.crop_scale, config.crop_ratio)

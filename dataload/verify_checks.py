@@ -9,9 +9,9 @@ from __future__ import annotations
 
 def image(data: bytes, max_pixels: int) -> str:
     """A picture."""
-    from dataload import images
+    from dataload import picture_decode
 
-    images.decode(data, max_pixels)
+    picture_decode.decode(data, max_pixels)
     return ""
 
 

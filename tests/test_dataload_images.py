@@ -21,6 +21,7 @@ from PIL import Image, ImageOps
 
 from dataload import images
 from dataload.images import BrokenImage, decode, mirror_caption
+from dataload.sandbox import Sandbox
 
 RNG = np.random.default_rng(0)
 PHOTO = np.asarray(  # smooth, so that lossy formats stay close
@@ -405,3 +406,33 @@ def test_resizing_stays_within_a_level_of_pillow() -> None:
                 error = np.abs(result.astype(int) - expected)
                 assert error.max() <= (1 if name == "bilinear" else 3), (width, height, size, name)
                 assert error.mean() < 0.2
+
+
+# rare formats, in a process of their own
+
+
+@pytest.mark.parametrize("kind", ["TIFF", "BMP", "GIF", "PPM", "JPEG2000", "ICO"])
+def test_rare_formats_come_through_a_sandbox_unchanged(kind: str, monkeypatch: pytest.MonkeyPatch) -> None:
+    data = io.BytesIO()
+    Image.fromarray(np.random.default_rng(0).integers(0, 256, (40, 48, 3), dtype=np.uint8)).save(data, kind)
+    box = (3, 2, 30, 20)
+    with Sandbox() as sandbox:
+        here = images.read(data.getvalue()).cut(box)
+        assert np.array_equal(images.read(data.getvalue(), sandbox=sandbox).cut(box), here)
+        with pytest.raises(images.BrokenImage, match="over the limit of 100"):
+            images.read(data.getvalue(), 100, sandbox)
+        monkeypatch.setattr(images, "CHILD", "tests.sandboxed:crash_on")
+        with pytest.raises(images.BrokenImage, match="SIGSEGV"):
+            images.read(data.getvalue(), sandbox=sandbox)
+        monkeypatch.undo()
+        assert np.array_equal(images.read(data.getvalue(), sandbox=sandbox).cut(box), here)
+
+
+@pytest.mark.parametrize("kind", ["JPEG", "PNG", "WEBP"])
+def test_usual_formats_are_decoded_here(kind: str, monkeypatch: pytest.MonkeyPatch) -> None:
+    data = io.BytesIO()
+    Image.new("RGB", (40, 48), (200, 100, 50)).save(data, kind)
+    monkeypatch.setattr(images, "CHILD", "tests.sandboxed:crash_on")
+    with Sandbox() as sandbox:
+        assert images.read(data.getvalue(), sandbox=sandbox).cut((0, 0, 40, 48)).shape == (48, 40, 3)
+        assert sandbox.restarts == 0

@@ -578,8 +578,8 @@ from dataload import images
 from dataload.pipeline import Loader, LoaderConfig
 from dataload.tokenizer import Tokenizer
 
-decode = images.decode
-images.decode = lambda *arguments: decoded.append(1) or decode(*arguments)
+decode = images.decode_array
+images.decode_array = lambda *arguments: decoded.append(1) or decode(*arguments)
 config = LoaderConfig((sys.argv[1],), batch_size=64, image_size=448, text_length=16, workers=2, prefetch=64)
 loader = Loader(config, Tokenizer.load(sys.argv[2]))
 next(loader)

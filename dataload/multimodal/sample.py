@@ -117,7 +117,7 @@ class ClipMaker:
         """Sets the picture; returns whether it is mirrored."""
         config = self._config.image
         with self.stages("image"):
-            picture = images.read(data, config.max_pixels)
+            picture = images.read(data, config.max_pixels, self._sandbox)
             flipped = rng.random() < config.flip  # first, so that it does not depend on the crop's settings
             box = crop_box(picture.width, picture.height, rng, config.crop_scale, config.crop_ratio)
             clip.image = resize(picture.cut(box), config.size, config.interpolation, mirror=flipped)
