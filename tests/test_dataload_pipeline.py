@@ -19,61 +19,18 @@ import numpy as np
 import pytest
 import torch
 from clips import png, write_tar
+from pairs import ALONE, PAIRS, config, data, equal, numbers, partly_broken, sample, take, tokenizer
 from PIL import Image
 
 from dataload import order
 from dataload.batch import IGNORE
 from dataload.images import normalize
-from dataload.pipeline import Batch, Broken, BrokenReport, EvalSet, Loader, LoaderConfig, TooManyBroken
+from dataload.pipeline import Batch, EvalSet, Loader
 from dataload.tokenizer import BOS, EOS, MASK, PAD, Tokenizer, train_tokenizer
 
+__all__ = ["data", "partly_broken", "tokenizer"]  # fixtures
+
 ROOT = Path(__file__).resolve().parent.parent
-PAIRS, ALONE = 40, 16
-
-
-def sample(number: int, captioned: bool = True) -> dict[str, bytes]:
-    files = {"png": png(number)}
-    if captioned:
-        captions = [f"picture {number} with a left word", f"again picture {number} on the right side"]
-        files["json"] = json.dumps({"captions": captions}).encode()
-    return files
-
-
-@pytest.fixture(scope="module")
-def data(tmp_path_factory: pytest.TempPathFactory) -> Path:
-    """Four shards with 40 pairs and 16 pictures alone; the number of a sample is its key."""
-    folder = tmp_path_factory.mktemp("data")
-    for shard in range(4):
-        numbers = range(shard, PAIRS + ALONE, 4)
-        write_tar(folder / f"train-{shard}.tar", {f"{n:03d}": sample(n, n < PAIRS) for n in numbers})
-    return folder
-
-
-@pytest.fixture(scope="module")
-def tokenizer(tmp_path_factory: pytest.TempPathFactory) -> Tokenizer:
-    texts = [f"again picture {n} on the right left side with a word" for n in range(100)]
-    return train_tokenizer(texts, tmp_path_factory.mktemp("tokenizer") / "t.model", 400, model_type="bpe")
-
-
-def config(data: Path, **changes: Any) -> LoaderConfig:
-    plain = LoaderConfig((str(data),), batch_size=8, image_size=32, text_length=16, crop_scale=(0.6, 1.0))
-    return dataclasses.replace(plain, **changes)
-
-
-def take(loader: Loader, count: int) -> list[Batch]:
-    with loader:
-        return list(itertools.islice(loader, count))
-
-
-def equal(first: Batch, second: Batch) -> bool:
-    return all(
-        torch.equal(a, b) if isinstance(a, torch.Tensor) else a == b
-        for a, b in ((getattr(first, f.name), getattr(second, f.name)) for f in dataclasses.fields(Batch))
-    )
-
-
-def numbers(batch: Batch) -> list[int]:
-    return [int(key.split("/")[1]) for key in batch.keys]
 
 
 def join(parts: list[Batch]) -> tuple[list[str], list[str], list[torch.Tensor]]:
@@ -394,93 +351,6 @@ def test_states_of_other_data_are_refused(data: Path, tokenizer: Tokenizer, tmp_
         loader.load_state_dict({**state, "version": 7})
     # what may change: batch size, size of the pictures, augmentation
     Loader(config(data, batch_size=3, image_size=64, flip=0.0), tokenizer).load_state_dict(state)
-
-
-# broken pictures
-
-
-@pytest.fixture
-def partly_broken(tmp_path: Path) -> Path:
-    """40 pairs and 16 pictures alone, of which 2 pairs and 1 picture are broken."""
-    samples = {f"{n:03d}": sample(n, n < PAIRS) for n in range(PAIRS + ALONE)}
-    samples["005"]["png"] = png(5)[:60]
-    samples["017"]["png"] = b""
-    samples["050"]["png"] = b"no picture"
-    write_tar(tmp_path / "b.tar", samples)
-    return tmp_path
-
-
-def test_broken_pictures_are_counted_and_replaced(partly_broken: Path, tokenizer: Tokenizer) -> None:
-    quarantine = partly_broken / "quarantine.jsonl"
-    settings = config(partly_broken, max_broken=0.5, quarantine=str(quarantine))
-    with Loader(settings, tokenizer) as loader:
-        batches = list(itertools.islice(loader, 14))  # two epochs
-        report = loader.broken
-    seen = [n for batch in batches for n in numbers(batch)]
-    assert len(seen) == 112 and not {5, 17, 50} & set(seen)
-    assert [n >= PAIRS for b in batches for n in numbers(b)] == [
-        i >= len(b.pair_images) for b in batches for i in range(8)
-    ], "a substitute comes from the same source"
-    assert all(b.pair_images[:, 0, 0, 0].tolist() == numbers(b)[: len(b.pair_images)] for b in batches)
-    assert report.count >= 6 and report.tried == 112 + report.count
-    assert sorted(broken.key for broken in report.samples) == ["005", "017", "050"]
-    assert all(broken.shard.endswith("b.tar") and broken.reason for broken in report.samples)
-    assert "samples are broken" in str(report) and "017" in str(report)
-    lines = [json.loads(line) for line in quarantine.read_text().splitlines()]
-    assert lines == [dataclasses.asdict(broken) for broken in report.samples]
-    for workers in (0, 3):
-        again = take(Loader(config(partly_broken, max_broken=0.5, workers=workers), tokenizer), 14)
-        assert all(map(equal, batches, again))
-
-
-def test_too_many_broken_pictures_stop_the_run(partly_broken: Path, tokenizer: Tokenizer) -> None:
-    with Loader(config(partly_broken, max_broken=0.01), tokenizer) as loader:
-        with pytest.raises(
-            TooManyBroken, match=r"b\.tar: 0\d\d: .*limit \(max_broken\) is a share of 0\.01"
-        ) as raised:
-            for _ in range(14):
-                next(loader)
-        assert "of " in str(raised.value)
-        batches = loader.state_dict()["batches"]
-        assert 2 <= batches < 8  # not before 20 samples
-        with pytest.raises(TooManyBroken):
-            next(loader)
-        assert loader.state_dict()["batches"] == batches
-
-
-def test_share_of_broken_pictures_is_judged_from_twenty_on() -> None:
-    broken = [Broken("a.tar", str(i), "why") for i in range(9)]
-    report = BrokenReport(limit=0.1)
-    report.add(10, broken)  # 9 of 19
-    with pytest.raises(
-        TooManyBroken, match=r"^9 of 20 samples are broken: a\.tar: 0: why; .*; and 4 more\. "
-    ):
-        report.add(1, [])
-    exact = BrokenReport(limit=0.1)
-    exact.add(18, broken[:2])
-    assert exact.share == 0.1
-
-
-def test_nothing_but_broken_pictures(tmp_path: Path, tokenizer: Tokenizer) -> None:
-    write_tar(tmp_path / "b.tar", {f"{n}": {"png": b"x", "txt": b"a"} for n in range(5)})
-    with Loader(config(tmp_path, max_broken=1.0), tokenizer) as loader:
-        with pytest.raises(TooManyBroken, match="20 substitutes"):
-            next(loader)
-
-
-def test_bombs_and_vanished_tars_count_as_broken(tmp_path: Path, tokenizer: Tokenizer) -> None:
-    write_tar(
-        tmp_path / "a.tar",
-        {f"{n:03d}": sample(n) for n in range(20)} | {"big": sample(0) | {"png": png(1, 65)}},
-    )
-    with Loader(config(tmp_path, max_broken=0.5, max_pixels=64 * 64), tokenizer) as loader:
-        for _ in range(6):
-            next(loader)
-        assert "65x65 is 4225 pixels, over the limit of 4096" in str(loader.broken)
-        (tmp_path / "a.tar").write_bytes(b"")  # the open file has shrunk
-        with pytest.raises(TooManyBroken, match="shorter than when it was indexed"):
-            for _ in range(20):
-                next(loader)
 
 
 # sources

@@ -67,6 +67,8 @@ class DataConfig:
     backend: Literal["auto", "cpu", "dali"] = "auto"
     """What decodes pictures: cpu (simplejpeg and Pillow), dali (NVIDIA DALI), or auto: dali on a GPU where it is
     installed, else cpu. The samples, crops and flips are the same."""
+    exclude: tuple[str, ...] = ()
+    """Files that list samples to leave out: a run's broken.jsonl, or what dataload.verify and dataload.stats wrote."""
     workers: int = 2
     """Decoding threads per process."""
     prefetch: int = 4

@@ -99,7 +99,8 @@ def loader_config(
 ) -> LoaderConfig:
     """The training pipeline of one rank, whose model is on `device`."""
     data = config.data
-    captioned = shards.index(sources.train).captioned
+    index = shards.index(sources.train, exclude=data.exclude)
+    captioned = index.captioned[index.has("image")]
     pairs = int(captioned.sum())
     return LoaderConfig(
         shards=tuple(str(path) for path in sources.train),
@@ -119,6 +120,7 @@ def loader_config(
         captions_per_image=data.captions_per_image,
         seed=config.seed,
         backend=data.backend,
+        exclude=data.exclude,
         device=device,
         workers=data.workers,
         prefetch=data.prefetch,

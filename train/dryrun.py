@@ -57,7 +57,7 @@ def _check_data(config: PretrainConfig) -> list[str]:
             print(f"data        {role}: none; nothing will be scored")
             continue
         try:
-            index = shards.index(paths)
+            index = shards.index(paths, exclude=config.data.exclude if role == "train" else ())
         except (OSError, ValueError) as error:
             found.append(f"data.{role}: {error}")
             continue
