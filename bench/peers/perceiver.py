@@ -124,3 +124,13 @@ PERCEIVER_STEP = Subject(
     plain=("transformers",),
     depth=4.0,
 )
+
+LATENT_READ = Subject(
+    "latent_read",
+    PERCEIVER_STEP.peers,
+    exact="transformers",
+    plain=("transformers",),
+    depth=4.0,
+)
+"""The same models forward, for cases that differ in their number of inputs alone: cost is linear where the rate of inputs
+per second is level."""
