@@ -52,7 +52,7 @@ class LatentTransformer(nn.Module):
 
     def forward(self, inputs: Tensor, offsets: Tensor) -> Tensor:
         """inputs [N, E], offsets int [B+1]: sample b has rows offsets[b] to offsets[b+1], none if they are equal."""
-        x = self.latents.expand(len(offsets) - 1, -1, -1)
+        x = self.latents[None]  # the same for all samples until they have read: its queries are computed once
         if not self.blocks:
             x = self.run(self.reads[0], x, inputs, offsets)
         for turn in range(self.repeats):
@@ -85,11 +85,11 @@ class InputRead(nn.Module):
         self.feed_scale = nn.Parameter(torch.full((dim,), config.layer_scale_init))
 
     def forward(self, x: Tensor, inputs: Tensor, offsets: Tensor) -> Tensor:
-        """x [B, M, D], inputs [N, E], offsets int [B+1] -> [B, M, D]."""
+        """x [B, M, D], or [1, M, D] for all samples; inputs [N, E], offsets int [B+1] -> [B, M, D]."""
         read = self.attention
         k, v = read.keys_values(self.memory_norm(inputs)[None])  # [1, N, h, d]
         q = read.q_norm(read.q(self.norm(x)).unflatten(-1, (read.heads, read.head_dim)))
         k, v = k[0].to(q.dtype), v[0].to(q.dtype)
-        y = latent_attention(q, k, v, cu_seqlens_k=offsets)
+        y = latent_attention(q.expand(len(offsets) - 1, -1, -1, -1), k, v, cu_seqlens_k=offsets)
         x = x + self.scale * read.out(y.flatten(-2))
         return x + self.feed_scale * self.feed(self.feed_norm(x))

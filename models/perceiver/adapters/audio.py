@@ -18,7 +18,10 @@ from models.perceiver.pieces import Piece, no_offsets, no_samples, padded
 RATE, FFT, WINDOW, HOP = 16_000, 1024, 400, 160
 """Samples: per second, of a Fourier transform, of what it looks at (25 ms), between two frames (10 ms)."""
 FLOOR = 1e-10
-LOUD, SPREAD = -11.0, 4.5  # about the mean and deviation of the logarithms, over speech and sounds
+LOUD, SPREAD = (
+    -10.5,
+    6.8,
+)  # about the mean and deviation of the logarithms, over spoken digits and sound events
 GAIN = 10.0  # makes a waveform's deviation about 1
 
 
