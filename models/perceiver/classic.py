@@ -5,7 +5,6 @@ Letters: B samples, M latents or queries, D their width, N inputs, E theirs.
 
 from __future__ import annotations
 
-import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
 
@@ -48,18 +47,12 @@ class ClassicBlock(nn.Module):
         """memory [B, N, E], or packed [N, E] with offsets int [B+1]. x [1, M, D] is the same for all samples."""
         attend, latents = self.attention, self.norm(x)
         if memory is None:
-            q, k, v = self.self_projections(latents)
+            inputs, samples = latents, len(x)
         else:
             inputs = memory if self.memory_norm is None else self.memory_norm(memory)
             samples = len(memory) if offsets is None else len(offsets) - 1
-            q, k, v = attend.q(latents).expand(samples, -1, -1), attend.k(inputs), attend.v(inputs)
+        q, k, v = attend.q(latents).expand(samples, -1, -1), attend.k(inputs), attend.v(inputs)
         q, k, v = (t.unflatten(-1, (attend.heads, -1)) for t in (q, k, v))
         y = attend.proj(latent_attention(q, k, v, cu_seqlens_k=offsets).flatten(-2))
         x = x + y if self.query_residual else y
         return x + self.out(F.gelu(self.up(self.feed_norm(x))))
-
-    def self_projections(self, x: Tensor) -> list[Tensor]:
-        """Queries, keys and values in one product."""
-        layers = (self.attention.q, self.attention.k, self.attention.v)
-        weight, bias = (torch.cat([getattr(one, name) for one in layers]) for name in ("weight", "bias"))
-        return list(F.linear(x, weight, bias).split([one.out_features for one in layers], dim=-1))
