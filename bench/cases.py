@@ -11,6 +11,7 @@ from bench.peers.loading import LoaderCase
 from bench.peers.media import CODECS, ClipCase, SoundCase
 from bench.peers.opening import OpenCase
 from bench.peers.optimizer import OptimizerCase
+from bench.peers.perceiver import PerceiverCase
 from bench.peers.pipelines import PipelineCase
 from bench.peers.step import StepCase
 from bench.peers.tokenizing import TextCase
@@ -115,6 +116,15 @@ GPU_CROSSES = (
     CrossCase("perceiver-xl", 2, 512, 4096, 5120, 1024, 40),
 )
 CPU_STEPS = (StepCase("tiny", 32), StepCase("small", 2))
+# 784 and 3,136 inputs: patches of 8 and of 4 pixels of a picture of 224.
+CPU_PERCEIVERS = (
+    PerceiverCase("784-inputs", 1, 512, 512, 2, 784, 256),
+    PerceiverCase("3136-inputs", 1, 512, 512, 2, 3136, 256),
+)
+GPU_PERCEIVERS = (PerceiverCase("3136-inputs", 64, 512, 1024, 12, 3136, 256),)
+READS = tuple(
+    PerceiverCase(f"{n:,}-inputs", 1, 32, 64, 2, n, 32, heads=1) for n in (10**3, 10**4, 10**5, 10**6)
+)
 GPU_STEPS = (StepCase("tiny", 512), StepCase("small", 128))
 # One picture each for the gates: there nothing is so large that the allocator asks the system for memory again and again,
 # which comes and goes from process to process. CPUs without bfloat16 instructions are slow in it: smaller maps.

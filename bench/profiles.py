@@ -20,6 +20,7 @@ from bench.peers.latent import LATENT_ATTENTION
 from bench.peers.layers import PERCEIVER_CROSS_ATTENTION, SWIN_BLOCK
 from bench.peers.linear_ce import LINEAR_CROSS_ENTROPY
 from bench.peers.optimizer import OPTIMIZER_STEP
+from bench.peers.perceiver import LATENT_READ, PERCEIVER_STEP
 from bench.peers.step import TRAINING_STEP
 from bench.peers.window import WINDOW_ATTENTION
 from bench.record import Row
@@ -126,6 +127,8 @@ def _cpu_tasks() -> tuple[Task, ...]:
         *_tasks(LATENT_ATTENTION, "cpu", cases.CPU_LATENTS, both, (BF16,)),
         *_tasks(PERCEIVER_CROSS_ATTENTION, "cpu", cases.CPU_CROSSES, (TRAINING,), (FP32,)),
         *_tasks(TRAINING_STEP, "cpu", cases.CPU_STEPS, (STEP,), (FP32,)),
+        *_tasks(PERCEIVER_STEP, "cpu", cases.CPU_PERCEIVERS, (STEP,), (FP32,)),
+        *_tasks(LATENT_READ, "cpu", cases.READS, (FORWARD,), (FP32,)),
         *_tasks(ACCELERATED_ATTENTION, "cpu", cases.CPU_ATTENTIONS, (TRAINING,), (FP32,)),
         *_tasks(ACCELERATED_ATTENTION, "cpu", cases.CPU_ATTENTIONS_BF16, (TRAINING,), (BF16,)),
         *_tasks(ACCELERATED_STEP, "cpu", cases.CPU_MODELS, (STEP,), (FP32,)),
@@ -150,6 +153,8 @@ def _gpu_tasks() -> tuple[Task, ...]:
         *_tasks(SWIN_BLOCK, "cuda", cases.GPU_BLOCKS, (TRAINING,), (BF16,)),
         *_tasks(PERCEIVER_CROSS_ATTENTION, "cuda", cases.GPU_CROSSES, (TRAINING,), (BF16,)),
         *_tasks(TRAINING_STEP, "cuda", cases.GPU_STEPS, (STEP,), (BF16,)),
+        *_tasks(PERCEIVER_STEP, "cuda", cases.GPU_PERCEIVERS, (STEP,), (BF16,)),
+        *_tasks(LATENT_READ, "cuda", cases.READS, (FORWARD,), (BF16,)),
         *_tasks(ACCELERATED_ATTENTION, "cuda", cases.GPU_ATTENTIONS, both, (BF16,)),
         *_tasks(ACCELERATED_STEP, "cuda", cases.GPU_MODELS, (STEP,), (BF16,)),
         *_tasks(CONTRASTIVE_LOSS, "cuda", cases.GPU_CONTRASTS, (TRAINING,), (BF16,)),

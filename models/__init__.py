@@ -12,5 +12,8 @@ if not getattr(kernels, "__auroraio__", False):
 
 from models.aurora import AURORA_SIZES, Aurora, AuroraConfig
 from models.parameters import parameter_groups
+from models.perceiver import PERCEIVER_SIZES, PerceiverConfig, PerceiverIO
 
-__all__ = ["AURORA_SIZES", "Aurora", "AuroraConfig", "parameter_groups"]
+__all__ = [
+    "AURORA_SIZES", "PERCEIVER_SIZES", "Aurora", "AuroraConfig", "PerceiverConfig", "PerceiverIO", "parameter_groups",
+]  # fmt: skip

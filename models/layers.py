@@ -7,7 +7,7 @@ Shapes: B batch, N tokens of the stream, M tokens of the memory, D width, h head
 from __future__ import annotations
 
 import math
-from dataclasses import dataclass
+from dataclasses import dataclass, field
 
 import torch
 import torch.nn.functional as F
@@ -274,3 +274,19 @@ class KeyValueCache:
         """Keep the batch rows `rows` int64 [B'] (beam search reorders its hypotheses)."""
         if self.keys is not None and self.values is not None:
             self.keys, self.values = self.keys[rows], self.values[rows]
+
+
+@dataclass
+class DecodingState:
+    """What generation keeps between tokens: a cache per layer, and keys and values of the memory per layer that reads
+    it."""
+
+    caches: list[KeyValueCache]
+    memory: list[tuple[Tensor, Tensor]] = field(default_factory=list)
+    length: int = 0
+
+    def select(self, rows: Tensor) -> None:
+        """Keep the hypotheses `rows` int64 [B'], repeats allowed."""
+        for cache in self.caches:
+            cache.select(rows)
+        self.memory = [(keys[rows], values[rows]) for keys, values in self.memory]

@@ -8,9 +8,9 @@ from torch import Tensor
 from kernels.rows import gather_rows
 
 
-def unpack_keys(k: Tensor, v: Tensor, offsets: Tensor) -> tuple[Tensor, Tensor, Tensor]:
+def unpack_keys(k: Tensor, v: Tensor, offsets: Tensor) -> tuple[Tensor, Tensor, Tensor | None]:
     """k, v [total, h_kv, d], offsets int [B + 1] -> k, v [B, N, h_kv, d] and visible bool [B, N]; N is the
-    longest sample, or 1 where all are empty.
+    longest sample, or 1 where all are empty. Where all samples are equally long, these are views, and visible is None.
 
     Reads the lengths on the host. A compiler cannot do that, so under torch.compile N is `total`: right, but
     of the size batch * total.
@@ -22,6 +22,8 @@ def unpack_keys(k: Tensor, v: Tensor, offsets: Tensor) -> tuple[Tensor, Tensor, 
     lengths = offsets.diff()
     longest = total if torch.compiler.is_compiling() else int(lengths.max())
     longest = max(longest, 1)
+    if total == samples * longest and not torch.compiler.is_compiling():
+        return k.unflatten(0, (samples, longest)), v.unflatten(0, (samples, longest)), None
     place = torch.arange(longest, device=k.device)
     visible = place < lengths[:, None]  # [B, N]
     # Hidden places hold zeros. Where a packed row t of sample b goes: b * N + t - offsets[b].

@@ -11,7 +11,6 @@ Shapes: B batch, T tokens of text, D width, M tokens of the image memory, V voca
 
 from __future__ import annotations
 
-from dataclasses import dataclass, field
 from typing import cast
 
 import torch
@@ -20,7 +19,7 @@ from torch import Tensor, nn
 from torch.utils.checkpoint import checkpoint
 
 from models.aurora.config import AuroraConfig
-from models.layers import Block, KeyValueCache, RMSNorm, Rotary, rotary_angles
+from models.layers import Block, DecodingState, KeyValueCache, RMSNorm, Rotary, rotary_angles
 from models.tokens import PAD
 
 
@@ -122,19 +121,3 @@ class TextDecoder(nn.Module):
             x = block(x, memory, rotary=rotary, cache=cache)
         state.length += 1
         return self.logits(self.norm(x))[:, 0]
-
-
-@dataclass
-class DecodingState:
-    """What generation keeps between tokens: a cache per layer, and keys and values of the image per
-    crossmodal layer."""
-
-    caches: list[KeyValueCache]
-    memory: list[tuple[Tensor, Tensor]] = field(default_factory=list)
-    length: int = 0
-
-    def select(self, rows: Tensor) -> None:
-        """Keep the hypotheses `rows` int64 [B'], repeats allowed."""
-        for cache in self.caches:
-            cache.select(rows)
-        self.memory = [(keys[rows], values[rows]) for keys, values in self.memory]

@@ -22,10 +22,10 @@ from torch import Tensor, nn
 
 from models import objectives
 from models.aurora.config import AuroraConfig
-from models.aurora.decoder import DecodingState, TextDecoder
+from models.aurora.decoder import TextDecoder
 from models.aurora.encoder import STRIDE, SwinBlock, SwinEncoder, WindowAttention
 from models.aurora.heads import FeaturePyramid, MemoryProjector, QueryHeads, with_places
-from models.layers import AttentionPool, MeanPool, SwiGLU, WordBag
+from models.layers import AttentionPool, DecodingState, MeanPool, SwiGLU, WordBag
 from models.objectives import CachedContrast, Normalizers, ObjectiveConfig
 from models.tokens import BOS, EOS, IGNORE, MASK, PAD, SPECIAL
 
