@@ -11,7 +11,7 @@ from typing import Any
 
 import numpy as np
 
-from dataload import shards
+from dataload import sandbox, shards
 from dataload.broken import BrokenSample
 from dataload.progress import Progress
 from dataload.shards import ShardIndex
@@ -211,10 +211,10 @@ def _count(corpus: Corpus, shard: Any, numbers: range) -> None:
 def _time(found: ShardIndex, number: int, kind: str, key: str, timed: Timed) -> None:
     timed.count += 1
     try:
-        header = media.header(found.media(number, kind), kind)
+        header = media.header(found.media(number, kind), kind, sandbox.shared(1))
     except ImportError:
         return  # said once, in Corpus.notes
-    except (media.BrokenMedia, BrokenSample) as error:
+    except BrokenSample as error:
         timed.broken.append((key, str(error)))
         return
     timed.seconds.add(header.seconds)
