@@ -12,10 +12,9 @@ drained or undone.
 
 from __future__ import annotations
 
-from collections.abc import Iterator
+from collections.abc import Sequence
 from dataclasses import asdict, dataclass
 from fractions import Fraction
-from types import TracebackType
 from typing import Any
 
 import numpy as np
@@ -30,6 +29,7 @@ from dataload.order import Position
 from dataload.prefetch import Limits, Prefetch, SlowWorkerWarning, WorkerStuck
 from dataload.samples import PATCH, Drawn, Job, LoaderConfig, SampleMaker
 from dataload.stages import Stages
+from dataload.stream import Stream
 from dataload.tokenizer import Tokenizer
 
 __all__ = [
@@ -98,11 +98,9 @@ class _Planner:
         return int((at + 1) * self._mlm_share) > int(at * self._mlm_share)
 
 
-class Loader:
-    """Endless, deterministic training batches of one rank.
+class Loader(Stream[Batch]):
+    """Training batches of pictures: see `stream.Stream`.
 
-    The batches depend on the shards, the tokenizer, the config and (rank, world_size), never on threads or
-    timing. The global micro-batch (all ranks' batches together) does not depend on how many ranks share it.
     Raises what `shards.expand` and `shards.index` raise, and ValueError where the data lacks what the config
     asks for.
     """
@@ -110,12 +108,8 @@ class Loader:
     def __init__(
         self, config: LoaderConfig, tokenizer: Tokenizer, *, rank: int = 0, world_size: int = 1
     ) -> None:
-        if not 0 <= rank < world_size:
-            raise ValueError(f"rank is {rank} of world_size {world_size}; it must be 0 to {world_size - 1}")
+        super().__init__(tokenizer, rank, world_size)
         self.config = config
-        self.tokenizer = tokenizer
-        self.rank = rank
-        self.world_size = world_size
         self.index = shards.index(shards.expand(config.shards), exclude=config.exclude)
         self._captioned = order.Source(self.index.source(captioned=True), config.seed, kind=0)
         self._uncaptioned = order.Source(self.index.source(captioned=False), config.seed, kind=1)
@@ -158,25 +152,8 @@ class Loader:
             return self._prefetch.position.captioned / len(self._captioned)
         return self._prefetch.position.uncaptioned / len(self._uncaptioned)
 
-    def __iter__(self) -> Iterator[Batch]:
-        return self
-
-    def __next__(self) -> Batch:
-        """The next batch. What a worker raised is raised here, and TooManyBroken where `max_broken` is
-        exceeded; the position then stays before the batch, so that nothing is skipped by asking again.
-        Raises WorkerStuck where no batch comes within `stall_limit`."""
-        plan, work, drawn = self._prefetch.oldest()
-        try:
-            self.broken.add(len(drawn), [broken for one in drawn for broken in one.broken])
-        except TooManyBroken:
-            self._prefetch.drop()
-            raise
-        with self.stages("collect"):
-            batch = self._collect(work.images, drawn, plan.pairs, plan.asked)
-        self._prefetch.taken()
-        return batch
-
-    def _collect(self, images: torch.Tensor, drawn: list[Drawn], pairs: int, asked: int) -> Batch:
+    def _collect(self, plan: _Plan, work: Work, drawn: Sequence[Drawn]) -> Batch:
+        images, pairs = work.images, plan.pairs
         size, length = self.config.image_size, self.config.text_length
         texts = np.empty((3, pairs, self.config.captions_per_image, length), dtype=np.int64)
         masks = np.empty((len(drawn) - pairs, size // PATCH, size // PATCH), dtype=bool)
@@ -186,7 +163,7 @@ class Loader:
             else:
                 masks[i - pairs] = one.mask
         tokens, mlm_tokens, mlm_targets = (torch.from_numpy(text.reshape(-1, length)) for text in texts)
-        masked = asked * self.config.captions_per_image
+        masked = plan.asked * self.config.captions_per_image
         return Batch(
             pair_images=images[:pairs],
             tokens=tokens,
@@ -232,37 +209,12 @@ class Loader:
 
     def __str__(self) -> str:
         """The stages with what they have cost so far."""
-        counts, batches = self.counts, self._prefetch.position.batches
-        wait = 1e3 * self._prefetch.waited / max(batches, 1)
+        counts = self.counts
         return (
             f"Loader, rank {self.rank} of {self.world_size}: {counts['captioned']:,} pairs and "
             f"{counts['uncaptioned']:,} uncaptioned pictures in {counts['shards']:,} shards; "
-            f"decoded by {self.backend}, {self.config.workers} threads\n{self.stages}\n"
-            f"  {batches:,} batches; the reader waited {wait:.1f} ms for each; {self.broken}"
+            f"decoded by {self.backend}, {self.config.workers} threads\n{self._costs()}"
         )
-
-    def close(self) -> None:
-        """Stops the workers; what was prefetched is dropped. The state can still be read."""
-        self._prefetch.close()
-
-    def __enter__(self) -> Loader:
-        return self
-
-    def __exit__(
-        self, kind: type[BaseException] | None, error: BaseException | None, trace: TracebackType | None
-    ) -> None:
-        self.close()
-
-    def __reduce__(self) -> tuple[Any, ...]:
-        return _rebuild, (self.config, self.tokenizer, self.rank, self.world_size, self.state_dict())
-
-
-def _rebuild(
-    config: LoaderConfig, tokenizer: Tokenizer, rank: int, world_size: int, state: dict[str, Any]
-) -> Loader:
-    loader = Loader(config, tokenizer, rank=rank, world_size=world_size)
-    loader.load_state_dict(state)
-    return loader
 
 
 def _uncaptioned_share(config: LoaderConfig, captioned: int, uncaptioned: int) -> Fraction:

@@ -71,7 +71,7 @@ def test_videos_keep_their_bytes_and_captions(real_data: Path, tmp_path: Path) -
     (folder / "text.mp4").write_bytes(b"this is no video" * 9)
     status, text, _ = run("folder", "--media", folder, "--output", tmp_path / "out", "--verify")
     assert status == 0 and "2 samples (2 videos)" in text and "2 broken samples, not packed:" in text
-    assert "empty.mp4: an empty file" in text and "text.mp4: Invalid data" in text
+    assert "empty.mp4: an empty file" in text and "text.mp4: FFmpeg: Invalid data" in text
     samples = read(tmp_path / "out")
     assert {fact(sample, "file_name"): sample["mpg"] for sample in samples} == kept
     assert [sample["txt"].decode() for sample in samples] == [f"A face says {name}." for name in kept]

@@ -11,15 +11,14 @@ It shares the pool, the order, the random numbers and the report of broken sampl
 from __future__ import annotations
 
 from collections import Counter
-from collections.abc import Iterator, Sequence
+from collections.abc import Sequence
 from dataclasses import dataclass
-from types import TracebackType
 from typing import Any, NamedTuple
 
 import numpy as np
 
 from dataload import order, shards
-from dataload.broken import BrokenReport, TooManyBroken
+from dataload.broken import BrokenReport
 from dataload.multimodal.batch import MultimodalBatch
 from dataload.multimodal.config import MixtureConfig, SourceConfig
 from dataload.multimodal.sample import Clip, ClipMaker, collate
@@ -27,6 +26,7 @@ from dataload.prefetch import Limits, Prefetch, Work
 from dataload.schedule import Progress, Schedule, Share, shares, split
 from dataload.shards import ShardIndex
 from dataload.stages import Stages
+from dataload.stream import Stream
 from dataload.threads import Threads
 from dataload.tokenizer import Tokenizer
 
@@ -37,7 +37,7 @@ STAGES = {
     "audio": "decode a segment, to mono at 16 kHz",
     "video": "decode frames and sound track, crop, resize, flip",
     "text": "caption, tokens, masked words",
-    "collate": "arrays to one MultimodalBatch",
+    "collect": "arrays to one MultimodalBatch",
 }
 
 
@@ -114,20 +114,17 @@ class _Backend:
         return clips
 
 
-class MixtureLoader:
-    """Endless, deterministic batches of one rank from several sources.
+class MixtureLoader(Stream[MultimodalBatch]):
+    """Batches from several sources: see `stream.Stream`.
 
-    The batches depend on the shards, the tokenizer, the config and (rank, world_size), never on threads or timing; the
-    global micro-batch does not depend on how many ranks share it. Raises what `shards.expand` and `shards.index`
-    raise, and ValueError for a source without a usable sample.
+    Raises what `shards.expand` and `shards.index` raise, and ValueError for a source without a usable sample.
     """
 
     def __init__(
         self, config: MixtureConfig, tokenizer: Tokenizer, *, rank: int = 0, world_size: int = 1
     ) -> None:
-        if not 0 <= rank < world_size:
-            raise ValueError(f"rank is {rank} of world_size {world_size}; it must be 0 to {world_size - 1}")
-        self.config, self.tokenizer, self.rank, self.world_size = config, tokenizer, rank, world_size
+        super().__init__(tokenizer, rank, world_size)
+        self.config = config
         self.origins = [
             Origin(name, source, config.seed, i) for i, (name, source) in enumerate(config.sources.items())
         ]
@@ -163,26 +160,13 @@ class MixtureLoader:
             for one, done in zip(self.origins, consumed, strict=True)
         }
 
-    def __iter__(self) -> Iterator[MultimodalBatch]:
-        return self
-
-    def __next__(self) -> MultimodalBatch:
-        """The next batch; errors as in `pipeline.Loader`."""
-        _, _, clips = self._prefetch.oldest()
-        try:
-            self.broken.add(len(clips), [broken for clip in clips for broken in clip.broken])
-        except TooManyBroken:
-            self._prefetch.drop()
-            raise
-        for clip in clips:
+    def _collect(self, plan: Share, work: Work[Clip], drawn: Sequence[Clip]) -> MultimodalBatch:
+        for clip in drawn:
             self._broken_of[self.origins[clip.source].name] += sum(
                 one.tier != "partial" for one in clip.broken
             )
-        with self.stages("collate"):
-            keys = tuple(self.origins[clip.source].index.key(clip.sample) for clip in clips)
-            batch = collate(self.config, clips, keys)
-        self._prefetch.taken()
-        return batch
+        keys = tuple(self.origins[clip.source].index.key(clip.sample) for clip in drawn)
+        return collate(self.config, drawn, keys)
 
     def state_dict(self) -> dict[str, Any]:
         """Where the stream stands after the last batch that was handed out: a few numbers per source, good for JSON,
@@ -246,29 +230,4 @@ class MixtureLoader:
                 f"  {name.ljust(width)}  {100 * c['share']:5.1f}%  {c['samples']:,} samples{left}; "
                 f"{c['consumed']:,} consumed (epoch {c['epoch']:.2f}), {c['broken']:,} broken"
             )
-        batches = self._prefetch.position.batches
-        wait = f"  {batches:,} batches; the reader waited {1e3 * self._prefetch.waited / max(batches, 1):.1f} ms for each"
-        return "\n".join([*lines, str(self.stages), f"{wait}; {self.broken}"])
-
-    def close(self) -> None:
-        """Stops the threads; what was prefetched is dropped. The state can still be read."""
-        self._prefetch.close()
-
-    def __enter__(self) -> MixtureLoader:
-        return self
-
-    def __exit__(
-        self, kind: type[BaseException] | None, error: BaseException | None, trace: TracebackType | None
-    ) -> None:
-        self.close()
-
-    def __reduce__(self) -> tuple[Any, ...]:
-        return _rebuild, (self.config, self.tokenizer, self.rank, self.world_size, self.state_dict())
-
-
-def _rebuild(
-    config: MixtureConfig, tokenizer: Tokenizer, rank: int, world_size: int, state: dict[str, Any]
-) -> MixtureLoader:
-    loader = MixtureLoader(config, tokenizer, rank=rank, world_size=world_size)
-    loader.load_state_dict(state)
-    return loader
+        return "\n".join([*lines, self._costs()])
