@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import json
+import os
 from collections.abc import Sequence
 from dataclasses import asdict, dataclass, field
 
@@ -43,7 +44,8 @@ class BrokenReport:
     limit: float
     """largest share of broken samples; more stop the run"""
     quarantine: str = ""
-    """file to which each broken sample is appended once, as a line of JSON; empty = none"""
+    """file to which each broken sample is appended once, as a line of JSON; empty = none. Raises OSError where it cannot
+    be written to"""
     tried: int = 0
     """samples, substitutes included"""
     count: int = 0
@@ -53,6 +55,12 @@ class BrokenReport:
     samples: list[Broken] = field(default_factory=list)
     """each broken or partial sample once"""
     _seen: set[Broken] = field(default_factory=set, repr=False)
+
+    def __post_init__(self) -> None:
+        folder = os.path.dirname(self.quarantine) or "."
+        if self.quarantine and not (os.path.isdir(folder) and os.access(folder, os.W_OK)):
+            # now, not at the first broken sample
+            raise OSError(f"quarantine {self.quarantine}: {folder} is no folder that can be written to")
 
     @property
     def share(self) -> float:

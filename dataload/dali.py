@@ -220,7 +220,9 @@ class DaliBackend:
         waiting = list(range(len(rows)))
         while waiting:
             taken = [i for i in waiting if takes(rows[i].view)]
-            with self._maker.stages("decode"):
+            stages = self._maker.stages
+            with stages.idle(), stages("decode"):
+                stages.begin(self._maker.name(rows[i].attempt for i in taken))
                 crops = dict(zip(taken, self._decoder.decode([rows[i].view for i in taken]), strict=True))
 
             def finish(places: Sequence[int], crops: dict[int, Any] = crops) -> list[int]:

@@ -2,7 +2,7 @@
 
 A line is a key, or SHARD/KEY (as `ShardIndex.key` gives it), or a JSON object with "shard" and "key" (as the
 quarantine files of the loader and of `python -m dataload.verify` have). Blank lines and lines that start with
-# do not count.
+# do not count, and neither do entries of the tiers "partial" (it was used) and "fetch" (the disk or the network failed).
 """
 
 from __future__ import annotations
@@ -48,6 +48,8 @@ def parse(text: str, source: str) -> ExcludeList:
             raise ValueError(
                 f'{source}, line {number}: expected is a key, or JSON with "shard" and "key" ({error!r})'
             ) from None
+        if entry.get("tier") in ("partial", "fetch"):
+            continue
         if not isinstance(shard, str) or not isinstance(key, str):
             raise ValueError(f'{source}, line {number}: "shard" and "key" must be strings')
         result.named.setdefault(shard, set()).add(key)

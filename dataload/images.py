@@ -48,6 +48,9 @@ MEAN = (0.485, 0.456, 0.406)
 STD = (0.229, 0.224, 0.225)
 """ImageNet's mean and standard deviation per RGB channel, for pixels in 0..1."""
 CHILD = "dataload.picture_decode:decode_array"
+MANY_SCANS = 100
+"""of a JPEG; encoders write 1 to 20"""
+_SCAN = b"\xff\xda"
 TIMEOUT = 30.0
 """seconds that a sandbox gets for a picture"""
 INTERPOLATIONS = {"bilinear": Image.Resampling.BILINEAR, "bicubic": Image.Resampling.BICUBIC}
@@ -103,9 +106,9 @@ def read(data: bytes, max_pixels: int = MAX_PIXELS, sandbox: Sandbox | None = No
     """A picture of which boxes can be cut. Raises BrokenImage for what its header shows, and for all that is broken in
     anything but a JPEG; the rest of a JPEG is looked at by `Picture.cut`.
 
-    With a `sandbox`, formats other than JPEG, PNG and WebP are decoded in a child process: their readers are less tested,
-    and a file that crashes or occupies one must not take this process with it."""
-    if data[:3] == b"\xff\xd8\xff":
+    With a `sandbox`, formats other than JPEG, PNG and WebP, and JPEGs of very many scans, are decoded in a child process:
+    their readers are less tested, and a file that crashes or occupies one must not take this process with it."""
+    if data[:3] == b"\xff\xd8\xff" and not (sandbox is not None and data.count(_SCAN) > MANY_SCANS):
         try:
             image = open_picture(data, max_pixels)
             if image.format in ("JPEG", "MPO") and image.mode in ("L", "RGB"):
@@ -121,7 +124,11 @@ def read(data: bytes, max_pixels: int = MAX_PIXELS, sandbox: Sandbox | None = No
 
 def _all_pixels(data: bytes, max_pixels: int, sandbox: Sandbox | None) -> np.ndarray:
     well_tested = data.startswith(b"\x89PNG") or (data[:4] == b"RIFF" and data[8:12] == b"WEBP")
-    if sandbox is None or well_tested or data[:3] == b"\xff\xd8\xff":
+    if data[:3] == b"\xff\xd8\xff":
+        well_tested = (
+            data.count(_SCAN) <= MANY_SCANS
+        )  # more take minutes, in a file of a few hundred kilobytes
+    if sandbox is None or well_tested:
         return decode_array(data, max_pixels)
     pixels = sandbox.call(CHILD, data, max_pixels, timeout=TIMEOUT, broken=BrokenImage)
     if not (

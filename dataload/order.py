@@ -92,7 +92,8 @@ class Source:
     def _shuffled(self, epoch: int, number: int, shards: list[int]) -> np.ndarray:
         if self._group is None or self._group[0] != (epoch, number):
             samples = np.concatenate([self._shards[shard] for shard in shards])
-            rng = generator(self._seed, epoch, 2 * number + self._kind, SAMPLE_ORDER)
+            place = 2 * number + self._kind if self._kind < 2 else (self._kind << 32) + number
+            rng = generator(self._seed, epoch, place, SAMPLE_ORDER)
             self._group = (epoch, number), samples[rng.permutation(len(samples))]
         return self._group[1]
 
@@ -104,6 +105,8 @@ class Position:
     captioned: int = 0
     uncaptioned: int = 0
     batches: int = 0
+    since: tuple[int, int] = (0, 0)
+    """captioned and uncaptioned when the share of the two last changed: it holds from there on"""
 
 
 @dataclass(frozen=True)
@@ -118,13 +121,14 @@ class Split:
 def split(position: Position, batch_size: int, rank: int, world_size: int, share: Fraction) -> Split:
     """The part of `rank` in the next global micro-batch of batch_size * world_size samples.
 
-    The uncaptioned samples are `share` of all samples consumed up to the batch's end, rounded down: over time
+    The uncaptioned samples are `share` of all samples consumed (since the share last changed) up to the batch's end,
+    rounded down: over time
     the share is exact, and it needs no state but the position. Each rank takes contiguous positions of both
     sources, batch_size in all; where the numbers do not divide, ranks differ by one pair.
     """
     total = batch_size * world_size
-    consumed = position.captioned + position.uncaptioned
-    wanted = int(share * (consumed + total)) - position.uncaptioned
+    captioned, before = position.captioned - position.since[0], position.uncaptioned - position.since[1]
+    wanted = int(share * (captioned + before + total)) - before
     uncaptioned = max(0, min(wanted, total))
     low, high = uncaptioned * rank // world_size, uncaptioned * (rank + 1) // world_size
     first_pair = position.captioned + rank * batch_size - low
@@ -132,6 +136,9 @@ def split(position: Position, batch_size: int, rank: int, world_size: int, share
         pairs=range(first_pair, first_pair + batch_size - (high - low)),
         uncaptioned=range(position.uncaptioned + low, position.uncaptioned + high),
         after=Position(
-            position.captioned + total - uncaptioned, position.uncaptioned + uncaptioned, position.batches + 1
+            position.captioned + total - uncaptioned,
+            position.uncaptioned + uncaptioned,
+            position.batches + 1,
+            position.since,
         ),
     )

@@ -189,23 +189,28 @@ class Loader(Stream[Batch]):
 
     def load_state_dict(self, state: dict[str, Any]) -> None:
         """Goes to where `state` was taken. The number of ranks and the batch size may differ from then:
-        positions count samples of all ranks. ValueError where the shards, the tokenizer, the seed or the
-        uncaptioned share differ."""
+        positions count samples of all ranks. So may the share of uncaptioned pictures, which then holds from here
+        on. ValueError where the shards, the tokenizer or the seed differ."""
         now = self.state_dict()
         if state.get("version") != STATE_VERSION:
             raise ValueError(
                 f"the loader's state has version {state.get('version')}; supported is {STATE_VERSION}"
             )
+        if missing := [name for name in now if name not in state and name != "since"]:
+            raise ValueError(f"the loader's state lacks {', '.join(missing)}")
         differences = [
             f"{name} was {state[name]}, is {now[name]}"
-            for name in ("seed", "uncaptioned_share", "tokenizer")
+            for name in ("seed", "tokenizer")
             if state[name] != now[name]
         ]
         differences += _manifest_differences(state["manifest"], now["manifest"])
         if differences:
             raise ValueError("the loader's state belongs to other data: " + "; ".join(differences))
         self._prefetch.drop()
-        self._prefetch.position = Position(state["captioned"], state["uncaptioned"], state["batches"])
+        consumed = (state["captioned"], state["uncaptioned"])
+        same = state["uncaptioned_share"] == now["uncaptioned_share"]
+        first, second = state.get("since", (0, 0)) if same else consumed
+        self._prefetch.position = Position(*consumed, state["batches"], (first, second))
 
     def __str__(self) -> str:
         """The stages with what they have cost so far."""

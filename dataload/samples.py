@@ -4,6 +4,7 @@ numbers."""
 from __future__ import annotations
 
 import re
+from collections.abc import Iterable
 from dataclasses import dataclass
 
 import numpy as np
@@ -181,6 +182,11 @@ class SampleMaker:
     def attempt(self, job: Job) -> Attempt:
         """The first try at a sample."""
         return Attempt(job, self.config.seed, self._index)
+
+    def name(self, attempts: Iterable[Attempt]) -> str:
+        """Some samples, for a message."""
+        keys = [self._index.key(attempt.sample) for attempt in attempts]
+        return f"{keys[0]} and {len(keys) - 1} more" if len(keys) > 1 else "".join(keys)
 
     def draw(self, job: Job, out: np.ndarray) -> Drawn:
         """A sample, or a substitute where it is broken; its picture goes to `out`, uint8 [H, W, 3]. Raises TooManyBroken."""

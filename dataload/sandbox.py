@@ -51,6 +51,19 @@ class SandboxError(RuntimeError):
     """The sandbox itself failed, not the sample: a child cannot start, a library is missing, a function has a bug."""
 
 
+class _Died(Exception):
+    """A child ended during a call, or before it."""
+
+    def __init__(self, message: str, ours: bool) -> None:
+        super().__init__(message)
+        self.ours = ours
+        """it had not begun with the sample"""
+
+    def meant(self, broken: type[BrokenSample]) -> Exception:
+        """What its second time means."""
+        return SandboxError(str(self)) if self.ours else broken(str(self))
+
+
 class Sandbox:
     """A pool of child processes. May be used from several threads; each call has a child to itself.
 
@@ -97,7 +110,8 @@ class Sandbox:
         Arguments and result are plain values, bytes, numpy arrays, and lists, tuples and dicts of them. `timeout` is
         in seconds, from when a child is free and has imported the function's module and those that it `needs`.
 
-        Raises `broken` when the function raises a BrokenSample (with its message), when the child crashes or ends,
+        A child that ends during a call gets a successor that tries again: something else may have killed it. Raises
+        `broken` when the function raises a BrokenSample (with its message), when the child crashes or ends twice,
         takes too long or too much memory; SandboxError when the function raises anything else; RuntimeError when
         the sandbox is closed.
         """
@@ -105,6 +119,24 @@ class Sandbox:
             if self._owner != os.getpid():  # a fork: the children are another process's
                 self._finalizer.detach()
                 self._reset()
+        try:
+            return self._once(function, arguments, timeout, tuple(needs), broken)
+        except (
+            _Died
+        ):  # perhaps not of this sample: a child may be killed for memory that others took, or by hand
+            try:
+                return self._once(function, arguments, timeout, tuple(needs), broken)
+            except _Died as error:
+                raise error.meant(broken) from None
+
+    def _once(
+        self,
+        function: str,
+        arguments: tuple[object, ...],
+        timeout: float,
+        needs: tuple[str, ...],
+        broken: type[BrokenSample],
+    ) -> Any:
         child = self._idle.get()
         try:
             if self._closed:
@@ -113,7 +145,7 @@ class Sandbox:
                 child = _Child()
                 with self._lock:
                     self._children.add(child)
-            return child.call(function, arguments, timeout, tuple(needs), self.memory, broken)
+            return child.call(function, arguments, timeout, needs, self.memory, broken)
         except BaseException:
             if self._closed:
                 raise RuntimeError("the sandbox was closed during a call") from None
@@ -166,10 +198,13 @@ class _Child:
     def __init__(self) -> None:
         self.alive = True
         self._loaded: set[str] = set()
-        self._socket, theirs = socket.socketpair()
+        try:
+            self._socket, theirs = socket.socketpair()
+            self.output = tempfile.TemporaryFile()
+        except OSError as error:
+            raise SandboxError(f"cannot prepare a child process: {error}") from error
         for end in (self._socket, theirs):
             end.setsockopt(socket.SOL_SOCKET, socket.SO_SNDBUF, _BUFFER)
-        self.output = tempfile.TemporaryFile()
         environment = dict(os.environ) | dict.fromkeys(_ONE_THREAD, "1")
         try:
             self._process = subprocess.Popen(
@@ -209,7 +244,7 @@ class _Child:
             self.end()
             raise broken(f"took longer than {timeout:g} s to decode") from None
         except (EOFError, OSError):
-            raise broken(f"the decoder was ended by it: {self._death()}") from None
+            raise _Died(f"the decoder was ended by it: {self._death()}", ours=False) from None
         except wire.WireError as error:
             self.end()
             raise broken(f"the decoder answered with {error}") from None
@@ -235,7 +270,9 @@ class _Child:
         except TimeoutError:
             self.end()
             raise SandboxError(f"a child process took longer than {timeout:g} s for {doing}") from None
-        except (EOFError, OSError, wire.WireError) as error:
+        except (EOFError, OSError) as error:
+            raise _Died(f"{doing}: {error}; {self._death()}\n{self._said()}", ours=True) from None
+        except wire.WireError as error:
             raise SandboxError(f"{doing}: {error}; {self._death()}\n{self._said()}") from None
         except BaseException:
             self.end()

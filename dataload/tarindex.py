@@ -21,7 +21,9 @@ from dataload import tarheaders
 from dataload.captions import json_captions, txt_captions
 
 IMAGE_EXTENSIONS = frozenset(
-    "jpg jpeg jpe jfif png webp gif bmp dib tif tiff avif jp2 j2k jpx ppm pgm pbm pnm tga ico qoi".split()
+    "jpg jpeg jpe jfif mpo png apng webp gif bmp dib tif tiff avif avifs jp2 j2k j2c jpc jpf jpx ppm pgm pbm pnm pfm tga icb "
+    "vda vst ico icns cur qoi psd pcx dcx sgi rgb rgba bw dds blp fit fits fli flc ftc ftu gbr im "
+    "msp pcd pxr ras xbm xpm".split()
 )
 AUDIO_EXTENSIONS = frozenset("wav flac mp3 ogg oga opus m4a aac aif aiff aifc wma amr ac3 au caf".split())
 VIDEO_EXTENSIONS = frozenset("mp4 m4v mkv webm mov avi mpg mpeg ts m2ts wmv flv 3gp ogv y4m".split())
@@ -218,8 +220,8 @@ def _finish(name: str, size: int, found: _Scan, file: BinaryIO, damaged: str | N
             elif kind:
                 first[kind] = offset, length
         if not any(kind in first for kind in MEDIA):
-            if first:
-                found.problem(key, "left out: no picture, sound or video")
+            names = ", ".join(f".{list(found.extensions)[number]}" for number, *_ in files[:5])
+            found.problem(key, f"left out: no picture, sound or video among its files ({names})")
             continue
         keys.append(key.encode("utf-8", "surrogateescape"))
         samples.append(files)

@@ -114,7 +114,8 @@ def test_what_ends_a_child_is_a_broken_sample(
         sandbox.call(HERE + function, *arguments, timeout=0.5, broken=BrokenThing)
     assert not alive(before)
     assert pid(sandbox) != before, "the child was replaced"
-    assert sandbox.restarts == restarts + 1
+    twice = function in ("crash", "abort", "leave")  # perhaps it was not the sample: a second child tries
+    assert sandbox.restarts == restarts + 1 + twice
 
 
 def test_the_limit_on_memory_leaves_room_for_what_fits(sandbox: Sandbox) -> None:
@@ -212,7 +213,7 @@ def test_two_calls_run_at_once_and_one_crash_leaves_the_other_alone() -> None:
         with pytest.raises(BrokenSample, match="SIGSEGV"):
             sandbox.call(HERE + "crash", timeout=30)
         other.join()
-        assert result and sandbox.restarts == 1
+        assert result and sandbox.restarts == 2  # the crash was tried twice
 
 
 def test_closing_ends_children_and_calls_in_progress() -> None:

@@ -362,3 +362,13 @@ def test_liger_obeys_the_rule_of_error(device: str) -> None:
     loss = linear_cross_entropy(hidden, weight, targets, backend="liger")
     first = gradients(loss, (hidden, weight), keep=True)
     assert all(map(torch.equal, first, gradients(loss, (hidden, weight))))
+
+
+def test_a_large_sum_does_not_overflow_float16() -> None:
+    """20,000 tokens that want the same piece: the mean's gradient is 7, that of the sum beyond float16."""
+    hidden = torch.full((20_000, 1), 8.0, dtype=torch.float16)
+    weight = torch.zeros(8, 1, dtype=torch.float16, requires_grad=True)
+    linear_cross_entropy(hidden, weight, torch.zeros(20_000, dtype=torch.int64)).backward()
+    assert weight.grad is not None and weight.grad.dtype == torch.float16
+    expected = torch.tensor([-7.0] + [1.0] * 7)[:, None]
+    torch.testing.assert_close(weight.grad.float(), expected, rtol=1e-3, atol=0)

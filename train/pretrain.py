@@ -13,6 +13,7 @@ import time
 from collections.abc import Sequence
 
 from dataload.pipeline import TooManyBroken, WorkerStuck
+from dataload.sandbox import SandboxError
 from train import cli
 from train.checkpoint import CheckpointError
 from train.config import ConfigError, PretrainConfig
@@ -130,7 +131,7 @@ def main(argv: Sequence[str] | None = None) -> int:
     except (ConfigError, CheckpointError, FileNotFoundError) as error:
         print(f"error: {error}", file=sys.stderr)
         return 2
-    except (TrainingError, TooManyBroken, WorkerStuck) as error:
+    except (TrainingError, TooManyBroken, WorkerStuck, SandboxError) as error:
         print(f"error: {error}", file=sys.stderr)
         return 1
     except KeyboardInterrupt:

@@ -29,6 +29,8 @@ class SourceConfig:
     """which of a sample's modalities are read: image, audio, video, text"""
     needs: tuple[str, ...] = ()
     """modalities that a sample must have; those without are left out, and counted"""
+    exclude: tuple[str, ...] = ()
+    """files that list samples to leave out, such as a quarantine file"""
 
     def __post_init__(self) -> None:
         _check(self, "shards", bool(self.shards), "one pattern or more")
@@ -96,7 +98,7 @@ class VideoConfig:
     frames: int = 8
     """frames per clip"""
     seconds: float = 10.0
-    """length of a clip, from a random place of longer videos; its frames are drawn from equal parts of it"""
+    """length of a clip, from a random place of longer videos; each frame is drawn from an equal part of it"""
     size: int = 224
     """side of a frame in pixels"""
     crop_scale: tuple[float, float] = (0.5, 1.0)

@@ -47,7 +47,7 @@ class Origin:
     def __init__(self, name: str, config: SourceConfig, seed: int, number: int) -> None:
         self.name = name
         self.config = config
-        self.index: ShardIndex = shards.index(shards.expand(config.shards))
+        self.index: ShardIndex = shards.index(shards.expand(config.shards), exclude=config.exclude)
         self._have = have = {kind: self._all(kind) for kind in config.modalities}
         usable = np.any(list(have.values()), axis=0)
         for kind in config.needs:

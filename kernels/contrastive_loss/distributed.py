@@ -14,6 +14,8 @@ import torch.distributed as dist
 from torch import Tensor
 from torch.distributed.distributed_c10d import _resolve_process_group
 
+DTYPES = (torch.float64, torch.float32, torch.float16, torch.bfloat16)
+
 
 class Group:
     """A process group by its name; "" is this process alone."""
@@ -23,16 +25,19 @@ class Group:
         self.size = self.group.size() if self.group else 1
         self.rank = self.group.rank() if self.group else 0
 
-    def agree(self, image: Tensor, text: Tensor) -> None:
-        """Raise ValueError, on every rank, unless all have as many images and texts of one width and dtype."""
+    def agree(self, image: Tensor, text: Tensor, sigmoid: bool, training: bool) -> None:
+        """Raise ValueError, on every rank, unless all have as many images and texts of one width and dtype, the same
+        kind of loss, and all or none want gradients."""
         if self.group is None:
             return
-        mine = torch.tensor([*image.shape, *text.shape, image.dtype.itemsize], device=image.device)
+        kind = [DTYPES.index(image.dtype), int(sigmoid), int(training)]
+        mine = torch.tensor([*image.shape, *text.shape, *kind], device=image.device)
         every = self._all(mine).tolist()
         if any(sizes != every[0] for sizes in every):
             told = "; ".join(
-                f"rank {rank}: image [{n}, {d}], text [{m}, {e}], {8 * size} bits"
-                for rank, (n, d, m, e, size) in enumerate(every)
+                f"rank {rank}: image [{n}, {d}], text [{m}, {e}], {str(DTYPES[dtype]).removeprefix('torch.')}, "
+                f"{'sigmoid' if pairs else 'softmax'}, {'with' if grads else 'without'} gradients"
+                for rank, (n, d, m, e, dtype, pairs, grads) in enumerate(every)
             )
             raise ValueError(f"contrastive_loss: every rank must bring as many pairs of one kind, got {told}")
 

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from contextlib import nullcontext
 from typing import Literal
 
 import torch
@@ -11,10 +12,10 @@ from torch import Tensor
 from kernels.autocast import autocast_dtype
 from kernels.backend import Choice, Plan, describe, resolve, triton_refusal
 from kernels.contrastive_loss import operator, reference
+from kernels.contrastive_loss.distributed import DTYPES
 from kernels.transforms import refuse_transforms
 
 NAME = "contrastive_loss"
-DTYPES = (torch.float64, torch.float32, torch.float16, torch.bfloat16)
 KINDS = ("sigmoid", "softmax")
 NAMES: tuple[str, ...] = ("reference", "eager", "triton")  # the backends of this function
 Kind = Literal["sigmoid", "softmax"]
@@ -56,7 +57,7 @@ def contrastive_loss(
         image, text = image.to(low), text.to(low)
     _check(image, text, logit_scale, logit_bias, kind, group)
     chosen = resolve(NAME, backend, plan(image, group))
-    with torch.autocast(image.device.type, enabled=False):
+    with nullcontext() if low is None else torch.autocast(image.device.type, enabled=False):
         if chosen == "reference":
             return reference.contrastive_loss(image, text, logit_scale, logit_bias, kind)
         name = "" if group is None else group.group_name

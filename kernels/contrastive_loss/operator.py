@@ -15,6 +15,7 @@ from kernels.contrastive_loss.distributed import Group
 from kernels.contrastive_loss.eager import Grads
 from kernels.operators import operator
 
+TWICE = "contrastive_loss: only backend 'reference' can be differentiated twice"
 Result = tuple[Tensor, Tensor, Tensor, Tensor, Tensor]  # the loss; N times its gradients
 
 
@@ -34,6 +35,11 @@ def contrastive_loss(
     return loss
 
 
+def _kept(rows: Tensor) -> torch.dtype:
+    """The type of N times a gradient: float16 would overflow where many pairs pull at one embedding."""
+    return torch.float32 if rows.dtype == torch.float16 else rows.dtype
+
+
 def _fake(
     image: Tensor,
     text: Tensor,
@@ -45,7 +51,7 @@ def _fake(
     training: bool,
 ) -> Result:
     wide = torch.float64 if image.dtype == torch.float64 else torch.float32
-    rows = [rows.new_empty(rows.shape if training else (0,)) for rows in (image, text)]
+    rows = [rows.new_empty(rows.shape if training else (0,), dtype=_kept(rows)) for rows in (image, text)]
     scalars = [image.new_empty((), dtype=wide) for _ in range(3)]
     return scalars[0], rows[0], rows[1], scalars[1], scalars[2]
 
@@ -56,16 +62,19 @@ def _setup_context(ctx: Any, inputs: tuple[Any, ...], output: Result) -> None:
     ctx.set_materialize_grads(False)  # those would be zeros as large as the saved gradients
     ctx.save_for_backward(*output[1:])
     ctx.pairs, ctx.scale_dtype = max(len(image), 1), logit_scale.dtype
+    ctx.rows_dtype = image.dtype
     ctx.bias_dtype = None if logit_bias is None else logit_bias.dtype
 
 
 def _autograd(ctx: Any, grad: Tensor | None, *_: Tensor | None) -> tuple[Tensor | None, ...]:
+    if torch.is_grad_enabled():
+        raise RuntimeError(TWICE)
     if grad is None:
         return (None,) * 8
     image, text, scale, bias = ctx.saved_tensors
     factor = grad / ctx.pairs
     d_bias = None if ctx.bias_dtype is None else (bias * factor).to(ctx.bias_dtype)
-    grads = ((rows * factor).to(rows.dtype) for rows in (image, text))
+    grads = ((rows * factor).to(ctx.rows_dtype) for rows in (image, text))
     return *grads, (scale * factor).to(ctx.scale_dtype), d_bias, None, None, None, None
 
 
@@ -82,13 +91,19 @@ def _run(
 ) -> Result:
     """The loss, and where `training` the gradients of N times the loss for image, text, logit_scale, logit_bias."""
     ranks = Group(group)
-    ranks.agree(image, text)
+    ranks.agree(image, text, sigmoid, training)
     check_pairs(len(image), len(text))
     empty = _fake(image, text, logit_scale, logit_bias, sigmoid, group, triton, training=False)
     wide = empty[0].dtype
     if len(image) == 0:
         zero, d_scale, d_bias = (torch.zeros_like(empty[i]) for i in (0, 3, 4))
-        return zero, torch.zeros_like(image), torch.zeros_like(text), d_scale, d_bias
+        return (
+            zero,
+            torch.zeros_like(image, dtype=_kept(image)),
+            torch.zeros_like(text, dtype=_kept(text)),
+            d_scale,
+            d_bias,
+        )
     captions, first = len(text) // len(image), ranks.rank * len(image)
     image, own = image.detach().contiguous(), text.detach().contiguous()
     texts = ranks.gather(own)
@@ -116,8 +131,8 @@ def _run(
         return loss.to(wide), *map(torch.zeros_like, empty[1:])
     return (
         loss.to(wide),
-        grads.image.to(image.dtype),
-        ranks.own_sum(grads.text).to(image.dtype),
+        grads.image.to(_kept(image)),
+        ranks.own_sum(grads.text).to(_kept(image)),
         grads.logit_scale.to(wide),
         grads.logit_bias.to(wide),
     )

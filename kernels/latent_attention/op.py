@@ -121,9 +121,9 @@ def explain(
     backend: str = "auto",
 ) -> Choice:
     """`kernels.explain(latent_attention, ...)`."""
-    _check(q, k, v, key_lengths, cu_seqlens_k, key_mask, dropout_p)
     if (low := autocast_dtype(q)) is not None:
         q, k, v = q.to(low), k.to(low), v.to(low)
+    _check(q, k, v, key_lengths, cu_seqlens_k, key_mask, dropout_p)
     return describe(NAME, backend, plan(q, k, v, dropout_p, return_lse, key_lengths, cu_seqlens_k, key_mask))
 
 
@@ -180,7 +180,8 @@ def prefer(
             return "sdpa", f"cuDNN's attention, measured faster on an {figures.device} where it fills the GPU"
         return "triton", f"measured faster on an {figures.device} than torch's kernels for such a call"
     if not able:
-        return "eager", "the fastest that was measured"
+        reason = f"sdpa cannot run it, and nothing was measured on {q.device.type} like this in {q.dtype}"
+        return "eager", reason + (": triton can be asked for by name" if triton else "")
     if figures is not None and q.dtype == torch.float32:
         return figures.float32, f"measured faster on an {figures.device} in float32"
     reason = f"torch's fused attention; nothing was measured on {q.device.type} like this in {q.dtype}"

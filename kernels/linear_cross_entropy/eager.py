@@ -59,7 +59,7 @@ def sweep(
             d_hidden[rows] = torch.mm(d_logits, table).to(hidden.dtype)
         if d_weight is not None:
             _add_product(d_weight, d_logits.T, x)
-    return losses, d_hidden, None if d_weight is None else d_weight.to(weight.dtype)
+    return losses, d_hidden, d_weight
 
 
 def product_dtype(compute: torch.dtype, device: torch.device) -> torch.dtype:

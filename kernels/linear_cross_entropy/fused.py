@@ -34,6 +34,11 @@ def rows(hidden: Tensor, weight: Tensor, targets: Tensor, settings: Settings, ba
     return losses
 
 
+def kept_dtype(weight: Tensor) -> torch.dtype:
+    """The type of the weight's gradient of the sum: float16 would overflow where many tokens want the same piece."""
+    return torch.float32 if weight.dtype == torch.float16 else weight.dtype
+
+
 def _fake_sum(
     hidden: Tensor, weight: Tensor, targets: Tensor, ignore_index: int, label_smoothing: float, z_loss: float,
     compute: torch.dtype, want_hidden: bool, want_weight: bool, backend: str,
@@ -42,21 +47,26 @@ def _fake_sum(
     return (
         hidden.new_empty((), dtype=wide),
         hidden.new_empty(hidden.shape if want_hidden else 0),
-        weight.new_empty(weight.shape if want_weight else 0),
+        weight.new_empty(weight.shape if want_weight else 0, dtype=kept_dtype(weight)),
     )
 
 
 def _keep_sum(ctx: Any, inputs: Any, output: Any) -> None:
+    ctx.mark_non_differentiable(*output[1:])
+    ctx.set_materialize_grads(False)  # those would be zeros as large as the saved gradients
     ctx.save_for_backward(*output[1:])
     ctx.wants = inputs[7:9]
+    ctx.dtypes = [tensor.dtype for tensor in inputs[:2]]
 
 
-def _sum_backward(ctx: Any, grad: Tensor, *_: Tensor) -> tuple[Tensor | None, ...]:
+def _sum_backward(ctx: Any, grad: Tensor | None, *_: Tensor | None) -> tuple[Tensor | None, ...]:
     if torch.is_grad_enabled():
         raise RuntimeError(TWICE)
+    if grad is None:
+        return (None,) * 10
     found = [
-        _times(kept.detach(), grad) if wanted else None
-        for kept, wanted in zip(ctx.saved_tensors, ctx.wants, strict=True)
+        _times(kept.detach(), grad).to(dtype) if wanted else None
+        for kept, wanted, dtype in zip(ctx.saved_tensors, ctx.wants, ctx.dtypes, strict=True)
     ]
     return (*found, *[None] * 8)
 
@@ -82,7 +92,9 @@ def _sum(
     return (
         losses.sum(),
         hidden.new_empty(0) if d_hidden is None else d_hidden,
-        weight.new_empty(0) if d_weight is None else d_weight,
+        weight.new_empty(0, dtype=kept_dtype(weight))
+        if d_weight is None
+        else d_weight.to(kept_dtype(weight)),
     )
 
 
@@ -145,5 +157,5 @@ def _rows_gradients(
     )
     return (
         hidden.new_empty(0) if d_hidden is None else d_hidden,
-        weight.new_empty(0) if d_weight is None else d_weight,
+        weight.new_empty(0) if d_weight is None else d_weight.to(weight.dtype),
     )

@@ -62,5 +62,5 @@ def sweep(
     return (
         losses.reshape(-1),  # of a sum: one number, which is what summing it gives
         d_hidden.to(hidden.dtype) if want_hidden else None,
-        d_weight.to(weight.dtype) if want_weight else None,
+        d_weight if want_weight else None,
     )
