@@ -105,12 +105,16 @@ def build(
     home = directory / name
     texts = scenes.Parameters(size, train, uncaptioned, heldout, seed)
     scenes.settle(home, lambda made: _make(made, parameters, texts, workers))
+
+    def found(prefix: str) -> tuple[Path, ...]:
+        return tuple(sorted(home.glob(f"{prefix}-*.tar")))
+
     return MediaPaths(
         pictures,
-        *(
-            tuple(sorted(home.glob(f"{prefix}-*.tar")))
-            for prefix in (*KINDS, *(f"heldout-{k}" for k in KINDS))
-        ),
+        found("sounds"),
+        found("clips"),
+        found("heldout-sounds"),
+        found("heldout-clips"),
         home / "tokenizer.model",
     )
 

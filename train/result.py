@@ -7,6 +7,7 @@ from __future__ import annotations
 
 from dataclasses import dataclass, field
 
+import torch
 from torch import Tensor
 
 
@@ -36,6 +37,12 @@ class Material:
     restored: Tensor  # uint8 [R, h, w, 3], the model's picture in the hidden places, the original elsewhere
 
 
+NOTHING = Material(
+    [], [], torch.empty(0), torch.empty(0), torch.empty(0).long(), [], None, torch.empty(0).bool(), torch.empty(0).byte()
+)  # fmt: skip
+"""Of an evaluation that had nothing to score."""
+
+
 @dataclass(frozen=True)
 class EvalResult:
     """Scores by task and name, how much they were measured on, and the material behind them."""
@@ -43,6 +50,8 @@ class EvalResult:
     scores: dict[str, dict[str, Score]]
     counts: dict[str, int]
     material: Material
+    materials: dict[str, Material] = field(default_factory=dict)
+    """of a model of several modalities: by the kind of pair ("image-text"); `material` is the first of them"""
 
     def scalars(self) -> dict[str, float]:
         """Flat, for logs: "text_to_image/R@1", "perplexity", "perplexity/shuffled", "scenes/f1" ..."""
