@@ -99,7 +99,13 @@ def test_every_modality_is_trained_scored_and_reported(straight: Path) -> None:
         "audio-text": 9,
     }
     page = (straight / "report.html").read_text()
-    for words in ("PerceiverIO", "Finding the video", "Finding the sound"):
+    for words in (
+        "PerceiverIO",
+        "Finding the video",
+        "Finding the sound",
+        "Captions and videos",
+        "Captions and sounds",
+    ):
         assert words in page
 
 

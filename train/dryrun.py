@@ -139,8 +139,10 @@ def _check_machine(config: PretrainConfig, ranks: Ranks) -> list[str]:
         and not any(map(shutil.which, ("g++", "clang++", "c++", "cl")))
     ):
         found.append("--compile on a CPU needs a C++ compiler, and there is none in PATH")
-    several = isinstance(config, PerceiverPretrainConfig)
-    parameters = (count_perceiver if several else count_aurora)(config.model)["total"]
+    if isinstance(config, PerceiverPretrainConfig):
+        parameters = count_perceiver(config.model)["total"]
+    else:
+        parameters = count_aurora(config.model)["total"]
     print(f"model       {parameters:,} parameters")
     try:
         print(f"optimizer   {in_words(config.optim, device)}")

@@ -12,7 +12,7 @@ from collections.abc import Iterator, Mapping, Sequence
 from contextlib import contextmanager
 from dataclasses import dataclass
 from datetime import timedelta
-from typing import Any
+from typing import Any, cast
 
 import torch
 import torch.distributed as dist
@@ -119,7 +119,7 @@ class TorchEngine:
     ) -> None:
         self.config, self.device, self.precision, self.ranks = config, device, precision, ranks
         self.family = family_of(config)
-        self.model: Any = model.to(device).train()
+        self.model = cast(Any, model.to(device).train())
         self.model.gradient_checkpointing = config.activation_checkpointing
         self.built = build_optimizer(self.model, config.optim, device)
         self.optimizer = self.built.optimizer

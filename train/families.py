@@ -58,7 +58,8 @@ class AuroraFamily:
         return count(batch.tokens, batch.mlm_targets, batch.mim_mask)
 
     def normalizers(self, shares: Sequence[float], micro_steps: int) -> Normalizers:
-        return Normalizers(*shares, itc_share=1 / micro_steps)
+        caption, mlm, mim = shares
+        return Normalizers(caption, mlm, mim, itc_share=1 / micro_steps)
 
     def forward(
         self, module: nn.Module, batch: Batch, objectives: ObjectiveConfig, normalizers: Normalizers,

@@ -40,7 +40,7 @@ def finish(run: Run, stop: Stop) -> None:
         result = final_pair_scores(run, stop) if several else final_scores(run, stop)
     summary = run.out / "summary.json"
     summary.write_text(json.dumps(describe(run, result), indent=2) + "\n")
-    if result and result.material.thumbnails is not None:
+    if result:
         write_samples(result, run.out)
     report = write_report(run.out)
     run.say()

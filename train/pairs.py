@@ -17,7 +17,7 @@ from models.perceiver import PerceiverIO, Piece
 from train.collect import thumbnails
 from train.families import pieces_of
 from train.measure import retrieval
-from train.result import EvalResult, Material, Score
+from train.result import NOTHING, EvalResult, Material, Score
 
 NAMES = {
     "image-text": ("image", "images"),
@@ -62,7 +62,7 @@ def score_pairs(
                 counts[f"captions_of_{many}"] = sum(map(len, found.captions))
     finally:
         model.train(was_training)
-    return EvalResult({"retrieval": scores}, counts, next(iter(materials.values())), materials)
+    return EvalResult({"retrieval": scores}, counts, materials.get("image-text", NOTHING), materials)
 
 
 def embed_pairs(

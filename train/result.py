@@ -37,9 +37,10 @@ class Material:
     restored: Tensor  # uint8 [R, h, w, 3], the model's picture in the hidden places, the original elsewhere
 
 
+_NONE = torch.empty(0)
 NOTHING = Material(
-    [], [], torch.empty(0), torch.empty(0), torch.empty(0).long(), [], None, torch.empty(0).bool(), torch.empty(0).byte()
-)  # fmt: skip
+    [], [], _NONE, _NONE, _NONE.long(), [], torch.empty(0, 1, 1, 3).byte(), _NONE.bool(), _NONE.byte()
+)
 """Of an evaluation that had nothing to score."""
 
 
@@ -51,7 +52,7 @@ class EvalResult:
     counts: dict[str, int]
     material: Material
     materials: dict[str, Material] = field(default_factory=dict)
-    """of a model of several modalities: by the kind of pair ("image-text"); `material` is the first of them"""
+    """of a model of several modalities: by the kind of pair ("image-text"); `material` is that of the pictures"""
 
     def scalars(self) -> dict[str, float]:
         """Flat, for logs: "text_to_image/R@1", "perplexity", "perplexity/shuffled", "scenes/f1" ..."""
