@@ -13,11 +13,13 @@ from typing import Any
 
 import pytest
 import torch
+from clips import captions, wav, write_tar
 from micro import ROOT
 from safetensors.torch import load_file
 
 from dataload import scenes_media
-from dataload.multimodal import MIXTURES, mixture
+from dataload.multimodal import MIXTURES, PAIRS, ImageConfig, MixtureConfig, PairSet, SourceConfig, mixture
+from dataload.tokenizer import Tokenizer
 from train.checkpoint import load_model
 from train.config import ConfigError, problems, to_dict
 from train.multimodal import PerceiverPretrainConfig
@@ -210,3 +212,28 @@ def test_mixture_is_mm_aligns() -> None:
             mixture(*wrong)  # type: ignore[arg-type]
     with pytest.raises(ConfigError):
         preset("perceiver")
+
+
+def test_a_broken_heldout_sample_is_listed_and_left_out(
+    data: scenes_media.MediaPaths, tmp_path: Path
+) -> None:
+    files = {
+        f"{n}": {"wav": wav(300.0 + 50 * n), "json": captions(f"sound {n}", f"tone {n}")} for n in range(4)
+    }
+    files["2"]["wav"] = b"RIFF and nothing else"
+    write_tar(tmp_path / "sounds.tar", files)
+    source = SourceConfig(
+        (str(tmp_path / "sounds.tar"),), modalities=PAIRS["audio-text"], needs=("audio", "text")
+    )
+    config = MixtureConfig({"audio-text": source}, batch_size=2, image=ImageConfig(64, cell=16))
+    pairs = PairSet("audio-text", source, config, Tokenizer.load(data.tokenizer), batch_size=3)
+    for _ in range(2):
+        batches = list(pairs)
+        assert [batch.captions for batch in batches] == [
+            [["sound 0", "tone 0"], ["sound 1", "tone 1"]],
+            [["sound 3", "tone 3"]],
+        ]
+        assert [len(batch.texts) for batch in batches] == [4, 2]
+        assert [batch.sample_of_text.tolist() for batch in batches] == [[0, 0, 1, 1], [0, 0]]
+    assert len(pairs) == 4
+    assert [one.key for one in pairs.broken] == ["2"]
