@@ -28,10 +28,10 @@ def perceiver_tiny() -> PerceiverPretrainConfig:
         ),
         optim=OptimConfig(lr=1.5e-3, final_lr=1e-5, warmup=20),
         batch_size=36,  # 25 pictures, 8 clips and 3 sounds, exactly the mixture's shares
-        steps=240,
-        eval_every=80,
+        steps=200,
+        eval_every=100,
         eval_images=100,
-        save_every=120,
+        save_every=100,
     )
 
 
