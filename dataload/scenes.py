@@ -25,7 +25,7 @@ import sys
 import tempfile
 import time
 from collections import defaultdict
-from collections.abc import Iterable, Iterator, Sequence
+from collections.abc import Callable, Iterable, Iterator, Sequence
 from concurrent.futures import ThreadPoolExecutor
 from dataclasses import asdict, dataclass
 from pathlib import Path
@@ -116,23 +116,37 @@ def build(
     """
     parameters = Parameters(size, train, uncaptioned, heldout, seed)
     home = directory / f"scenes-v{VERSION}-{size}px-{train}+{uncaptioned}-{heldout}-seed{seed}"
-    if not _complete(home):
-        directory.mkdir(parents=True, exist_ok=True)
-        with tempfile.TemporaryDirectory(prefix=home.name + ".", dir=directory) as scratch:
-            made = Path(scratch) / "corpus"
-            made.mkdir()
-            _make(made, parameters, workers or os.cpu_count() or 1)
-            if not _complete(home):
-                shutil.rmtree(home, ignore_errors=True)  # damaged: scenes.json lists other files or sizes
-            try:
-                made.rename(home)
-            except OSError:  # another process was faster; what it made is the same
-                if not _complete(home):
-                    raise
+    settle(home, lambda made: _make(made, parameters, workers or os.cpu_count() or 1))
     return ScenePaths(
         tuple(sorted(home.glob("train-*.tar"))),
         tuple(sorted(home.glob("heldout-*.tar"))),
         home / "tokenizer.model",
+    )
+
+
+def settle(home: Path, make: Callable[[Path], None]) -> None:
+    """Unless it is there, has `make` fill a folder, which becomes `home`: complete or not at all."""
+    if _complete(home):
+        return
+    home.parent.mkdir(parents=True, exist_ok=True)
+    with tempfile.TemporaryDirectory(prefix=home.name + ".", dir=home.parent) as scratch:
+        made = Path(scratch) / "corpus"
+        made.mkdir()
+        make(made)
+        if not _complete(home):
+            shutil.rmtree(home, ignore_errors=True)  # damaged: scenes.json lists other files or sizes
+        try:
+            made.rename(home)
+        except OSError:  # another process was faster; what it made is the same
+            if not _complete(home):
+                raise
+
+
+def write_listing(home: Path, version: int, parameters: Any) -> None:
+    """scenes.json: what `home` was made from (a dataclass), and the size of every file."""
+    sizes = {path.name: path.stat().st_size for path in sorted(home.iterdir())}
+    (home / "scenes.json").write_text(
+        json.dumps({"version": version, "parameters": asdict(parameters), "files": sizes}, indent=1) + "\n"
     )
 
 
@@ -164,10 +178,7 @@ def _make(home: Path, parameters: Parameters, workers: int) -> None:
         train_tokenizer(texts, home / "tokenizer.model", VOCABULARY, model_type="bpe")
         for job in jobs:
             job.result()  # raises what went wrong in it
-    sizes = {path.name: path.stat().st_size for path in sorted(home.iterdir())}
-    (home / "scenes.json").write_text(
-        json.dumps({"version": VERSION, "parameters": asdict(parameters), "files": sizes}, indent=1) + "\n"
-    )
+    write_listing(home, VERSION, parameters)
 
 
 def training_samples(parameters: Parameters) -> list[Sample]:
@@ -236,9 +247,14 @@ def _draw_elsewhere(
     under train.pretrain, and an endless chain under a script without `if __name__ == "__main__"`.
     """
     job = json.dumps([str(home), prefix, number, asdict(parameters), [asdict(sample) for sample in samples]])
+    run_child("dataload.scenes", job)
+
+
+def run_child(module: str, job: str) -> None:
+    """`_child()` of a module in a process of its own, with `job` as its standard input."""
     paths = (str(Path(__file__).resolve().parents[1]), os.environ.get("PYTHONPATH"))
     environment = {**os.environ, "PYTHONPATH": os.pathsep.join(filter(None, paths))}
-    command = [sys.executable, "-c", "from dataload.scenes import _child; _child()"]
+    command = [sys.executable, "-c", f"from {module} import _child; _child()"]
     subprocess.run(command, input=job.encode(), env=environment, check=True)
 
 

@@ -85,32 +85,45 @@ def encode_png(picture: NDArray[np.uint8]) -> bytes:
 
 
 def _paint(picture: Array, item: SceneObject, rng: np.random.Generator) -> None:
-    """Blends one object into `picture` in place."""
+    """Blends one object into `picture` in place, where its words say, with a little jitter."""
     side = picture.shape[0]
     jitter = rng.uniform(-1.0, 1.0, size=12)
     row, column = THIRDS[item.place]
     middle_x = (CENTERS[column] + SHIFT * jitter[0]) * side
     middle_y = (CENTERS[row] + SHIFT * jitter[1]) * side
     radius = RADIUS[item.size] * (1.0 + 0.03 * jitter[2]) * side
+    blend(picture, item, (middle_x, middle_y), radius, math.radians(6.0) * jitter[3], jitter[4:10])
+
+
+def blend(
+    picture: Array,
+    item: SceneObject,
+    middle: tuple[float, float],
+    radius: float,
+    angle: float,
+    jitter: NDArray[np.float64],
+) -> None:
+    """Blends one object into `picture` [S, S, 3] in place: middle and radius in pixels, turned by `angle`; jitter [6] in -1..1
+    shifts its texture and tints its color."""
+    side = picture.shape[0]
+    middle_x, middle_y = middle
     left, right = max(0, math.floor(middle_x - radius)), min(side, math.ceil(middle_x + radius))
     top, bottom = max(0, math.floor(middle_y - radius)), min(side, math.ceil(middle_y + radius))
 
-    # Supersampled coordinates of the window around the object, turned by up to 6 degrees: x, y [K, K] in
-    # units of the radius.
+    # Supersampled coordinates of the window around the object, turned: x, y [K, K] in units of the radius.
     step = 1.0 / SUPERSAMPLE
     across = (np.arange(left, right, step, dtype=np.float32) + 0.5 * step - middle_x) / radius
     down = (np.arange(top, bottom, step, dtype=np.float32) + 0.5 * step - middle_y) / radius
-    angle = math.radians(6.0) * jitter[3]
     cos, sin = math.cos(angle), math.sin(angle)
     x = (cos * across[None, :] - sin * down[:, None]).astype(np.float32)
     y = (sin * across[None, :] + cos * down[:, None]).astype(np.float32)
 
     inside = _inside(item.shape, x, y)
     unit = radius / (CELL * side)
-    second = inside & _marks(item.texture, x * unit, y * unit, jitter[4:7])
+    second = inside & _marks(item.texture, x * unit, y * unit, jitter[:3])
     cover, mark = _average(inside), _average(second)
     first_paint, second_paint = (
-        np.asarray(paint, np.float32) + 8.0 * jitter[7:10] for paint in PAINT[item.color]
+        np.asarray(paint, np.float32) + 8.0 * jitter[3:6] for paint in PAINT[item.color]
     )
     window = picture[top:bottom, left:right]
     window *= 1.0 - cover

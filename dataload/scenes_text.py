@@ -136,7 +136,8 @@ def heldout_triples() -> frozenset[Triple]:
 
 
 @cache
-def _triples(heldout: bool) -> tuple[Triple, ...]:
+def split_triples(heldout: bool) -> tuple[Triple, ...]:
+    """The held-out triples, or all others."""
     held = heldout_triples()
     return tuple(
         triple for triple in itertools.product(SHAPES, COLORS, TEXTURES) if (triple in held) == heldout
@@ -148,7 +149,7 @@ def sample_scene(rng: random.Random, *, heldout: bool) -> Scene:
     count = 2 if rng.random() < TWO_OBJECTS else 1
     sizes = [rng.choice(tuple(SIZES)) for _ in range(count)]
     places = _places(rng, count)
-    triples = [rng.choice(_triples(heldout)) for _ in range(count)]
+    triples = [rng.choice(split_triples(heldout)) for _ in range(count)]
     objects = [
         SceneObject(*triple, size, place) for triple, size, place in zip(triples, sizes, places, strict=True)
     ]
@@ -216,7 +217,7 @@ def _caption(scene: Scene, left_out: frozenset[str], rng: random.Random) -> str:
     """One random wording of at most MAX_WORDS words and commas."""
     while True:
         place_first = rng.random() < 0.25
-        phrases = [_phrase(item, left_out, place_first, rng) for item in scene.objects]
+        phrases = [phrase(item, left_out, place_first, rng) for item in scene.objects]
         rng.shuffle(phrases)
         text = rng.choice((" and ", ", ")).join(phrases)
         if "background" not in left_out:
@@ -235,7 +236,8 @@ def _caption(scene: Scene, left_out: frozenset[str], rng: random.Random) -> str:
             return text
 
 
-def _phrase(item: SceneObject, left_out: frozenset[str], place_first: bool, rng: random.Random) -> str:
+def phrase(item: SceneObject, left_out: frozenset[str], place_first: bool, rng: random.Random) -> str:
+    """One object in words: "a small striped red ring at top left"; `left_out` names what is not said."""
     color, shape = rng.choice(COLORS[item.color]), rng.choice(SHAPES[item.shape])
     before, after = [color], ""
     if "texture" not in left_out:

@@ -30,9 +30,11 @@ from safetensors.torch import load_file, save_file
 from torch import Tensor
 
 from dataload.tokenizer import Tokenizer
-from models import Aurora
 from train.config import PretrainConfig, from_dict, to_dict
 from train.engine import EngineState
+from train.families import family_of
+from train.multimodal import PerceiverPretrainConfig
+from train.optim import with_aliases
 
 FORMAT = 1
 STEP = re.compile(r"step-(\d+)$")
@@ -61,7 +63,7 @@ class Snapshot:
 class LoadedModel:
     """A trained model as `load_model` gives it."""
 
-    model: Aurora
+    model: Any
     tokenizer: Tokenizer
     config: PretrainConfig
     step: int
@@ -148,7 +150,10 @@ def write_config(file: Path, config: PretrainConfig) -> None:
 
 def read_config(path: Path) -> PretrainConfig:
     """The configuration of one step directory."""
-    return from_dict(PretrainConfig, json.loads((path / "config.json").read_text()))
+    found = json.loads((path / "config.json").read_text())
+    kind = PerceiverPretrainConfig if "latent_width" in found.get("model", {}) else PretrainConfig
+    config: PretrainConfig = from_dict(kind, found)
+    return config
 
 
 def verify(path: Path) -> dict[str, Any]:
@@ -236,8 +241,8 @@ def load_model(path: str | Path, device: torch.device | str = "cpu", *, ema: boo
     state, config = verify(step), read_config(step)
     averaged = ema and "ema.safetensors" in state["sha256"]
     with torch.device("meta"):
-        model = Aurora(config.model)
-    model.load_state_dict(_load(step / "model.safetensors"), assign=True)
+        model: Any = family_of(config).model(config)
+    model.load_state_dict(with_aliases(_load(step / "model.safetensors"), model), assign=True)
     if averaged:
         model.load_state_dict(_load(step / "ema.safetensors"), strict=False, assign=True)
     tokenizer = Tokenizer.load(step / "tokenizer.model")

@@ -10,7 +10,7 @@ from train.config import PretrainConfig
 from train.presets import DEFAULT, listing, preset
 
 PROG = "python -m train.pretrain"
-DESCRIPTION = f"""Pre-train Aurora on images and captions.
+DESCRIPTION = f"""Pre-train Aurora on images and captions, or PerceiverIO on images, videos and sounds with captions.
 
 {PROG} [PRESET] [--field value ...]
 
@@ -21,6 +21,7 @@ Examples:
   {PROG}                       the built-in corpus, about two minutes on 2 CPU cores
   {PROG} aurora-small --data.train shards/train-*.tar --data.heldout shards/val-*.tar \\
       --data.tokenizer tokenizer.model
+  {PROG} perceiver-tiny        the built-in corpus with sounds and clips, about three minutes
   {PROG} aurora-tiny --resume auto
   torchrun --nproc-per-node 8 -m train.pretrain aurora-base ..."""
 
@@ -36,6 +37,7 @@ def parse(argv: Sequence[str]) -> PretrainConfig | None:
         print(listing())
         return None
     name = args.pop(0) if args and not args[0].startswith("-") else DEFAULT
+    default = preset(name)
     return tyro.cli(
-        PretrainConfig, default=preset(name), args=args, prog=f"{PROG} [PRESET]", description=DESCRIPTION
+        type(default), default=default, args=args, prog=f"{PROG} [PRESET]", description=DESCRIPTION
     )

@@ -80,7 +80,7 @@ class Collector:
         if start < wanted.reconstruct:
             self._restore(images[: wanted.reconstruct - start], start)
         if wanted.keep_images:
-            self.thumbnails.append(_thumbnails(batch.images))
+            self.thumbnails.append(thumbnails(batch.images))
 
     def _ask_words(self, batch: EvalBatch, memory: Tensor, start: int) -> None:
         """Hidden words, with the true picture and with another one."""
@@ -143,7 +143,7 @@ class Collector:
             wrong = (guess - images).abs().masked_fill(~hidden, 0).sum((1, 2, 3))
             errors.append((wrong / (3 * hidden.sum((1, 2, 3)))).cpu())
         self.masks.append(masks.cpu())
-        self.restored.append(_thumbnails(denormalize(torch.where(hidden, restored, images))))
+        self.restored.append(thumbnails(denormalize(torch.where(hidden, restored, images))))
 
     def material(self) -> Material:
         """Everything collected, joined over the batches."""
@@ -161,7 +161,7 @@ class Collector:
         )
 
 
-def _thumbnails(images: Tensor) -> Tensor:
+def thumbnails(images: Tensor) -> Tensor:
     """uint8 [B, H, W, 3] -> the same, at most THUMBNAIL pixels high and wide: the report needs no more."""
     scale = THUMBNAIL / max(images.shape[1:3])
     if scale >= 1:

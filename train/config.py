@@ -166,6 +166,52 @@ class PretrainConfig:
     dry_run: bool = False
     """Resolve and print everything, check data, disk and memory, and stop."""
 
+    def part_problems(self, world_size: int) -> list[str]:
+        """What of `problems` depends on model, objectives and data."""
+        config, data = self, self.data
+        found: list[str] = []
+        shares = {
+            "uncaptioned_fraction": data.uncaptioned_fraction,
+            "flip": data.flip,
+            "mim_ratio": data.mim_ratio,
+        }
+        shares |= {"mlm_probability": data.mlm_probability, "max_broken": data.max_broken}
+        found += [
+            f"data.{name} is {x:g}; it must be in [0, 1]"
+            for name, x in shares.items()
+            if x is not None and not 0 <= x <= 1
+        ]
+        if not any(config.objectives.weights().values()):
+            found.append(
+                "every objective has weight 0: nothing to learn; set one of --objectives.{mim,itc,caption,mlm}"
+            )
+        if config.itc_negatives == "global" and config.compile:
+            found.append(
+                "itc_negatives is global and compile is on: compiled code draws other dropout the second time; "
+                "set --itc-negatives microstep or --no-compile"
+            )
+        if config.model.stem == "conv" and config.objectives.mim:
+            found.append(
+                "model.stem is conv, which sees across hidden patches, and objectives.mim is on; "
+                "set --objectives.mim 0 or --model.stem patch"
+            )
+        if not data.train and not data.builtin:
+            found.append(
+                f"{config.name} is for your own pictures, and no --data.train was given; make shards with "
+                "python -m dataload.pack (README, 'Your own pictures'), or say --data.builtin to train on generated shapes"
+            )
+        if data.train and not data.tokenizer:
+            found.append(
+                "data.train is given without data.tokenizer; make one from the captions: "
+                f"python -m dataload.tokenizer --input {' '.join(data.train)} "
+                f"--vocab-size {config.model.vocabulary} --output tokenizer.model"
+            )
+        if data.tokenizer and not data.train:
+            found.append(
+                "data.tokenizer is given without data.train; the built-in corpus has its own tokenizer"
+            )
+        return found
+
 
 def micro_batch(config: PretrainConfig, world_size: int) -> int:
     """Samples per rank per micro-step."""
@@ -175,7 +221,7 @@ def micro_batch(config: PretrainConfig, world_size: int) -> int:
 def problems(config: PretrainConfig, world_size: int = 1) -> list[str]:
     """Every reason why this configuration cannot run on `world_size` processes; empty if it can."""
     found = []
-    data, optim = config.data, config.optim
+    optim = config.optim
     for name in (
         "batch_size",
         "accumulation",
@@ -214,45 +260,7 @@ def problems(config: PretrainConfig, world_size: int = 1) -> list[str]:
         found.append(f"optim.max_skipped is {optim.max_skipped}; it must be at least 1")
     if not 0 <= config.ema_decay < 1:
         found.append(f"ema_decay is {config.ema_decay:g}; it must be in [0, 1): 0 is off, 0.999 is usual")
-    shares = {
-        "uncaptioned_fraction": data.uncaptioned_fraction,
-        "flip": data.flip,
-        "mim_ratio": data.mim_ratio,
-    }
-    shares |= {"mlm_probability": data.mlm_probability, "max_broken": data.max_broken}
-    found += [
-        f"data.{name} is {x:g}; it must be in [0, 1]"
-        for name, x in shares.items()
-        if x is not None and not 0 <= x <= 1
-    ]
-    if not any(config.objectives.weights().values()):
-        found.append(
-            "every objective has weight 0: nothing to learn; set one of --objectives.{mim,itc,caption,mlm}"
-        )
-    if config.itc_negatives == "global" and config.compile:
-        found.append(
-            "itc_negatives is global and compile is on: compiled code draws other dropout the second time; "
-            "set --itc-negatives microstep or --no-compile"
-        )
-    if config.model.stem == "conv" and config.objectives.mim:
-        found.append(
-            "model.stem is conv, which sees across hidden patches, and objectives.mim is on; "
-            "set --objectives.mim 0 or --model.stem patch"
-        )
-    if not data.train and not data.builtin:
-        found.append(
-            f"{config.name} is for your own pictures, and no --data.train was given; make shards with "
-            "python -m dataload.pack (README, 'Your own pictures'), or say --data.builtin to train on generated shapes"
-        )
-    if data.train and not data.tokenizer:
-        found.append(
-            "data.train is given without data.tokenizer; make one from the captions: "
-            f"python -m dataload.tokenizer --input {' '.join(data.train)} "
-            f"--vocab-size {config.model.vocabulary} --output tokenizer.model"
-        )
-    if data.tokenizer and not data.train:
-        found.append("data.tokenizer is given without data.train; the built-in corpus has its own tokenizer")
-    return found
+    return found + config.part_problems(world_size)
 
 
 def to_dict(config: Any) -> dict[str, Any]:

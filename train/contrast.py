@@ -11,7 +11,7 @@ from __future__ import annotations
 from collections.abc import Iterator, Sequence
 from contextlib import contextmanager
 from dataclasses import dataclass
-from typing import TYPE_CHECKING
+from typing import TYPE_CHECKING, Any
 
 import torch
 from torch import Tensor
@@ -29,7 +29,7 @@ if TYPE_CHECKING:
 class MicroBatch:
     """A batch; what is known of its contrastive loss beforehand, and the seed of its random numbers, where it is."""
 
-    batch: Batch
+    batch: Any
     contrast: CachedContrast | None = None
     seed: int | None = None
 

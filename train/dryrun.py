@@ -3,16 +3,23 @@
 from __future__ import annotations
 
 import json
+import math
 import shutil
+import tempfile
+from dataclasses import replace
 from pathlib import Path
 
 from dataload import shards
 from models import AuroraConfig
-from models.parameters import count_aurora
+from models.parameters import count_aurora, count_perceiver
+from models.perceiver import PerceiverConfig, PerceiverObjectives
 from train.config import ConfigError, PretrainConfig, micro_batch, problems, to_dict
 from train.data import find_sources, load_tokenizer
 from train.engine import Ranks
+from train.greeting import pair_lines
 from train.machine import choose_device, choose_precision, device_name, free_disk, gigabytes, total_memory
+from train.multimodal import PerceiverPretrainConfig
+from train.multimodal_data import find_pairs, open_pairs
 from train.optimizers import in_words
 
 # Values kept for the backward pass per token and channel of a block: 3.1 GB per 448 px image of XL in bf16.
@@ -27,7 +34,8 @@ def dry_run(config: PretrainConfig) -> int:
     print(json.dumps(to_dict(config), indent=2))
     found = problems(config, ranks.size)
     if not found:
-        found += _check_data(config)
+        several = isinstance(config, PerceiverPretrainConfig)
+        found += _check_pairs(config) if several else _check_data(config)
         found += _check_machine(config, ranks)
     print("time        unknown until it runs: the first progress lines of the run say images/s and ETA")
     if found:
@@ -74,6 +82,24 @@ def _check_data(config: PretrainConfig) -> list[str]:
     return found
 
 
+def _check_pairs(config: PretrainConfig) -> list[str]:
+    """Open what a run would open."""
+    assert isinstance(config, PerceiverPretrainConfig)
+    try:
+        sources = find_pairs(config.data, config.model.image_size, print)
+        with tempfile.TemporaryDirectory() as nowhere:
+            data = open_pairs(replace(config, out=nowhere), sources, 0, 1)
+    except (OSError, ValueError, ImportError) as error:
+        return [str(error)]
+    print(*pair_lines(data), sep="\n")
+    data.loader.close()
+    return [
+        f"data.{kind}.heldout has {len(pairs)} captioned samples; scoring needs at least 2"
+        for kind, pairs in (data.heldout or {}).items()
+        if len(pairs) < 2
+    ]
+
+
 def _check_counts(config: PretrainConfig, role: str, captioned: int, uncaptioned: int) -> list[str]:
     if role == "heldout":
         return (
@@ -113,7 +139,10 @@ def _check_machine(config: PretrainConfig, ranks: Ranks) -> list[str]:
         and not any(map(shutil.which, ("g++", "clang++", "c++", "cl")))
     ):
         found.append("--compile on a CPU needs a C++ compiler, and there is none in PATH")
-    parameters = count_aurora(config.model)["total"]
+    if isinstance(config, PerceiverPretrainConfig):
+        parameters = count_perceiver(config.model)["total"]
+    else:
+        parameters = count_aurora(config.model)["total"]
     print(f"model       {parameters:,} parameters")
     try:
         print(f"optimizer   {in_words(config.optim, device)}")
@@ -163,6 +192,10 @@ def estimate_memory(
         memory["EMA"] = 4.0 * parameters
     if world_size > 1:
         memory["reduction buckets"] = 4.0 * parameters
+    if isinstance(config, PerceiverPretrainConfig):
+        values = perceiver_activations(config.model, config.objectives, config.activation_checkpointing)
+        memory["activations"] = bytes_per_value * micro_batch(config, world_size) * values
+        return memory
     share = config.data.uncaptioned_fraction or 0.0
     samples = micro_batch(config, world_size)
     pairs = samples * (1 - share) * config.data.captions_per_image
@@ -171,6 +204,26 @@ def estimate_memory(
     logits = config.model.vocabulary * config.model.text_length * (1 + config.data.mlm_probability)
     memory["logits"] = min(4 * pairs * logits, LOGITS)
     return memory
+
+
+def perceiver_activations(
+    model: PerceiverConfig, objectives: PerceiverObjectives, checkpointing: bool
+) -> float:
+    """Values kept for the backward pass per sample, read once or twice: as in `activation_values`, for a sample with the
+    modality that has most patches."""
+    patches = max(math.prod(model.image_grid), math.prod(model.audio_grid), math.prod(model.video_grid))
+    readings = 1.0 + (objectives.masked_share if objectives.masked_twice else 0.0)
+    blocks = [
+        (patches * model.encoder_width, model.encoder_layers),
+        (model.latents * model.latent_width, model.latent_layers + model.input_reads),
+        (model.text_length * model.decoder_width, model.decoder_layers),
+        (patches * model.query_width, model.query_layers),
+    ]
+    if checkpointing:
+        kept = sum(size * depth for size, depth in blocks) + KEPT_PER_TOKEN * max(size for size, _ in blocks)
+    else:
+        kept = KEPT_PER_TOKEN * sum(size * depth for size, depth in blocks)
+    return readings * kept
 
 
 def activation_values(model: AuroraConfig, checkpointing: bool) -> tuple[float, float]:

@@ -12,20 +12,17 @@ from collections.abc import Iterator, Mapping, Sequence
 from contextlib import contextmanager
 from dataclasses import dataclass
 from datetime import timedelta
-from typing import Any
+from typing import Any, cast
 
 import torch
 import torch.distributed as dist
 from torch import Tensor, nn
 
-from dataload.batch import Batch
-from dataload.images import normalize
-from models import Aurora
-from models.objectives import Normalizers, ObjectiveConfig, count
 from train.config import PretrainConfig
 from train.contrast import MicroBatch, contrast_all
+from train.families import family_of
 from train.machine import Precision, choose_device
-from train.optim import Ema, load_optimizer_tensors, optimizer_tensors
+from train.optim import Ema, load_optimizer_tensors, optimizer_tensors, weights_once, with_aliases
 from train.optimizers import build_optimizer, clip_and_step
 
 TIMEOUT = timedelta(hours=2)  # the other ranks wait while rank 0 evaluates
@@ -113,10 +110,16 @@ class TorchEngine:
     """
 
     def __init__(
-        self, model: Aurora, config: PretrainConfig, device: torch.device, precision: Precision, ranks: Ranks
+        self,
+        model: nn.Module,
+        config: PretrainConfig,
+        device: torch.device,
+        precision: Precision,
+        ranks: Ranks,
     ) -> None:
         self.config, self.device, self.precision, self.ranks = config, device, precision, ranks
-        self.model = model.to(device).train()
+        self.family = family_of(config)
+        self.model = cast(Any, model.to(device).train())
         self.model.gradient_checkpointing = config.activation_checkpointing
         self.built = build_optimizer(self.model, config.optim, device)
         self.optimizer = self.built.optimizer
@@ -129,22 +132,22 @@ class TorchEngine:
             module = nn.parallel.DistributedDataParallel(module, find_unused_parameters=True)
         self.module = module
 
-    def agree(self, batches: Sequence[Batch], stop: bool) -> tuple[Normalizers, bool]:
+    def agree(self, batches: Sequence[Any], stop: bool) -> tuple[Any, bool]:
         """The denominators of this optimizer step over all its micro-batches and ranks, and whether any rank
         wants to stop.
         """
         counts = [
-            sum(n) for n in zip(*(count(b.tokens, b.mlm_targets, b.mim_mask) for b in batches), strict=True)
+            sum(n) for n in zip(*(self.family.counts(batch, self.config) for batch in batches), strict=True)
         ]
         totals = torch.tensor([*counts, int(stop)], dtype=torch.float64, device=self.device)
         if self.ranks.size > 1:
             dist.all_reduce(totals)
         *sums, stops = totals.tolist()
         # Over the number of ranks: these losses are sums, and gradients are averaged over ranks afterwards.
-        caption, mlm, mim = (max(n, 1.0) / self.ranks.size for n in sums)
-        return Normalizers(caption, mlm, mim, itc_share=1 / len(batches)), stops > 0
+        shares = [max(n, 1.0) / self.ranks.size for n in sums]
+        return self.family.normalizers(shares, len(batches)), stops > 0
 
-    def micro_batches(self, batches: Sequence[Batch]) -> list[MicroBatch]:
+    def micro_batches(self, batches: Sequence[Any]) -> list[MicroBatch]:
         """The micro-batches of this step; with `itc_negatives` "global", after a first pass over all of them for what
         the contrastive loss of the whole step needs."""
         if self.config.itc_negatives == "global" and self.config.objectives.itc:
@@ -160,19 +163,13 @@ class TorchEngine:
         else:
             yield
 
-    def losses(
-        self, micro: MicroBatch, objectives: ObjectiveConfig, normalizers: Normalizers
-    ) -> dict[str, Tensor]:
+    def losses(self, micro: MicroBatch, objectives: Any, normalizers: Any) -> dict[str, Tensor]:
         """Forward of one micro-batch."""
         batch = self.on_device(micro.batch)
         with self.autocast(), micro.draws(self.device):
-            return self.module(
-                normalize(batch.pair_images), batch.tokens, batch.mlm_tokens, batch.mlm_targets,
-                normalize(batch.mim_images), batch.mim_mask, objectives=objectives, normalizers=normalizers,
-                contrast=micro.contrast,
-            )  # fmt: skip
+            return self.family.forward(self.module, batch, objectives, normalizers, micro.contrast)
 
-    def on_device(self, batch: Batch) -> Batch:
+    def on_device(self, batch: Any) -> Any:
         """The batch where the model is."""
         return batch.pin_memory().to(self.device) if self.device.type == "cuda" else batch
 
@@ -215,7 +212,7 @@ class TorchEngine:
         self._sums = {}
 
     @contextmanager
-    def scored_weights(self) -> Iterator[Aurora]:
+    def scored_weights(self) -> Iterator[Any]:
         """The model as it is evaluated: with averaged weights where they are kept."""
         if self.ema is None:
             yield self.model
@@ -228,14 +225,14 @@ class TorchEngine:
         tensors, groups = optimizer_tensors(self.optimizer, self.model)
         ema = None if self.ema is None else dict(self.ema.weights)
         return EngineState(
-            dict(self.model.state_dict()), tensors, groups, ema, self.ema.updates if self.ema else 0
+            weights_once(self.model), tensors, groups, ema, self.ema.updates if self.ema else 0
         )
 
     def load(self, state: EngineState) -> None:
         """Take over a checkpoint's weights and optimizer; hyperparameters stay those of this run's
         configuration.
         """
-        self.model.load_state_dict(state.model)
+        self.model.load_state_dict(with_aliases(state.model, self.model))
         load_optimizer_tensors(self.optimizer, self.model, state.optimizer, state.groups)
         if self.ema is None:
             return

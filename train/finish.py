@@ -11,10 +11,13 @@ from typing import Any
 import torch
 
 from models import AURORA_SIZES
-from models.parameters import count_aurora
+from models.parameters import count_aurora, count_perceiver
+from models.perceiver import PERCEIVER_SIZES
 from train.greeting import negatives
 from train.machine import device_name, peak_memory
 from train.measure import unigram_counts
+from train.multimodal import PerceiverPretrainConfig
+from train.pairs import NAMES
 from train.report import write_report, write_samples
 from train.result import EvalResult
 from train.run import Run
@@ -31,7 +34,10 @@ def finish(run: Run, stop: Stop) -> None:
     """Score, write and say. Raises signals.Interrupted when a signal comes during the scoring."""
     if not run.ranks.first:
         return
-    result = final_scores(run, stop) if run.data.heldout is not None else None
+    result = None
+    if run.data.heldout is not None:
+        several = isinstance(run.config, PerceiverPretrainConfig)
+        result = final_pair_scores(run, stop) if several else final_scores(run, stop)
     summary = run.out / "summary.json"
     summary.write_text(json.dumps(describe(run, result), indent=2) + "\n")
     if result:
@@ -72,14 +78,55 @@ def final_scores(run: Run, stop: Stop) -> EvalResult:
     return result
 
 
+def final_pair_scores(run: Run, stop: Stop) -> EvalResult:
+    """Retrieval on all held-out pairs of every kind."""
+    run.say("scoring all held-out pairs ...")
+    result = run.score_pairs(stop, keep_images=True)
+    run.record_scores(result)
+    said = ", ".join(f"{result.counts[many]:,} {many}" for _, many in NAMES.values() if many in result.counts)
+    run.say(f"held out, all of {said or 'nothing'}, after step {run.step}:")
+    for line in result.lines():
+        run.say(f"  {line}")
+    for kind, pairs in run.data.heldout.items():
+        if pairs.broken:
+            run.say(f"  {kind}: {len(pairs.broken)} held-out samples could not be read: {pairs.broken[0]}")
+    return result
+
+
 def describe(run: Run, result: EvalResult | None) -> dict[str, Any]:
     """summary.json: what ran on what, and the final scores beside what chance, the unigram model and shuffled
     images give.
     """
+    config = run.config
+    parts = _pairs(run, result) if isinstance(config, PerceiverPretrainConfig) else _pictures(run, result)
+    return {
+        "name": config.name,
+        **parts,
+        "objectives": config.objectives.weights(),
+        "steps": run.step,
+        "total_steps": config.steps,
+        "skipped_steps": run.skipped,
+        "images": run.step * config.batch_size,
+        "seconds": run.seconds,
+        "device": device_name(run.engine.device),
+        "precision": run.engine.precision.name,
+        "peak_memory": peak_memory(run.engine.device),
+        "world_size": run.ranks.size,
+        "seed": config.seed,
+        "command": run.command,
+        "checkpoint": str(run.saved.relative_to(run.out)) if run.saved else None,
+        "finished": datetime.now(UTC).isoformat(timespec="seconds"),
+        "versions": {"auroraio": _version(), "torch": torch.__version__, "python": platform.python_version()},
+        "interrupted": False,
+        "evaluation": result.to_json() if result else None,
+    }
+
+
+def _pictures(run: Run, result: EvalResult | None) -> dict[str, Any]:
+    """What is Aurora's own."""
     config, data = run.config, run.data
     sizes = [name for name, size in AURORA_SIZES.items() if size == config.model]
     return {
-        "name": config.name,
         "model": {
             "family": "Aurora",
             "size": sizes[0] if sizes else "custom",
@@ -97,24 +144,36 @@ def describe(run: Run, result: EvalResult | None) -> dict[str, Any]:
             "vocab_size": data.tokenizer.vocab_size,
             "builtin": data.sources.builtin,
         },
-        "objectives": config.objectives.weights(),
         "itc_negatives": negatives(config, data.pairs, run.ranks.size),
-        "steps": run.step,
-        "total_steps": config.steps,
-        "skipped_steps": run.skipped,
-        "images": run.step * config.batch_size,
-        "seconds": run.seconds,
-        "device": device_name(run.engine.device),
-        "precision": run.engine.precision.name,
-        "peak_memory": peak_memory(run.engine.device),
-        "world_size": run.ranks.size,
-        "seed": config.seed,
-        "command": run.command,
-        "checkpoint": str(run.saved.relative_to(run.out)) if run.saved else None,
-        "finished": datetime.now(UTC).isoformat(timespec="seconds"),
-        "versions": {"auroraio": _version(), "torch": torch.__version__, "python": platform.python_version()},
-        "interrupted": False,
-        "evaluation": result.to_json() if result else None,
+    }
+
+
+def _pairs(run: Run, result: EvalResult | None) -> dict[str, Any]:
+    """What is PerceiverIO's own."""
+    config, data = run.config, run.data
+    assert isinstance(config, PerceiverPretrainConfig)
+    sizes = [name for name, size in PERCEIVER_SIZES.items() if size == config.model]
+    counters = data.loader.counters
+    return {
+        "model": {
+            "family": "PerceiverIO",
+            "size": sizes[0] if sizes else "custom",
+            "parameters": count_perceiver(config.model)["total"],
+            "image_size": config.model.image_size,
+        },
+        "data": {
+            "train": {kind: [str(path) for path in paths] for kind, paths in data.sources.train.items()},
+            "mixture": {kind: counter["share"] for kind, counter in counters.items()},
+            "train_samples": {kind: counter["samples"] for kind, counter in counters.items()},
+            "consumed": {kind: counter["consumed"] for kind, counter in counters.items()},
+            "evaluation": {
+                kind: [str(path) for path in paths] for kind, paths in data.sources.heldout.items()
+            },
+            "evaluation_samples": dict(result.counts) if result else {},
+            "broken": data.loader.broken.count,
+            "vocab_size": data.tokenizer.vocab_size,
+            "builtin": data.sources.builtin,
+        },
     }
 
 

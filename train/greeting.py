@@ -8,19 +8,40 @@ import torch
 
 import kernels
 from models import AuroraConfig
-from models.parameters import count_aurora
+from models.parameters import count_aurora, count_perceiver
+from models.perceiver import PerceiverConfig
 from train.config import PretrainConfig, micro_batch
 from train.data import Data
 from train.engine import Ranks
 from train.machine import Precision, device_name
+from train.multimodal import PerceiverPretrainConfig
+from train.multimodal_data import MultimodalData
 from train.optimizers import in_words
 
 
 def greeting(
-    config: PretrainConfig, device: torch.device, precision: Precision, ranks: Ranks, data: Data, out: Path
+    config: PretrainConfig,
+    device: torch.device,
+    precision: Precision,
+    ranks: Ranks,
+    data: Data | MultimodalData,
+    out: Path,
 ) -> list[str]:
     """Lines for rank 0 to say."""
     processes = f", {ranks.size} processes" if ranks.size > 1 else ""
+    if isinstance(config, PerceiverPretrainConfig):
+        assert isinstance(data, MultimodalData)
+        return [
+            f"device      {device_name(device)}{processes}; {precision.name}: {precision.why}",
+            f"model       {_perceiver(config.model)}",
+            f"optimizer   {in_words(config.optim, device)}",
+            *pair_lines(data),
+            f"steps       {config.steps:,} of {config.batch_size:,} samples: {config.steps * config.batch_size:,}"
+            + (f", each in {config.accumulation} micro-steps" if config.accumulation > 1 else ""),
+            "contrast    each sample is contrasted with the texts of the others of its kind in its micro-step",
+            f"output      {out}",
+        ]
+    assert isinstance(data, Data)
     return [
         f"device      {device_name(device)}{processes}; {precision.name}: {precision.why}",
         f"kernels     {_kernels(config.model, device, precision)}",
@@ -49,6 +70,28 @@ def _model(model: AuroraConfig) -> str:
     total = parts.pop("total")
     shares = ", ".join(f"{name} {count / 1e6:.1f}M" for name, count in parts.items())
     return f"{total / 1e6:.1f}M parameters ({shares}), {model.image_size} px"
+
+
+def _perceiver(model: PerceiverConfig) -> str:
+    parts = count_perceiver(model)
+    total = parts.pop("total")
+    shares = ", ".join(f"{name.replace('_', ' ')} {count / 1e6:.1f}M" for name, count in parts.items())
+    return (
+        f"{total / 1e6:.1f}M parameters ({shares}); images {model.image_size} px, sounds {model.audio_seconds:g} s "
+        f"({model.audio_kind}), {model.video_frames} frames of {model.video_size} px; {model.latents} latents"
+    )
+
+
+def pair_lines(data: MultimodalData) -> list[str]:
+    """A line per kind of pair, and the tokenizer's."""
+    lines = []
+    for kind, counter in data.loader.counters.items():
+        pairs = (data.heldout or {}).get(kind)
+        held = f"{len(pairs):,} held out" if pairs else "none held out: not scored"
+        lines.append(
+            f"data        {kind}: {counter['samples']:,} samples, {100 * counter['share']:.1f}% of each batch; {held}"
+        )
+    return [*lines, f"tokenizer   {data.tokenizer.vocab_size:,} pieces"]
 
 
 def _data(config: PretrainConfig, data: Data) -> list[str]:

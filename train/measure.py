@@ -130,7 +130,7 @@ def _result(collector: Collector, unigram: Tensor | None, scenes: bool) -> EvalR
     scores: dict[str, dict[str, Score]] = {}
     counts = {"images": len(collector.keys), "captions": sum(map(len, collector.captions))}
     if "retrieval" in wanted.tasks:
-        scores["retrieval"] = _retrieval(material, wanted.seed)
+        scores["retrieval"] = retrieval(material, wanted.seed)
     if "perplexity" in wanted.tasks:
         baselines = {"shuffled": collector.shuffled.value}
         if unigram is not None:
@@ -148,7 +148,8 @@ def _result(collector: Collector, unigram: Tensor | None, scenes: bool) -> EvalR
     return EvalResult(scores, counts, material)
 
 
-def _retrieval(material: Material, seed: int) -> dict[str, Score]:
+def retrieval(material: Material, seed: int) -> dict[str, Score]:
+    """Recall and median rank both ways, beside chance and what other pictures' embeddings give."""
     images, texts, owner = material.image_embeddings, material.text_embeddings, material.image_of_text
     chance = retrieval_chance(owner, len(images))
     shuffled = retrieval_scores(images[derangement(len(images), seed)], texts, owner)

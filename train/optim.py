@@ -26,6 +26,24 @@ def lr_at(step: int, steps: int, config: OptimConfig) -> float:
     return config.final_lr + (config.lr - config.final_lr) * 0.5 * (1 + math.cos(math.pi * progress))
 
 
+def aliases(model: nn.Module) -> dict[str, str]:
+    """Further names of parameters that a model has under several (a tied embedding): alias -> the name it is saved under."""
+    names = {id(parameter): name for name, parameter in model.named_parameters()}
+    every = model.named_parameters(remove_duplicate=False)
+    return {name: names[id(p)] for name, p in every if names[id(p)] != name}
+
+
+def weights_once(model: nn.Module) -> dict[str, Tensor]:
+    """The state dict without aliases: files hold every tensor once."""
+    also = aliases(model)
+    return {name: tensor for name, tensor in model.state_dict().items() if name not in also}
+
+
+def with_aliases(weights: Mapping[str, Tensor], model: nn.Module) -> dict[str, Tensor]:
+    """What `weights_once` gave, as `load_state_dict` wants it."""
+    return {**weights, **{also: weights[name] for also, name in aliases(model).items() if name in weights}}
+
+
 class Ema:
     """Exponential moving average of a model's parameters, fp32, one copy.
 

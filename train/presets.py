@@ -8,6 +8,7 @@ from dataclasses import replace
 from models import AURORA_SIZES
 from models.objectives import ObjectiveConfig
 from train.config import ConfigError, DataConfig, OptimConfig, PretrainConfig
+from train.presets_perceiver import PERCEIVER_PRESETS
 
 XL_SAMPLES = 2_000_000_000  # 1.5 billion pairs and 0.5 billion uncaptioned pictures, seen once
 
@@ -156,17 +157,20 @@ PRESETS = {
 DEFAULT = "aurora-tiny"
 
 
+ALL = PRESETS | PERCEIVER_PRESETS
+
+
 def preset(name: str) -> PretrainConfig:
     """The preset called `name`, exactly. Raises ConfigError with the list and the nearest name, which is
     never taken unasked.
     """
-    if name in PRESETS:
-        return PRESETS[name]()
-    near = difflib.get_close_matches(name, PRESETS, n=1, cutoff=0.5)
+    if name in ALL:
+        return ALL[name]()
+    near = difflib.get_close_matches(name, ALL, n=1, cutoff=0.5)
     hint = f" Did you mean {near[0]}?" if near else ""
-    raise ConfigError(f"no preset is called {name!r}.{hint} There are: {', '.join(PRESETS)}")
+    raise ConfigError(f"no preset is called {name!r}.{hint} There are: {', '.join(ALL)}")
 
 
 def listing() -> str:
     """One line per preset."""
-    return "\n".join(f"  {name:14}{' '.join((make.__doc__ or '').split())}" for name, make in PRESETS.items())
+    return "\n".join(f"  {name:16}{' '.join((make.__doc__ or '').split())}" for name, make in ALL.items())

@@ -7,6 +7,7 @@ from __future__ import annotations
 
 from dataclasses import dataclass, field
 
+import torch
 from torch import Tensor
 
 
@@ -36,6 +37,13 @@ class Material:
     restored: Tensor  # uint8 [R, h, w, 3], the model's picture in the hidden places, the original elsewhere
 
 
+_NONE = torch.empty(0)
+NOTHING = Material(
+    [], [], _NONE, _NONE, _NONE.long(), [], torch.empty(0, 1, 1, 3).byte(), _NONE.bool(), _NONE.byte()
+)
+"""Of an evaluation that had nothing to score."""
+
+
 @dataclass(frozen=True)
 class EvalResult:
     """Scores by task and name, how much they were measured on, and the material behind them."""
@@ -43,6 +51,8 @@ class EvalResult:
     scores: dict[str, dict[str, Score]]
     counts: dict[str, int]
     material: Material
+    materials: dict[str, Material] = field(default_factory=dict)
+    """of a model of several modalities: by the kind of pair ("image-text"); `material` is that of the pictures"""
 
     def scalars(self) -> dict[str, float]:
         """Flat, for logs: "text_to_image/R@1", "perplexity", "perplexity/shuffled", "scenes/f1" ..."""

@@ -12,12 +12,13 @@ from torch import Tensor
 from train import checkpoint
 from train.checkpoint import Snapshot
 from train.config import PretrainConfig
-from train.data import Data
 from train.engine import Ranks, StepResult, TorchEngine, gather_rng, leave, rng_state, share
 from train.log import Metrics, Progress, TensorBoard
 from train.machine import peak_memory
 from train.measure import evaluate_model
-from train.result import EvalResult
+from train.multimodal import CONTRASTS, PerceiverPretrainConfig
+from train.pairs import score_pairs, summarize_pairs
+from train.result import NOTHING, EvalResult
 from train.signals import Interrupted, Stop
 
 SHOWN_CAPTIONS = 3  # generated captions printed at an evaluation during the run
@@ -41,7 +42,7 @@ class Run:
     resume_command: str
     ranks: Ranks
     engine: TorchEngine
-    data: Data
+    data: Any  # Data, or MultimodalData
     progress: Progress
     metrics: Metrics | None  # rank 0 only, as is the next
     board: TensorBoard | None
@@ -128,12 +129,16 @@ class Run:
         then stops.
         """
         if self.ranks.first and self.data.heldout is not None:
+            several = isinstance(self.config, PerceiverPretrainConfig)
             try:
-                result = self.score(stop, max_images=self.config.eval_images, generate=SHOWN_CAPTIONS)
+                if several:
+                    result = self.score_pairs(stop, most=self.config.eval_images)
+                else:
+                    result = self.score(stop, max_images=self.config.eval_images, generate=SHOWN_CAPTIONS)
             except Interrupted:
                 return
             self.record_scores(result)
-            self.say(summarize(self.step, result))
+            self.say((summarize_pairs if several else summarize)(self.step, result))
             material = result.material
             for key, generated, captions in zip(
                 material.keys, material.generated, material.captions, strict=False
@@ -161,6 +166,25 @@ class Run:
                 generate=generate if trained.caption else 0,
                 scenes=scenes and trained.caption > 0,
                 reconstruct=reconstruct if trained.mim else 0,
+                **options,
+            )
+        self.evaluation_seconds.append(time.monotonic() - started)
+        return result
+
+    def score_pairs(self, stop: Stop, **options: Any) -> EvalResult:
+        """`train.pairs.score_pairs` with this run's device, precision and averaged weights, for the contrasts it trains."""
+        weights = self.config.objectives.weights()
+        sets = {kind: pairs for kind, pairs in self.data.heldout.items() if weights[CONTRASTS[kind]]}
+        if not sets:
+            return EvalResult({}, {}, NOTHING)
+        started = time.monotonic()
+        with stop.interruptible(), self.engine.scored_weights() as model:
+            result = score_pairs(
+                model,
+                sets,
+                device=self.engine.device,
+                autocast=self.engine.precision.autocast,
+                seed=self.config.seed,
                 **options,
             )
         self.evaluation_seconds.append(time.monotonic() - started)

@@ -11,15 +11,17 @@ from pathlib import Path
 
 import torch
 
-from models import Aurora
 from train import checkpoint
 from train.checkpoint import CheckpointError, Snapshot
 from train.config import ConfigError, PretrainConfig, differences, problems
 from train.data import Data, find_sources, open_data
 from train.engine import Ranks, TorchEngine, join, load_rng, share
+from train.families import family_of
 from train.greeting import greeting
 from train.log import Metrics, Progress, TensorBoard
 from train.machine import Precision, choose_precision, keep_freed_memory
+from train.multimodal import PerceiverPretrainConfig
+from train.multimodal_data import MultimodalData, find_pairs, open_pairs
 from train.run import Run
 
 
@@ -42,7 +44,7 @@ def set_up(config: PretrainConfig, command: Sequence[str]) -> Run:
 
     precision = _precision(config, snapshot, device, ranks)
     torch.manual_seed(config.seed)  # the same weights on every rank
-    model = Aurora(config.model)
+    model = family_of(config).model(config)
     torch.manual_seed(config.seed + 1 + ranks.rank)  # other dropout on every rank
 
     data = _open(config, ranks, device, progress)
@@ -75,14 +77,21 @@ def set_up(config: PretrainConfig, command: Sequence[str]) -> Run:
     return run
 
 
-def _open(config: PretrainConfig, ranks: Ranks, device: torch.device, progress: Progress) -> Data:
+def _open(
+    config: PretrainConfig, ranks: Ranks, device: torch.device, progress: Progress
+) -> Data | MultimodalData:
     """Rank 0 draws the built-in corpus and indexes the shards; then the others find both done."""
     if not ranks.first:
         share(None, ranks)
     try:
-        sources = find_sources(config.data, config.model.image_size, progress.say)
-        where = str(device) if device.type == "cuda" else "cpu"
-        data = open_data(config, sources, ranks.rank, ranks.size, where)
+        data: Data | MultimodalData
+        if isinstance(config, PerceiverPretrainConfig):
+            pairs = find_pairs(config.data, config.model.image_size, progress.say)
+            data = open_pairs(config, pairs, ranks.rank, ranks.size)
+        else:
+            sources = find_sources(config.data, config.model.image_size, progress.say)
+            where = str(device) if device.type == "cuda" else "cpu"
+            data = open_data(config, sources, ranks.rank, ranks.size, where)
     except (OSError, ValueError, ImportError) as error:
         raise ConfigError(str(error)) from error
     if ranks.first:
@@ -145,6 +154,10 @@ def _numbered(first: Path) -> list[Path]:
 
 def _compare(former: PretrainConfig, config: PretrainConfig, progress: Progress) -> None:
     """Refuse another model; say every other change."""
+    if family_of(former).name != family_of(config).name:
+        raise ConfigError(
+            f"the checkpoint is of {family_of(former).name}, this run trains {family_of(config).name}"
+        )
     changed = differences(former, config)
     model = [f"{name} was {a}, now {b}" for name, (a, b) in changed.items() if name.startswith("model.")]
     if model:

@@ -10,14 +10,21 @@ from dataload.multimodal.config import (
     VideoConfig,
 )
 from dataload.multimodal.loader import MixtureLoader
+from dataload.multimodal.mixtures import MIXTURES, PAIRS, mixture
+from dataload.multimodal.pairs import PairBatch, PairSet
 
 __all__ = [
+    "MIXTURES",
+    "PAIRS",
     "AudioConfig",
     "ImageConfig",
     "MixtureConfig",
     "MixtureLoader",
     "MultimodalBatch",
+    "PairBatch",
+    "PairSet",
     "SourceConfig",
     "TextConfig",
     "VideoConfig",
+    "mixture",
 ]

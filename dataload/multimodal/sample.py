@@ -81,6 +81,12 @@ class ClipMaker:
         clip.source, clip.sample, clip.broken = number, attempt.sample, attempt.broken + partial
         return clip
 
+    def plain(self, origin: Origin, sample: int) -> Clip:
+        """A sample by itself, without a substitute: raises BrokenSample or OSError."""
+        clip = self._make(origin, 0, 0, sample)
+        clip.sample = sample
+        return clip
+
     def _make(self, origin: Origin, base: int, epoch: int, sample: int) -> Clip:
         config, index = self._config, origin.index
 

@@ -20,11 +20,28 @@ from train.report.words import facts, lede, percent, plain
 
 OBJECTIVES = {
     "itc": ("Contrastive", "which caption belongs to which picture"),
+    "vtc": ("Contrastive, video", "which caption belongs to which video"),
+    "atc": ("Contrastive, sound", "which caption belongs to which sound"),
     "caption": ("Captioning", "writing the caption from the picture"),
     "mlm": ("Masked words", "hidden words, with the help of the picture"),
     "mim": ("Masked pictures", "hidden parts of the picture"),
+    "mvm": ("Masked videos", "hidden parts of the video"),
+    "mam": ("Masked sounds", "hidden parts of the spectrogram"),
 }
-WAYS = {"text_to_image": "Finding the picture", "image_to_text": "Finding the caption"}
+WAYS = {
+    "text_to_image": ("Finding the picture", "A caption is looked up among {images:,} pictures."),
+    "image_to_text": ("Finding the caption", "A picture is looked up among {captions:,} captions."),
+    "text_to_video": ("Finding the video", "A caption is looked up among {videos:,} videos."),
+    "video_to_text": (
+        "Finding a video's caption",
+        "A video is looked up among {captions_of_videos:,} captions.",
+    ),
+    "text_to_audio": ("Finding the sound", "A caption is looked up among {sounds:,} sounds."),
+    "audio_to_text": (
+        "Finding a sound's caption",
+        "A sound is looked up among {captions_of_sounds:,} captions.",
+    ),
+}
 
 
 def write_report(run_dir: Path | str) -> Path:
@@ -88,29 +105,16 @@ def score_groups(evaluation: Mapping[str, Any]) -> list[dict[str, Any]]:
     scores, counts = evaluation.get("scores", {}), evaluation.get("counts", {})
     groups = []
     retrieval = scores.get("retrieval", {})
-    for way, title in WAYS.items():
+    counts = {"captions": counts.get("captions_of_images", 0), **counts}
+    for way, (title, text) in WAYS.items():
         rows = [
             _row(f"R@{k}", retrieval[f"{way}/R@{k}"], 1.0, percent)
             for k in (1, 5, 10)
             if f"{way}/R@{k}" in retrieval
         ]
         if rows:
-            pool = (
-                f"{counts['images']:,} pictures"
-                if way == "text_to_image"
-                else f"{counts['captions']:,} captions"
-            )
-            asked = (
-                "A caption is looked up among" if way == "text_to_image" else "A picture is looked up among"
-            )
-            groups.append(
-                {
-                    "title": title,
-                    "rows": rows,
-                    "text": f"{asked} {pool}. R@5: how often a right one is among the first 5.",
-                    "lower": False,
-                }
-            )
+            text = f"{text.format(**counts)} R@5: how often a right one is among the first 5."
+            groups.append({"title": title, "rows": rows, "text": text, "lower": False})
     if scenes := scores.get("scenes"):
         rows = [
             _row(name.removesuffix("_f1").capitalize() if name != "f1" else "F1", s, 1.0, percent)
@@ -175,6 +179,13 @@ def make_charts(metrics: Mapping[str, list[dict[str, Any]]]) -> list[Chart]:
         scored("caption → picture", "text_to_image/R@10", "accent"),
         scored("picture → caption", "image_to_text/R@10", "second"),
     ]
+    other = [
+        Chart(f"Among {many}, right one in the first ten (R@10)", [
+            scored(f"caption → {one}", f"text_to_{one}/R@10", "accent"),
+            scored(f"{one} → caption", f"{one}_to_text/R@10", "second"),
+        ], f"held-out {many}", percent=True)
+        for one, many in (("video", "videos"), ("audio", "sounds"))
+    ]  # fmt: skip
     words = [
         scored("model", "perplexity", "accent"),
         scored("shuffled pictures", "perplexity/shuffled", "quiet"),
@@ -182,6 +193,7 @@ def make_charts(metrics: Mapping[str, list[dict[str, Any]]]) -> list[Chart]:
     charts = [
         Chart("Right one first (R@1)", recall, "held-out pictures", percent=True),
         Chart("Right one in the first ten (R@10)", wide, "held-out pictures", percent=True),
+        *other,
         Chart("Masked-word perplexity", words, "held-out captions"),
     ]
     charts += [
@@ -208,6 +220,10 @@ def _history(evaluations: list[dict[str, Any]]) -> dict[str, Any]:
             "text_to_image/R@10",
             "image_to_text/R@1",
             "image_to_text/R@10",
+            "text_to_video/R@10",
+            "video_to_text/R@10",
+            "text_to_audio/R@10",
+            "audio_to_text/R@10",
             "perplexity",
             "scenes/f1",
         )

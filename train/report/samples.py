@@ -4,6 +4,7 @@
     text_to_image  [{caption, right, rank, top: [id]}]             a caption and the pictures it found
     image_to_text  [{image, rank, top: [{caption, right}], own}]   a picture and the captions it found
     restored       [{image, masked, restored}]                     masked image modelling; both are data URIs
+    others         [{id, one, many, shown, pool, found, asked}]    the same of videos and sounds, where there are some
     generated      [{image, said, true: [..], agreement, place}]   place: top, middle, bottom by agreement
 
 Retrieval examples are drawn at random, generated captions from the top, the middle and the bottom: none is
@@ -49,9 +50,14 @@ def write_samples(result: EvalResult, run_dir: Path | str, seed: int = 0) -> Pat
         samples["image_to_text"] = _image_to_text(material, rng)
     samples["restored"] = _restored(material, material.thumbnails)
     samples["generated"] = _generated(material)
-    samples["images"] = {
+    images = samples["images"] = {
         str(i): data_uri(material.thumbnails[i].numpy()) for i in sorted(_image_ids(samples))
     }
+    samples["others"] = [
+        part
+        for kind, other in result.materials.items()
+        if other is not material and (part := _other(kind, other, rng, images)) is not None
+    ]
     path = Path(run_dir) / "samples.json"
     path.write_text(json.dumps(samples), encoding="utf-8")
     return path
@@ -111,6 +117,34 @@ def _image_to_text(material: Material, rng: np.random.Generator) -> list[dict[st
             }
         )
     return examples
+
+
+OTHERS = {
+    "image-text": ("picture", "pictures", "The pictures are resized."),
+    "video-text": ("video", "videos", "The first frame of each is shown."),
+    "audio-text": ("sound", "sounds", "Spectrograms are shown: time to the right, pitch upwards."),
+}
+
+
+def _other(
+    kind: str, material: Material, rng: np.random.Generator, images: dict[str, str]
+) -> dict[str, object] | None:
+    """Retrieval examples of another kind of pair; its pictures are added to `images` as "KIND-NUMBER"."""
+    if material.thumbnails is None or not len(material.text_embeddings):
+        return None
+    found, asked = _text_to_image(material, rng), _image_to_text(material, rng)
+    for number in sorted(_image_ids([found, asked])):
+        images[f"{kind}-{number}"] = data_uri(material.thumbnails[number].numpy())
+    for example in found:
+        example["right"] = f"{kind}-{example['right']}"
+        example["top"] = [f"{kind}-{number}" for number in example["top"]]  # type: ignore[attr-defined]
+    for example in asked:
+        example["image"] = f"{kind}-{example['image']}"
+    one, many, shown = OTHERS[kind]
+    pool = {"images": len(material.keys), "captions": sum(map(len, material.captions))}
+    return {
+        "id": kind, "one": one, "many": many, "shown": shown, "pool": pool, "found": found, "asked": asked,
+    }  # fmt: skip
 
 
 def _draw(material: Material, rng: np.random.Generator) -> list[int]:

@@ -24,15 +24,20 @@ def lede(summary: Mapping[str, Any]) -> str:
     if data.get("train_uncaptioned"):
         pictures.append(f"{data['train_uncaptioned']:,} uncaptioned")
     said.append("was trained")
+    if samples := data.get("train_samples"):
+        names = {"image-text": "pictures", "video-text": "videos", "audio-text": "sounds"}
+        several = [f"{count:,} {names.get(kind, kind)}" for kind, count in samples.items()]
+        said.append(f"on {', '.join(several)} with captions")
     if pictures:
         size = f" of {model['image_size']} × {model['image_size']} pixels" if "image_size" in model else ""
         said.append(f"on {' and '.join(pictures)} pictures{size}")
     text = " ".join(said) + "."
+    things = "samples" if samples else "pictures"
     if "steps" in summary and "seconds" in summary:
         text += f" {summary['steps']:,} steps took {duration(summary['seconds'])}"
         text += f" on {summary['device']}" if "device" in summary else ""
         text += f" in {summary['precision']}" if "precision" in summary else ""
-        text += f", {number(summary['images'])} pictures in all." if "images" in summary else "."
+        text += f", {number(summary['images'])} {things} in all." if "images" in summary else "."
     if summary.get("interrupted"):
         text += " The run was stopped before its end."
     if data.get("evaluation_images"):

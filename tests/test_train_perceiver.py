@@ -1,0 +1,239 @@
+"""Pre-training PerceiverIO on pictures, clips and sounds: the same command, loop and promises as Aurora's."""
+
+from __future__ import annotations
+
+import json
+import os
+import shutil
+import signal
+import subprocess
+import sys
+from pathlib import Path
+from typing import Any
+
+import pytest
+import torch
+from clips import captions, wav, write_tar
+from micro import ROOT
+from safetensors.torch import load_file
+
+from dataload import scenes_media
+from dataload.multimodal import MIXTURES, PAIRS, ImageConfig, MixtureConfig, PairSet, SourceConfig, mixture
+from dataload.tokenizer import Tokenizer
+from train.checkpoint import load_model
+from train.config import ConfigError, problems, to_dict
+from train.multimodal import PerceiverPretrainConfig
+from train.presets import preset
+from train.pretrain import main
+
+pytest.importorskip("av", reason="needs PyAV: pip install 'auroraio[data]'")
+pytest.importorskip("soundfile", reason="needs soundfile: pip install 'auroraio[data]'")
+
+
+@pytest.fixture(scope="module")
+def data(tmp_path_factory: pytest.TempPathFactory) -> scenes_media.MediaPaths:
+    folder = tmp_path_factory.mktemp("corpus")
+    return scenes_media.build(
+        folder, train=60, uncaptioned=0, heldout=12, sounds=20, clips=20, heldout_media=12, workers=1
+    )
+
+
+def arguments(data: scenes_media.MediaPaths, out: Path, *more: str) -> list[str]:
+    """A run of a very small model: 6 steps of 18 samples, 12.5 pictures, 4 clips and 1.5 sounds each."""
+    pictures = data.pictures
+    shards = {
+        "image-text": (pictures.train, pictures.heldout),
+        "video-text": (data.clips, data.heldout_clips),
+        "audio-text": (data.sounds, data.heldout_sounds),
+    }
+    given: list[str] = ["perceiver-tiny", "--out", str(out), "--data.tokenizer", str(data.tokenizer)]
+    for kind, (train, heldout) in shards.items():
+        given += [f"--data.{kind}.train", *map(str, train), f"--data.{kind}.heldout", *map(str, heldout)]
+    model = {
+        "latents": 8, "latent-width": 32, "latent-layers": 1, "latent-head-dim": 16, "encoder-width": 32,
+        "encoder-head-dim": 16, "image-patch": 16, "text-width": 32, "decoder-width": 32, "decoder-head-dim": 16,
+        "decoder-layers": 1, "query-width": 32, "embedding-width": 16,
+    }  # fmt: skip
+    for name, value in model.items():
+        given += [f"--model.{name}", str(value)]
+    given += (
+        "--steps 6 --batch-size 18 --optim.warmup 2 --eval-every 3 --eval-images 8 --save-every 3".split()
+    )
+    return [*given, "--device", "cpu", "--precision", "fp32", *more]
+
+
+def lines(out: Path, kind: str) -> list[dict[str, Any]]:
+    found = [json.loads(line) for line in (out / "metrics.jsonl").read_text().splitlines()]
+    return [line for line in found if line["kind"] == kind]
+
+
+@pytest.fixture(scope="module")
+def straight(data: scenes_media.MediaPaths, tmp_path_factory: pytest.TempPathFactory) -> Path:
+    """A run of 6 steps without interruption."""
+    out = tmp_path_factory.mktemp("straight") / "run"
+    assert main(arguments(data, out)) == 0
+    return out
+
+
+WAYS = [f"{a}_to_{b}" for m in ("image", "video", "audio") for a, b in (("text", m), (m, "text"))]
+
+
+def test_every_modality_is_trained_scored_and_reported(straight: Path) -> None:
+    first = lines(straight, "train")[0]["losses"]
+    assert set(first) == {"itc", "vtc", "atc", "caption", "mlm", "mim", "mvm", "mam"}
+    assert all(value > 0 for value in first.values())
+    scores = lines(straight, "eval")[-1]["scores"]
+    assert {f"{way}/R@{k}" for way in WAYS for k in (1, 5, 10)} <= set(scores)
+    summary = json.loads((straight / "summary.json").read_text())
+    assert summary["model"]["family"] == "PerceiverIO"
+    assert summary["evaluation"]["counts"] == {
+        name: value
+        for many in ("images", "videos", "sounds")
+        for name, value in ((many, 12), (f"captions_of_{many}", 60))
+    }
+    retrieval = summary["evaluation"]["scores"]["retrieval"]
+    assert retrieval["text_to_video/R@5"]["chance"] == pytest.approx(5 / 12)
+    assert set(retrieval["audio_to_text/R@1"]) == {"value", "chance", "shuffled"}
+    consumed = summary["data"]["consumed"]
+    assert sum(consumed.values()) == 6 * 18 and consumed == {
+        "image-text": 75,
+        "video-text": 24,
+        "audio-text": 9,
+    }
+    page = (straight / "report.html").read_text()
+    for words in (
+        "PerceiverIO",
+        "Finding the video",
+        "Finding the sound",
+        "Captions and videos",
+        "Captions and sounds",
+    ):
+        assert words in page
+
+
+def test_loss_falls(straight: Path) -> None:
+    losses = [line["loss"] for line in lines(straight, "train")]
+    assert losses[-1] < losses[0]
+
+
+def test_resume_is_exact(straight: Path, data: scenes_media.MediaPaths, tmp_path: Path) -> None:
+    out = tmp_path / "halfway"
+    shutil.copytree(straight, out)
+    shutil.rmtree(out / "checkpoints/step-000006")
+    assert main(arguments(data, out, "--resume", "auto")) == 0
+    one, other = (load_file(run / "checkpoints/step-000006/model.safetensors") for run in (straight, out))
+    assert one.keys() == other.keys() and all(torch.equal(one[name], other[name]) for name in one)
+    assert [line["losses"] for line in lines(straight, "train")] == [
+        line["losses"] for line in lines(out, "train")
+    ]
+    assert lines(straight, "eval")[-1]["scores"] == lines(out, "eval")[-1]["scores"]
+
+
+def test_a_checkpoint_loads_with_its_tied_embedding(straight: Path) -> None:
+    loaded = load_model(straight)
+    assert isinstance(loaded.config, PerceiverPretrainConfig)
+    assert loaded.model.decoder.embedding.weight is loaded.model.text.embedding.weight
+    saved = load_file(straight / "checkpoints/step-000006/model.safetensors")
+    assert torch.equal(saved["text.embedding.weight"], loaded.model.text.embedding.weight)
+
+
+def test_control_c_saves_and_says_how_to_go_on(
+    straight: Path, data: scenes_media.MediaPaths, tmp_path: Path
+) -> None:
+    out = tmp_path / "run"
+    command = [
+        sys.executable,
+        "-m",
+        "train.pretrain",
+        *arguments(data, out, "--log-every", "1", "--steps", "100000"),
+    ]
+    process = subprocess.Popen(command, cwd=ROOT, stdout=subprocess.PIPE, text=True, env={**os.environ})
+    assert process.stdout
+    for line in process.stdout:
+        if line.startswith("step "):
+            process.send_signal(signal.SIGINT)
+            break
+    said = process.stdout.read()
+    assert process.wait(timeout=60) == 130
+    assert "go on with: python -m train.pretrain perceiver-tiny" in said
+    assert (out / "checkpoints/latest").is_file()
+
+
+def test_a_checkpoint_of_another_family_is_refused(
+    straight: Path, data: scenes_media.MediaPaths, capsys: pytest.CaptureFixture[str]
+) -> None:
+    pictures = [str(path) for path in data.pictures.train]
+    asked = ["aurora-tiny", "--resume", str(straight), "--data.train", *pictures]
+    assert main([*asked, "--data.tokenizer", str(data.pictures.tokenizer)]) == 2
+    assert "the checkpoint is of PerceiverIO, this run trains Aurora" in capsys.readouterr().err
+
+
+def test_xl_is_the_specified_recipe() -> None:
+    xl = preset("perceiver-xl")
+    assert isinstance(xl, PerceiverPretrainConfig)
+    assert (xl.model.image_size, xl.data.interpolation, xl.model.audio_seconds) == (512, "bicubic", 10.0)
+    optim = xl.optim
+    assert (optim.lr, optim.final_lr, optim.warmup, optim.clip) == (1e-4, 1e-5, 10_000, 1.0)
+    assert (xl.batch_size, xl.batch_size // 256, xl.activation_checkpointing) == (2048, 8, True)
+    assert xl.steps * 2048 >= 3.6e9 > (xl.steps - 1) * 2048
+    assert xl.data.mixture == "mm-align"
+
+
+@pytest.mark.parametrize("size", ["tiny", "small", "base", "large", "xl"])
+def test_presets_resolve_and_say_what_they_lack(size: str) -> None:
+    config = preset(f"perceiver-{size}")
+    assert json.loads(json.dumps(to_dict(config)))["name"] == f"perceiver-{size}"
+    found = problems(config)
+    assert found == [] if size == "tiny" else "is for your own shards" in found[0]
+
+
+def test_dry_run_of_a_preset(
+    data: scenes_media.MediaPaths, tmp_path: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    assert main(arguments(data, tmp_path / "run", "--dry-run")) == 0
+    said = capsys.readouterr().out
+    assert "image-text: 60 samples, 69.4% of each batch; 12 held out" in said
+    assert not (tmp_path / "run").exists()
+
+
+def test_several_processes_are_refused() -> None:
+    assert "PerceiverIO trains on one" in problems(preset("perceiver-tiny"), world_size=2)[0]
+
+
+def test_mixture_is_mm_aligns() -> None:
+    shards = {"image-text": ("a.tar",), "audio-text": ("b.tar",)}
+    found = mixture("mm-align", shards)
+    assert list(found) == list(shards)
+    assert found["image-text"].weight / found["audio-text"].weight == pytest.approx(2.5 / 0.3)
+    assert MIXTURES["mm-align"]["video-text"] == 800e6
+    assert mixture("mm-align", shards, {"audio-text": 5.0})["audio-text"].weight == 5.0
+    for wrong, words in ((("x", shards, None), "mixture"), (("equal", {"smell-text": ("a",)}, None), "pair")):
+        with pytest.raises(ValueError, match=f"no .*{words}"):
+            mixture(*wrong)  # type: ignore[arg-type]
+    with pytest.raises(ConfigError):
+        preset("perceiver")
+
+
+def test_a_broken_heldout_sample_is_listed_and_left_out(
+    data: scenes_media.MediaPaths, tmp_path: Path
+) -> None:
+    files = {
+        f"{n}": {"wav": wav(300.0 + 50 * n), "json": captions(f"sound {n}", f"tone {n}")} for n in range(4)
+    }
+    files["2"]["wav"] = b"RIFF and nothing else"
+    write_tar(tmp_path / "sounds.tar", files)
+    source = SourceConfig(
+        (str(tmp_path / "sounds.tar"),), modalities=PAIRS["audio-text"], needs=("audio", "text")
+    )
+    config = MixtureConfig({"audio-text": source}, batch_size=2, image=ImageConfig(64, cell=16))
+    pairs = PairSet("audio-text", source, config, Tokenizer.load(data.tokenizer), batch_size=3)
+    for _ in range(2):
+        batches = list(pairs)
+        assert [batch.captions for batch in batches] == [
+            [["sound 0", "tone 0"], ["sound 1", "tone 1"]],
+            [["sound 3", "tone 3"]],
+        ]
+        assert [len(batch.texts) for batch in batches] == [4, 2]
+        assert [batch.sample_of_text.tolist() for batch in batches] == [[0, 0, 1, 1], [0, 0]]
+    assert len(pairs) == 4
+    assert [one.key for one in pairs.broken] == ["2"]
