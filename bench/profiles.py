@@ -184,10 +184,6 @@ CPU_GATES = (
     Gate("accelerated_attention", "swinv2-window7-batch1/training/bfloat16", "accelerated", "timm", 1.03),
     Gate("accelerated_attention", "swinv2-window14-batch1/training/bfloat16", "accelerated", "timm", 1.03),
     # 0.34, 0.18, 0.74 and 0.38 measured.
-    Gate("tokenizer", "unigram-one-by-one/encode/int64", "auroraio", "tokenizers", 0.7),
-    Gate("tokenizer", "unigram-batch/encode/int64", "auroraio", "tokenizers", 0.5),
-    Gate("tokenizer", "bpe-one-by-one/encode/int64", "auroraio", "tokenizers", 1.0),
-    Gate("tokenizer", "bpe-batch/encode/int64", "auroraio", "tokenizers", 0.8),
 )
 
 

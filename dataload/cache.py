@@ -37,6 +37,10 @@ def _default_bytes() -> int:
     return int(float(os.environ.get("AURORAIO_CACHE_GIB") or 64) * GIB)
 
 
+_ROUNDS = 3
+"""downloads of a shard that is removed again before it is open"""
+
+
 @dataclass(frozen=True)
 class Cache:
     """A folder for remote shards, `max_bytes` at most (and one shard at least)."""
@@ -69,10 +73,15 @@ class Cache:
         partial = path.with_suffix(".partial")
         with _locked(path.with_suffix(".lock"), partial, address, self.timeout):
             file = _opened(path, facts)  # another process may have brought it
+            for _ in range(_ROUNDS):  # one that makes room may take it away before it is open
+                if file is None:
+                    self._download(address, facts, partial)
+                    os.replace(partial, path)
+                    file = _opened(path, facts)
             if file is None:
-                self._download(address, facts, partial)
-                os.replace(partial, path)
-                file = TarFile(path)  # before others may remove it
+                raise OSError(
+                    f"{address.shown}: {path} is removed as fast as it is downloaded; the cache is too small"
+                )
         self._evict(keep=path)
         return file
 

@@ -85,9 +85,9 @@ def test_auto_runs_what_explain_says(monkeypatch: pytest.MonkeyPatch) -> None:
 
 def test_available_backends() -> None:
     table = kernels.available_backends()
-    assert set(table) == {"window_attention", "latent_attention", "linear_cross_entropy"}
-    loss = table.pop("linear_cross_entropy")
-    assert [name for name, why in loss.items() if why is None] == ["reference", "eager"]
+    assert set(table) == {"window_attention", "latent_attention", "linear_cross_entropy", "contrastive_loss"}
+    for loss in (table.pop("linear_cross_entropy"), table.pop("contrastive_loss")):
+        assert [name for name, why in loss.items() if why is None] == ["reference", "eager"]
     for backends in table.values():
         assert [name for name, why in backends.items() if why is None] == ["reference", "eager", "sdpa"]
 
