@@ -24,7 +24,9 @@ def examine(case: AotCase, arch: int) -> Row:
     try:
         try:
             cubin, shared = compile_case(case, arch)
-        except Exception:  # CPython 3.11's ast module loses count of its depth at times; a real failure fails again
+        except (
+            Exception
+        ):  # CPython 3.11's ast module loses count of its depth at times; a real failure fails again
             cubin, shared = compile_case(case, arch)
     except Exception as error:  # whatever the compiler's many stages raise, it is about this case
         return Row(

@@ -87,7 +87,8 @@ class PerceiverIO(nn.Module):
         """The losses that are on, unweighted fp32 scalars, by the names in `PerceiverObjectives.weights`.
 
         A loss is there whether or not the batch has anything for it: then it is 0, and its gradients are 0. So all
-        processes of a distributed run have the same graph.
+        processes of a distributed run have the same graph. (The contrastive losses talk among processes, and need as many pairs
+        of each kind on every one of them: mixed batches do not have that, so training takes one process as yet.)
 
         Args:
             pieces: "image", "audio", "video", "text" -> Piece; a modality that the batch lacks may be left out, and

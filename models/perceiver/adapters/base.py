@@ -88,10 +88,12 @@ class Adapter(nn.Module):
 
     def hidden(self, piece: Piece, patches: Tensor, lengths: Tensor, share: float) -> Tensor:
         """bool [P, n]: the patches that the masked objective hides: the piece's own mask, or a random `share` of each."""
-        if piece.mask is not None:
-            return piece.mask
         n = patches.shape[1]
         own = visible(lengths, n)
+        if (
+            piece.mask is not None
+        ):  # as wide as the batch's longest piece; those chosen here may all be shorter
+            return piece.mask[:, :n].reshape(own.shape) & own
         noise = torch.rand(own.shape, device=own.device).masked_fill(~own, 2.0)
         rank = noise.argsort(dim=1).argsort(dim=1)
         return own & (rank < (share * lengths[:, None]).round().clamp(min=1))
