@@ -6,6 +6,7 @@ import json
 import os
 from collections.abc import Sequence
 from dataclasses import asdict, dataclass, field
+from pathlib import Path
 
 _JUDGED_FROM = 20
 """tried samples, before the share of broken ones can stop a run"""
@@ -57,10 +58,11 @@ class BrokenReport:
     _seen: set[Broken] = field(default_factory=set, repr=False)
 
     def __post_init__(self) -> None:
-        folder = os.path.dirname(self.quarantine) or "."
-        if self.quarantine and not (os.path.isdir(folder) and os.access(folder, os.W_OK)):
-            # now, not at the first broken sample
-            raise OSError(f"quarantine {self.quarantine}: {folder} is no folder that can be written to")
+        if self.quarantine:  # now, not at the first broken sample
+            folder = Path(self.quarantine).absolute().parent
+            there = next(one for one in (folder, *folder.parents) if one.exists())
+            if not (there.is_dir() and os.access(there, os.W_OK)):
+                raise OSError(f"quarantine {self.quarantine}: {there} is no folder that can be written to")
 
     @property
     def share(self) -> float:
@@ -84,6 +86,7 @@ class BrokenReport:
 
     def _write(self, one: Broken) -> None:
         if self.quarantine:
+            Path(self.quarantine).parent.mkdir(parents=True, exist_ok=True)
             with open(self.quarantine, "a", encoding="utf-8") as file:
                 file.write(json.dumps(asdict(one)) + "\n")
 

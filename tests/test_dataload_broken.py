@@ -120,3 +120,14 @@ def test_printing_a_loader_shows_its_stages(partly_broken: Path, tokenizer: Toke
     assert stages == list(costs) == ["fetch", "header", "decode", "resize", "text", "mask", "collect"]
     assert costs["collect"].calls == 7 and costs["resize"].calls >= 56 <= costs["header"].calls
     assert lines[-1].startswith("  7 batches; the reader waited ") and "samples are broken" in lines[-1]
+
+
+def test_a_quarantine_file_that_cannot_be_written_is_refused_at_once(
+    partly_broken: Path, tokenizer: Tokenizer
+) -> None:
+    in_a_file = config(partly_broken, quarantine=str(partly_broken / "b.tar" / "q.jsonl"))
+    with pytest.raises(OSError, match=r"b\.tar is no folder that can be written to"):
+        Loader(in_a_file, tokenizer)
+    new = partly_broken / "a" / "folder" / "q.jsonl"
+    take(Loader(config(partly_broken, max_broken=0.5, quarantine=str(new)), tokenizer), 14)
+    assert len(new.read_text().splitlines()) == 3
