@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import importlib
 import json
 import os
 import shutil
@@ -135,6 +136,16 @@ def test_a_checkpoint_loads_with_its_tied_embedding(straight: Path) -> None:
     assert loaded.model.decoder.embedding.weight is loaded.model.text.embedding.weight
     saved = load_file(straight / "checkpoints/step-000006/model.safetensors")
     assert torch.equal(saved["text.embedding.weight"], loaded.model.text.embedding.weight)
+
+
+@pytest.mark.parametrize("command", ["evaluate", "generate"])
+def test_commands_that_read_auroras_say_so(
+    straight: Path, tmp_path: Path, capsys: pytest.CaptureFixture[str], command: str
+) -> None:
+    arguments = {"evaluate": ["retrieval", "--data", "x.tar"], "generate": ["x.jpg"]}[command]
+    module = importlib.import_module(f"train.{command}")
+    assert module.main([*arguments, "--checkpoint", str(straight)]) == 2
+    assert f"checkpoint; train.{command} reads Aurora's alone as yet" in capsys.readouterr().err
 
 
 def test_control_c_saves_and_says_how_to_go_on(

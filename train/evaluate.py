@@ -88,6 +88,7 @@ def main(arguments: Sequence[str] | None = None) -> int:
     args = parser().parse_args(given)
     try:
         loaded = load_model(args.checkpoint)
+        loaded.must_be_aurora("train.evaluate")
         output = args.output or loaded.path / f"{args.task}.json"
         _check(args, loaded, output)
         model, paths = loaded.config.model, heldout_shards(args, loaded)

@@ -13,6 +13,7 @@ import torch
 from models import AURORA_SIZES
 from models.parameters import count_aurora, count_perceiver
 from models.perceiver import PERCEIVER_SIZES
+from train.families import family_of
 from train.greeting import negatives
 from train.machine import device_name, peak_memory
 from train.measure import unigram_counts
@@ -114,6 +115,7 @@ def describe(run: Run, result: EvalResult | None) -> dict[str, Any]:
         "world_size": run.ranks.size,
         "seed": config.seed,
         "command": run.command,
+        "family": family_of(run.config).name,
         "checkpoint": str(run.saved.relative_to(run.out)) if run.saved else None,
         "finished": datetime.now(UTC).isoformat(timespec="seconds"),
         "versions": {"auroraio": _version(), "torch": torch.__version__, "python": platform.python_version()},

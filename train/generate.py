@@ -79,6 +79,7 @@ def main(arguments: Sequence[str] | None = None) -> int:
         _check(args)
         device = choose_device(args.device)
         loaded = load_model(args.checkpoint, device)
+        loaded.must_be_aurora("train.generate")
         _check_objective(loaded)
         _check_length(args, loaded)
         generator = torch.Generator(device).manual_seed(args.seed)

@@ -5,6 +5,7 @@
 
 from __future__ import annotations
 
+from abc import ABC, abstractmethod
 from dataclasses import dataclass
 from functools import cache
 from importlib.util import find_spec
@@ -57,7 +58,7 @@ class OptimizerCase:
         return work.optimizer_step(self.parameters, dtype.itemsize)
 
 
-class Stepped(nn.Module):
+class Stepped(nn.Module, ABC):
     """Called, it makes one step and gives all parameters; `step` is what is timed."""
 
     def __init__(self, case: OptimizerCase, device: str, dtype: torch.dtype) -> None:
@@ -79,9 +80,9 @@ class Stepped(nn.Module):
             p.grad = piece.view(p.shape)
         self.update()
 
+    @abstractmethod
     def update(self) -> None:
         """Clip and step."""
-        raise NotImplementedError
 
 
 class Ours(Stepped):

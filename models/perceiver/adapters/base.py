@@ -7,6 +7,8 @@ Letters: P pieces, n patches of a piece (padded to the longest), F numbers in a 
 
 from __future__ import annotations
 
+from abc import ABC, abstractmethod
+
 import torch
 from torch import Tensor, nn
 from torch.utils.checkpoint import checkpoint
@@ -16,7 +18,7 @@ from models.perceiver.config import PerceiverConfig
 from models.perceiver.pieces import Piece, Tokens, visible
 
 
-class Adapter(nn.Module):
+class Adapter(nn.Module, ABC):
     """A modality. A new one is a subclass that says what a patch is (`patches`) and where it lies (`grid`), and is put
     into `PerceiverIO.adapters` under its name."""
 
@@ -39,14 +41,14 @@ class Adapter(nn.Module):
         """One of the encoder's blocks."""
         return Block(config.encoder_width, config.encoder_head_dim, layer_scale=config.layer_scale_init)
 
+    @abstractmethod
     def empty(self, device: torch.device) -> Piece:
         """No piece at all, in the form that `patches` takes: where a batch lacks the modality, its weights then get
         gradients of zero, and every process of a distributed run has the same graph."""
-        raise NotImplementedError
 
+    @abstractmethod
     def patches(self, piece: Piece) -> tuple[Tensor, Tensor]:
         """Raw pieces -> (patches [P, n, F], what the masked objective asks for too; patches of each piece, int [P])."""
-        raise NotImplementedError
 
     def embed(self, piece: Piece, patches: Tensor, mask: Tensor | None) -> Tensor:
         """Patches [P, n, F] -> [P, n, E]; where mask bool [P, n] is True the mask token."""
