@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import ast
 import base64
+import compileall
 import csv
 import hashlib
 import importlib.util
@@ -266,16 +267,16 @@ def test_import_kernels_loads_nothing_else() -> None:
     assert not loaded & {"models", "dataload", "train", "bench", "triton", "torchvision", "flash_attn"}
 
 
-def test_import_kernels_is_fast() -> None:
-    """Beyond `import torch`, in processor time (others may be busy on this machine); the best of three."""
+def test_import_kernels_is_fast(tmp_path: Path) -> None:
+    """Beyond `import torch`, in processor time (others may be busy on this machine), of modules that are compiled to
+    bytecode, as installed ones are; the best of three."""
     clock = (
         "import torch, time; start = time.process_time(); import kernels; print(time.process_time() - start)"
     )
-    for _ in range(3):
-        seconds = float(run(sys.executable, "-c", clock).stdout)
-        if seconds < 0.15:
-            return
-    pytest.fail(f"import kernels takes {seconds:.3f} s, three times over 0.15 s")
+    shutil.copytree(ROOT / "kernels", tmp_path / "kernels")
+    compileall.compile_dir(tmp_path / "kernels", quiet=1)
+    seconds = min(float(run(sys.executable, "-c", clock, cwd=tmp_path).stdout) for _ in range(3))
+    assert seconds < 0.15
 
 
 @pytest.mark.parametrize("platform", ["darwin", "win32"])

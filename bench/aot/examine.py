@@ -2,32 +2,45 @@
 
 from __future__ import annotations
 
+import ast
 import hashlib
 import subprocess
 import tempfile
+import threading
 from pathlib import Path
 
 import triton
 from triton.backends.compiler import GPUTarget
 from triton.compiler import ASTSource
 from triton.runtime.cache import get_cache_manager
+from triton.runtime.jit import JITFunction
 
 from bench.aot import sass
 from bench.aot.occupancy import WARP
 from bench.aot.verdict import Row, failures, measure
 from kernels.aot import AotCase
 
+PARSING = threading.Lock()
+parse = JITFunction.parse
+
+
+def parse_alone(self: JITFunction) -> ast.Module:
+    """CPython 3.11 counts the depth of a syntax tree in one place for all threads. Where the garbage collector calls
+    Python code (Hypothesis has such a callback), another thread's parse can come in between: "SystemError: AST constructor
+    recursion depth mismatch".
+    """
+    with PARSING:
+        return parse(self)
+
+
+JITFunction.parse = parse_alone
+
 
 def examine(case: AotCase, arch: int) -> Row:
     """Compile, disassemble, judge. A case that does not compile is a row that fails, not an exception."""
     about = (case.name, case.config, arch, case.num_warps, case.num_stages, case.expects)
     try:
-        try:
-            cubin, shared = compile_case(case, arch)
-        except (
-            Exception
-        ):  # CPython 3.11's ast module loses count of its depth at times; a real failure fails again
-            cubin, shared = compile_case(case, arch)
+        cubin, shared = compile_case(case, arch)
     except Exception as error:  # whatever the compiler's many stages raise, it is about this case
         return Row(
             *about, None, (f"does not compile: {type(error).__name__}: {' '.join(str(error).split())[:300]}",)
