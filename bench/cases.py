@@ -157,7 +157,7 @@ CPU_CONTRASTS = tuple(
     ContrastiveCase(f"{kind}-{pairs}", kind, pairs, width)
     for kind in ("softmax", "sigmoid")
     for pairs, width in ((512, 256), (1025, 97), (2048, 768))
-)
+) + (ContrastiveCase("softmax-8192", "softmax", 8192, 256),)
 GPU_CONTRASTS = tuple(
     ContrastiveCase(f"{kind}-{pairs}", kind, pairs, 768)
     for kind in ("softmax", "sigmoid")
