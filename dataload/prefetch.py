@@ -41,6 +41,7 @@ J = TypeVar("J")
 """a sample to draw"""
 W = TypeVar("W", bound="Work[Any]")
 """a batch that is being made"""
+R = TypeVar("R")
 W_co = TypeVar("W_co", bound="Work[Any]", covariant=True)
 P = TypeVar("P", bound="Plan[Any]")
 At = TypeVar("At")
@@ -98,6 +99,28 @@ class Limits:
     """after this long, SlowWorkerWarning says what the threads are at"""
     stop: float = 600.0
     """after this long, WorkerStuck ends the run; 0 = never"""
+
+
+def wait(part: Future[R], limits: Limits, dead: Callable[[], list[str]], at: Callable[[], str]) -> R:
+    """What a thread makes, or raises. Raises WorkerStuck once `limits.stop` has passed or where `dead` names a thread;
+    `at` says for its message, and for that of SlowWorkerWarning, what is being done."""
+    started, warned = time.monotonic(), False
+    while True:
+        try:
+            return part.result(timeout=_LOOK)
+        except FutureTimeout:
+            if part.done():  # the sample itself raised a TimeoutError
+                return part.result()
+        waited = time.monotonic() - started
+        if gone := dead():
+            raise WorkerStuck(f"the thread {', '.join(gone)} of the loader has died; {at()}")
+        if limits.stop and waited > limits.stop:
+            raise WorkerStuck(f"no batch for {waited:.0f} s (stall_limit is {limits.stop:g}); {at()}")
+        if not warned and waited > limits.warn:
+            warned = True
+            warnings.warn(
+                f"a batch has been waited for {waited:.0f} s; {at()}", SlowWorkerWarning, stacklevel=6
+            )
 
 
 class Prefetch(Generic[J, P, W, At]):
@@ -166,27 +189,7 @@ class Prefetch(Generic[J, P, W, At]):
             self._backend.close()
 
     def _wait(self, part: Future[list[Any]]) -> list[Any]:
-        started, warned = time.monotonic(), False
-        while True:
-            try:
-                return part.result(timeout=_LOOK)
-            except FutureTimeout:
-                if part.done():  # the sample itself raised a TimeoutError
-                    return part.result()
-            waited = time.monotonic() - started
-            if dead := self._backend.dead():
-                raise WorkerStuck(f"the thread {', '.join(dead)} of the loader has died; {self._at()}")
-            if self._limits.stop and waited > self._limits.stop:
-                raise WorkerStuck(
-                    f"no batch for {waited:.0f} s (stall_limit is {self._limits.stop:g}); {self._at()}"
-                )
-            if not warned and waited > self._limits.warn:
-                warned = True
-                warnings.warn(
-                    f"a batch has been waited for {waited:.0f} s; {self._at()}",
-                    SlowWorkerWarning,
-                    stacklevel=5,
-                )
+        return wait(part, self._limits, self._backend.dead, self._at)
 
     def _at(self) -> str:
         doing = self._stages.now()

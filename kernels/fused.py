@@ -16,6 +16,7 @@ import torch.nn.functional as F
 from torch import Tensor
 
 from kernels.backend import BackendError
+from kernels.once import once_differentiable
 
 HAS_LIGER = find_spec("liger_kernel") is not None  # asked once, as for Triton
 HALF_OR_SINGLE = (torch.float16, torch.bfloat16, torch.float32)
@@ -115,7 +116,7 @@ class _Gated(torch.autograd.Function):
         return out
 
     @staticmethod
-    @torch.autograd.function.once_differentiable
+    @once_differentiable("kernels.fused")
     def backward(ctx: Any, grad: Tensor) -> tuple[Tensor, Tensor, None, None]:
         gate, up = ctx.saved_tensors
         if torch._C._autograd._get_current_graph_task_keep_graph():
@@ -137,7 +138,7 @@ class _Rotary(torch.autograd.Function):
         return turned[0].transpose(1, 2), turned[1].transpose(1, 2)
 
     @staticmethod
-    @torch.autograd.function.once_differentiable
+    @once_differentiable("kernels.fused")
     def backward(ctx: Any, d_q: Tensor, d_k: Tensor) -> tuple[Tensor, Tensor, None, None]:
         from liger_kernel.ops.rope import rope_backward
 

@@ -11,7 +11,6 @@ import sys
 import threading
 import time
 from collections import Counter
-from collections.abc import Iterator
 from pathlib import Path
 from typing import Any
 
@@ -25,7 +24,7 @@ from PIL import Image
 from dataload import order
 from dataload.batch import IGNORE
 from dataload.images import normalize
-from dataload.pipeline import Batch, EvalSet, Loader
+from dataload.pipeline import Batch, Loader
 from dataload.tokenizer import BOS, EOS, MASK, PAD, Tokenizer, train_tokenizer
 
 __all__ = ["data", "partly_broken", "tokenizer"]  # fixtures
@@ -513,52 +512,3 @@ def test_processes_fork_and_end(data: Path, tokenizer: Tokenizer, tmp_path: Path
         assert len(lines) == 2 and lines[0] == lines[1]
     else:
         assert process.returncode == -signal.SIGINT and errors.endswith("KeyboardInterrupt\n"), errors
-
-
-# evaluation
-
-
-def eval_keys(batches: Iterator[Any]) -> list[str]:
-    return [key for batch in batches for key in batch.keys]
-
-
-def test_eval_set(data: Path, tokenizer: Tokenizer) -> None:
-    subset = EvalSet((str(data),), tokenizer, 64, 16, batch_size=7)
-    assert len(subset) == PAIRS and subset.uncaptioned == ALONE
-    batches = list(subset)
-    assert [len(batch.keys) for batch in batches] == [7] * 5 + [5]
-    assert eval_keys(iter(batches)) == [
-        f"train-{shard}/{n:03d}" for shard in range(4) for n in range(shard, PAIRS, 4)
-    ]
-    for batch in batches:
-        assert batch.images.shape == (len(batch.keys), 64, 64, 3) and batch.images.dtype == torch.uint8
-        assert batch.images[:, 0, 0, 0].tolist() == [int(key.split("/")[1]) for key in batch.keys]
-        assert batch.image_of_caption.tolist() == [i for i in range(len(batch.keys)) for _ in range(2)]
-        flat = [text for texts in batch.captions for text in texts]
-        assert torch.equal(batch.tokens, tokenizer.encode_batch(flat, 16))
-        for key, texts in zip(batch.keys, batch.captions, strict=True):
-            n = int(key.split("/")[1])
-            assert texts == [f"picture {n} with a left word", f"again picture {n} on the right side"]
-    again = list(subset)
-    assert all(torch.equal(a.images, b.images) for a, b in zip(batches, again, strict=True))
-
-
-def test_eval_set_reports_broken_pictures_and_leaves_them_out(
-    partly_broken: Path, tokenizer: Tokenizer
-) -> None:
-    subset = EvalSet((str(partly_broken),), tokenizer, 32, 16)
-    for _ in range(2):
-        assert len(eval_keys(iter(subset))) == PAIRS - 2
-    assert [broken.key for broken in subset.broken] == ["005", "017"]
-
-
-def test_eval_set_needs_captions_and_can_be_left_half_way(
-    data: Path, tokenizer: Tokenizer, tmp_path: Path
-) -> None:
-    before = threading.active_count()
-    for _ in EvalSet((str(data),), tokenizer, 32, 16, batch_size=4):
-        break
-    assert threading.active_count() == before
-    write_tar(tmp_path / "u.tar", {"0": sample(0, captioned=False)})
-    with pytest.raises(ValueError, match="no sample of .* has a caption"):
-        EvalSet((str(tmp_path),), tokenizer, 32, 16)

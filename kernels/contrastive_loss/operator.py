@@ -13,9 +13,9 @@ from torch import Tensor
 from kernels.contrastive_loss import eager
 from kernels.contrastive_loss.distributed import Group
 from kernels.contrastive_loss.eager import Grads
+from kernels.once import once_differentiable
 from kernels.operators import operator
 
-TWICE = "contrastive_loss: only backend 'reference' can be differentiated twice"
 Result = tuple[Tensor, Tensor, Tensor, Tensor, Tensor]  # the loss; N times its gradients
 
 
@@ -66,9 +66,8 @@ def _setup_context(ctx: Any, inputs: tuple[Any, ...], output: Result) -> None:
     ctx.bias_dtype = None if logit_bias is None else logit_bias.dtype
 
 
+@once_differentiable("contrastive_loss")
 def _autograd(ctx: Any, grad: Tensor | None, *_: Tensor | None) -> tuple[Tensor | None, ...]:
-    if torch.is_grad_enabled():
-        raise RuntimeError(TWICE)
     if grad is None:
         return (None,) * 8
     image, text, scale, bias = ctx.saved_tensors

@@ -13,10 +13,10 @@ from typing import Any
 
 import torch
 from torch import Tensor
-from torch.autograd.function import once_differentiable
 
 from kernels.latent_attention.dropout import keep_mask
 from kernels.latent_attention.reference import compute_dtype
+from kernels.once import once_differentiable
 
 LARGE = 2**26  # numbers in [B, h, M, N] from which on they are never there at once
 PIECE = 2**22  # then so many at a time
@@ -92,7 +92,7 @@ class _Attention(torch.autograd.Function):
         return out, lse
 
     @staticmethod
-    @once_differentiable
+    @once_differentiable("latent_attention")
     def backward(ctx: Any, d_out: Tensor, d_lse: Tensor | None) -> tuple[Tensor | None, ...]:
         scaled, k, v, weights, keep = ctx.saved_tensors
         # Autograd may call this under the caller's autocast.
@@ -148,7 +148,7 @@ class _Pieces(torch.autograd.Function):
         return out.unflatten(0, sizes), lse.unflatten(0, sizes)
 
     @staticmethod
-    @once_differentiable
+    @once_differentiable("latent_attention")
     def backward(ctx: Any, d_out: Tensor, d_lse: Tensor) -> tuple[Tensor | None, ...]:
         scaled, k, v, mask, seed, out, lse = ctx.saved_tensors
         with torch.autocast(d_out.device.type, enabled=False):

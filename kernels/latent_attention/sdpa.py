@@ -12,11 +12,11 @@ from typing import Any
 import torch
 import torch.nn.functional as F
 from torch import Tensor
-from torch.autograd.function import once_differentiable
 from torch.nn.attention import SDPBackend, sdpa_kernel
 
 from kernels.backend import is_hopper
 from kernels.latent_attention.eager import additive_mask, fold_heads, unfold_heads
+from kernels.once import once_differentiable
 
 # Multiplications to a sample from which on samples are looked at one by one: 50 microseconds of a core.
 LEAST_WORK = 2**20
@@ -127,7 +127,7 @@ class _Pieces(torch.autograd.Function):
         return out.to(q.dtype)
 
     @staticmethod
-    @once_differentiable
+    @once_differentiable("latent_attention")
     def backward(ctx: Any, d_out: Tensor) -> tuple[Tensor | None, ...]:
         q, k, v, out, lse = ctx.saved_tensors
         wide, d_out = _wide(q), _wide(d_out)

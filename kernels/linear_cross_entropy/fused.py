@@ -13,10 +13,10 @@ from torch import Tensor
 
 from kernels.linear_cross_entropy import eager, liger
 from kernels.linear_cross_entropy.reference import Settings
+from kernels.once import once_differentiable
 from kernels.operators import operator
 
 SWEEPS = {"eager": eager.sweep, "liger": liger.sweep}
-TWICE = "linear_cross_entropy: only backend 'reference' can be differentiated twice"
 
 
 def total(hidden: Tensor, weight: Tensor, targets: Tensor, settings: Settings, backend: str) -> Tensor:
@@ -59,9 +59,8 @@ def _keep_sum(ctx: Any, inputs: Any, output: Any) -> None:
     ctx.dtypes = [tensor.dtype for tensor in inputs[:2]]
 
 
+@once_differentiable("linear_cross_entropy")
 def _sum_backward(ctx: Any, grad: Tensor | None, *_: Tensor | None) -> tuple[Tensor | None, ...]:
-    if torch.is_grad_enabled():
-        raise RuntimeError(TWICE)
     if grad is None:
         return (None,) * 10
     found = [

@@ -11,8 +11,8 @@ from typing import Any
 
 import torch
 from torch import Tensor
-from torch.autograd.function import once_differentiable
 
+from kernels.once import once_differentiable
 from kernels.window_attention.geometry import Grid, masks, relative_index, remember
 from kernels.window_attention.packing import pack_map, pack_qkv, pad_slots, unpack_map, unpack_qkv
 from kernels.window_attention.reference import MAX_LOGIT_SCALE, NORM_EPS, compute_dtype, logit_multiplier
@@ -73,7 +73,7 @@ class _WindowAttention(torch.autograd.Function):
         return out.to(qkv.dtype)
 
     @staticmethod
-    @once_differentiable
+    @once_differentiable("window_attention")
     def backward(
         ctx: Any, grad: Tensor
     ) -> tuple[Tensor, Tensor | None, Tensor | None, Tensor | None, None, None]:
