@@ -82,7 +82,10 @@ class BrokenReport:
                 self.samples.append(one)
                 self._write(one)
         if self.tried >= _JUDGED_FROM and self.share > self.limit:
-            raise TooManyBroken(f"{self}. The limit (max_broken) is a share of {self.limit:g}.")
+            raise TooManyBroken(
+                f"{self}. The limit (max_broken) is a share of {self.limit:g}. With a higher one the run can be resumed; with "
+                "these samples excluded its order is another one, and it begins anew."
+            )
 
     def _write(self, one: Broken) -> None:
         if self.quarantine:
