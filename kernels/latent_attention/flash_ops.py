@@ -57,8 +57,7 @@ def wants_gradient(*tensors: Tensor) -> bool:
 
 def refusal(q: Tensor, k: Tensor, v: Tensor, dropout_p: float, masked: bool) -> str | None:
     """Every reason why the packages cannot run this call; None where one of them can."""
-    if (why := machine_refusal(q.device)) is not None and MISSING_2 and MISSING_3:
-        return why
+    why = machine_refusal(q.device)
     reasons = [] if why is None else [why]
     if q.dtype.itemsize != 2:
         reasons.append(f"it takes float16 and bfloat16, got {q.dtype}")
@@ -69,7 +68,8 @@ def refusal(q: Tensor, k: Tensor, v: Tensor, dropout_p: float, masked: bool) -> 
             f"it draws its own random numbers, so dropout_p={dropout_p} could not be reproduced from a seed"
         )
     third = _third_refusals(q, k, v)
-    if third and (second := _second_refusals(q, v)):
+    nothing_installed = bool(MISSING_2 and MISSING_3)  # which `why` says
+    if not nothing_installed and third and (second := _second_refusals(q, v)):
         reasons.append("FlashAttention-2: " + ", ".join(second) + "; FlashAttention-3: " + ", ".join(third))
     return "; ".join(reasons) or None
 

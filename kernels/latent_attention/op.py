@@ -86,7 +86,7 @@ def latent_attention(
     Raises TypeError (dtypes), ValueError (shapes, values), BackendError (a named backend that cannot run the
     call).
     """
-    refuse_transforms(NAME, backend, q, k, v)
+    refuse_transforms(NAME, backend, q, k, v, key_lengths, cu_seqlens_k, key_mask)
     low = autocast_dtype(q)
     if low is not None:
         q, k, v = q.to(low), k.to(low), v.to(low)
