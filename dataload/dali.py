@@ -243,7 +243,7 @@ class DaliBackend:
                     images[i] = torch.from_numpy(out).to(images.device)
             else:
                 if crop is None:  # the cpu backend's way, and its verdict
-                    crop = row.view.picture.cut(row.view.box)
+                    crop = row.view.picture.cut(row.view.box, lend=True)
                 out = (
                     images[i].numpy() if images.device.type == "cpu" else np.empty(images.shape[1:], np.uint8)
                 )

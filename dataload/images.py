@@ -21,6 +21,7 @@ import torch
 from PIL import Image, ImageEnhance
 
 from dataload.crops import crop_box
+from dataload.jpeg_header import everyday_size
 from dataload.picture_decode import (
     MAX_PIXELS,
     UPRIGHT,
@@ -34,6 +35,7 @@ from dataload.picture_decode import (
     to_rgb,
 )
 from dataload.resize import resize
+from dataload.scratch import scratch
 
 if TYPE_CHECKING:
     from dataload.sandbox import Sandbox
@@ -71,13 +73,13 @@ class Picture:
     """uint8 [H, W, 3]; None for JPEGs of 8-bit grey or RGB, which are decoded when a box of them is wanted"""
     max_pixels: int = MAX_PIXELS
 
-    def cut(self, box: tuple[int, int, int, int]) -> np.ndarray:
-        """uint8 [height, width, 3] of the box (left, top, width, height), upright; decodes what is not decoded yet. Raises
-        BrokenImage."""
+    def cut(self, box: tuple[int, int, int, int], *, lend: bool = False) -> np.ndarray:
+        """uint8 [height, width, 3] of the box (left, top, width, height), upright; decodes what is not decoded yet. `lend`: the
+        pixels may stand in memory that this thread's next `cut` overwrites. Raises BrokenImage."""
         left, top, width, height = box
         if self.pixels is not None:
             return self.pixels[top : top + height, left : left + width]
-        pixels = self._jpeg()
+        pixels = self._jpeg(lend)
         if pixels is None:  # Pillow is more lenient with odd files, and has the last word on broken ones
             pixels = decode_array(self.data, self.max_pixels)
             return pixels[top : top + height, left : left + width]
@@ -92,10 +94,11 @@ class Picture:
         y = {1: top, 2: top, 3: below, 4: below, 5: left, 6: right, 7: right, 8: left}[self.orientation]
         return (x, y, width, height) if self.orientation < 5 else (x, y, height, width)
 
-    def _jpeg(self) -> np.ndarray | None:
+    def _jpeg(self, lend: bool) -> np.ndarray | None:
         """All stored pixels, the same as Pillow's, in less time; None where there is anything unusual."""
+        buffer = scratch("jpeg", 3 * self.width * self.height) if lend else None
         try:
-            pixels = simplejpeg.decode_jpeg(self.data, "RGB", strict=True)
+            pixels = simplejpeg.decode_jpeg(self.data, "RGB", strict=True, buffer=buffer)
         except ValueError:
             return None
         turned = (self.height, self.width) if self.orientation < 5 else (self.width, self.height)
@@ -108,6 +111,9 @@ def read(data: bytes, max_pixels: int = MAX_PIXELS, sandbox: Sandbox | None = No
 
     With a `sandbox`, formats other than JPEG, PNG and WebP, and JPEGs of very many scans, are decoded in a child process:
     their readers are less tested, and a file that crashes or occupies one must not take this process with it."""
+    size = everyday_size(data)
+    if size is not None and size[0] * size[1] <= max_pixels:
+        return Picture(data, *size, max_pixels=max_pixels)
     if data[:3] == b"\xff\xd8\xff" and not (sandbox is not None and data.count(_SCAN) > MANY_SCANS):
         try:
             image = open_picture(data, max_pixels)

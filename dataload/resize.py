@@ -23,6 +23,8 @@ import torch.nn.functional as F
 from PIL import Image
 from PIL import __version__ as pillow_version
 
+from dataload.scratch import scratch
+
 _PILLOW = int(pillow_version.split(".")[0])
 _STEP = 192
 """Lengths of rows are rounded up to multiples of this: torch compiles `embedding_bag` once for each length."""
@@ -46,7 +48,7 @@ def resize(
         out = np.empty((size, size, 3), dtype=np.uint8)
     height, width = crop.shape[:2]
     with one_thread():
-        image = np.ascontiguousarray(crop)
+        image = crop if crop.flags.c_contiguous else _copied(crop)
         if interpolation == "bilinear" and _has_ties(width, height, size):
             image = np.asarray(Image.fromarray(image).resize((size, size), Image.Resampling.BILINEAR))
             np.copyto(out, _mirrored(image) if mirror else image)
@@ -57,6 +59,12 @@ def resize(
             image = _rows(image, size, interpolation)
             _columns(_mirrored(image) if mirror else image, size, interpolation, out)
     return out
+
+
+def _copied(crop: np.ndarray) -> np.ndarray:
+    image = scratch("crop", crop.size).reshape(crop.shape)
+    np.copyto(image, crop)
+    return image
 
 
 def _has_ties(width: int, height: int, size: int) -> bool:
@@ -117,7 +125,7 @@ def _weighted_rows(rows: np.ndarray, size: int) -> np.ndarray:
     """uint8 [H, N] to float32 [size, N]: bilinear, plus 0.5, so that cutting off the fraction rounds."""
     height, length = rows.shape
     padded = -(-length // _STEP) * _STEP
-    table = np.empty((height, padded + _SCALE_BIAS.size), dtype=np.uint8)
+    table = scratch("table", height * (padded + _SCALE_BIAS.size)).reshape(height, -1)
     table[:, :length] = rows
     table[:, length:padded] = 0
     table[:, padded:] = _SCALE_BIAS

@@ -195,7 +195,7 @@ class SampleMaker:
             try:
                 view = self.view(attempt)
                 with self.stages("decode"):
-                    crop = view.picture.cut(view.box)
+                    crop = view.picture.cut(view.box, lend=True)
                 self.show(view, crop, out)
                 return self.finish(attempt, view)
             except (BrokenSample, OSError) as error:

@@ -126,7 +126,9 @@ class ClipMaker:
             picture = images.read(data, config.max_pixels, self._sandbox)
             flipped = rng.random() < config.flip  # first, so that it does not depend on the crop's settings
             box = crop_box(picture.width, picture.height, rng, config.crop_scale, config.crop_ratio)
-            clip.image = resize(picture.cut(box), config.size, config.interpolation, mirror=flipped)
+            clip.image = resize(
+                picture.cut(box, lend=True), config.size, config.interpolation, mirror=flipped
+            )
             if config.color_jitter:
                 colored = images.color_jitter(Image.fromarray(clip.image), config.color_jitter, rng)
                 clip.image = np.asarray(colored)
