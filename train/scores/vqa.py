@@ -19,6 +19,7 @@ import json
 import re
 from collections.abc import Iterable, Mapping
 from dataclasses import dataclass
+from functools import lru_cache
 from pathlib import Path
 from typing import Any
 
@@ -92,6 +93,7 @@ class VqaScores:
         }
 
 
+@lru_cache(maxsize=1 << 17)  # the same few answers come again and again
 def normalize(answer: str) -> str:
     """An answer as the official code compares it: small letters, digits for numbers up to ten, no articles, no
     punctuation, apostrophes back in contractions."""
