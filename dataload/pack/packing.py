@@ -238,6 +238,15 @@ def missing(source: Source) -> list[Picture]:
     ]
 
 
+def known_before(source: Source) -> str:
+    """What can be said before any work: files that are missing, and what the source's own files leave out."""
+    lines = [
+        f"{len(entries):,} {title}; the first is {entries[0][:150]}"
+        for title, entries in source.problems.items()
+    ]
+    return "\n".join(filter(None, [missing_said(source, missing(source)), *lines]))
+
+
 def missing_said(source: Source, absent: list[Picture]) -> str:
     """The same in a sentence; empty where nothing is missing."""
     if not absent:
