@@ -43,19 +43,16 @@ def prepare(data: bytes, *, resize: int | None, verify: bool, measure: bool = Fa
     they are. Both turn pictures upright and apply the other policies of dataload.images. `measure`: sizes are wanted.
     """
     from dataload import images  # here, as it brings torch, which those who only write shards can do without
-    from dataload.picture_decode import orientation_of
 
     digest = hashlib.blake2b(data, digest_size=16).digest()
     try:
         with Image.open(io.BytesIO(data), formats=images.formats()) as image:
             kind, (width, height) = image.format or "?", image.size
-            upright = (width, height)
-            if measure and orientation_of(image) in SIDEWAYS:
-                upright = (height, width)
             if width * height > images.MAX_PIXELS:
                 return Prepared(digest, broken=f"{width}x{height} is over {images.MAX_PIXELS} pixels")
             if kind in KEPT:
                 image.verify()  # PNG: all checksums; the others: no more than the header
+        upright = _upright_size(data) if measure else (0, 0)
         shrink = resize is not None and min(width, height) > resize
         if kind in KEPT and not shrink and not verify:
             return Prepared(digest, KEPT[kind], data, source_size=upright, size=upright)
@@ -76,6 +73,16 @@ def prepare(data: bytes, *, resize: int | None, verify: bool, measure: bool = Fa
         return Prepared(digest, KEPT[kind], data, source_size=picture.size, size=picture.size)
     change, png = f"converted from {kind} to PNG", _encode(picture, "PNG")
     return Prepared(digest, "png", png, change, source_size=picture.size, size=picture.size)
+
+
+def _upright_size(data: bytes) -> tuple[int, int]:
+    """Width and height as the picture is seen; opened anew, as to look for EXIF may read more than the header."""
+    from dataload import images
+    from dataload.picture_decode import orientation_of
+
+    with Image.open(io.BytesIO(data), formats=images.formats()) as image:
+        width, height = image.size
+        return (height, width) if orientation_of(image) in SIDEWAYS else (width, height)
 
 
 def _encode(picture: Image.Image, kind: str, **options: int) -> bytes:
