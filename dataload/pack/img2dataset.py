@@ -29,8 +29,10 @@ class Downloaded:
     index: ShardIndex
     asked: int = 0
     """addresses that were tried, as far as statistics or tables say it"""
+    succeeded: int = 0
+    """... and gave a picture"""
     failed: dict[str, int] = field(default_factory=dict)
-    """addresses that gave no picture, by reason"""
+    """addresses that gave no picture, by reason; img2dataset keeps the most frequent reasons alone"""
     problems: list[str] = field(default_factory=list)
     notes: list[str] = field(default_factory=list)
 
@@ -41,7 +43,7 @@ class Downloaded:
         ]
         if self.asked:
             lines.append(
-                f"{self.asked:,} addresses were tried, {sum(self.failed.values()):,} gave no picture"
+                f"{self.asked:,} addresses were tried, {self.asked - self.succeeded:,} gave no picture"
             )
             reasons = sorted(self.failed.items(), key=lambda pair: -pair[1])
             lines += [f"    {count:,}: {reason[:100]}" for reason, count in reasons[:_SHOWN]]
@@ -101,18 +103,18 @@ def _compare(
     """One shard with its statistics and its table."""
     stats, table = folder / f"{name}_stats.json", folder / f"{name}.parquet"
     reasons: Counter[str] = Counter()
-    asked = 0
+    asked = succeeded = 0
     if stats.is_file():
         try:
             said = json.loads(stats.read_text(encoding="utf-8"))
-            asked, successes = int(said["count"]), int(said["successes"])
+            asked, succeeded = int(said["count"]), int(said["successes"])
             reasons.update({k: int(n) for k, n in said.get("status_dict", {}).items() if k != "success"})
         except (ValueError, KeyError, TypeError) as error:
             found.problems.append(f"{stats.name} is not img2dataset's: {type(error).__name__}: {error}")
         else:
-            if successes != len(keys):
+            if succeeded != len(keys):
                 found.problems.append(
-                    f"{name}.tar has {len(keys):,} samples, {stats.name} counted {successes:,}"
+                    f"{name}.tar has {len(keys):,} samples, {stats.name} counted {succeeded:,}"
                 )
     else:
         found.problems.append(f"{name}.tar has no {stats.name}: its download was not finished")
@@ -122,9 +124,9 @@ def _compare(
         except Exception as error:  # pyarrow's own, of many kinds
             found.problems.append(f"{table.name} cannot be read: {type(error).__name__}: {error}")
         else:
-            asked = max(asked, len(rows))
             good = {str(key) for key, status, _ in rows if status == "success"}
-            if not reasons:
+            if not asked:
+                asked, succeeded = len(rows), len(good)
                 reasons.update(str(why or status) for _, status, why in rows if status != "success")
             if lost := good - keys:
                 found.problems.append(
@@ -135,6 +137,7 @@ def _compare(
                     f"{name}.tar has {len(extra):,} samples that {table.name} does not list, {min(extra)} ..."
                 )
     found.asked += asked
+    found.succeeded += succeeded
     for reason, count in reasons.items():
         found.failed[reason] = found.failed.get(reason, 0) + count
 
