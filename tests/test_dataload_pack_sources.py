@@ -767,6 +767,12 @@ def test_classes_go_along_when_shards_are_written_anew(tmp_path: Path) -> None:
     packed(tmp_path / "one", "coco", "--instances", file, "--images", tmp_path / "pictures")
     reshard(opened(tmp_path / "one"), tmp_path / "new")
     assert read_classes(tmp_path / "new") == read_classes(tmp_path / "one")
+    assert run("folder", "--images", tmp_path / "pictures", "--output", tmp_path / "new")[0] == 2, (
+        "no packing of ours"
+    )
+    assert packed(tmp_path / "third", "coco", "--instances", file, "--images", tmp_path / "pictures")
+    words = ("folder", "--images", tmp_path / "pictures", "--output", tmp_path / "third", "--overwrite")
+    assert run(*words)[0] == 0 and not (tmp_path / "third" / "classes.json").exists()
     other = json.loads(Path(file).read_text())
     other["categories"].append({"id": 300, "name": "cloud"})
     write(tmp_path / "instances.json", other)

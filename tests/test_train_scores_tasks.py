@@ -121,6 +121,8 @@ def test_okvqa_says_which_answers_it_scores(tmp_path: Path) -> None:
     assert vqa.truth_of([packed], "raw_answer")[516065].answers[0] == "braids"
     with pytest.raises(ValueError, match="no field of answers"):
         vqa.read_truth(path, "stem")
+    with pytest.raises(ValueError, match="question 516065 comes twice"):
+        vqa.truth_of([packed, packed])
     with pytest.raises(ValueError, match="question 1 has no answers"):
         vqa.truth_of([Question(1, "?")])
 
@@ -220,6 +222,10 @@ def test_detections_that_do_not_fit_are_refused_with_counts(tmp_path: Path) -> N
         detection.score_detections([box], boxes_truth(), "segm")
     with pytest.raises(ValueError, match="not by 'mask'"):
         detection.check("mask")
+    twice = boxes_truth()
+    twice["images"] *= 2
+    with pytest.raises(ValueError, match="2 of 4 pictures of the truth come twice"):
+        detection.score_detections([], twice)
     with pytest.raises(ValueError, match="1 of 1 pictures that are to be scored"):
         detection.score_detections([], boxes_truth(), image_ids=["q"])
     path = tmp_path / "captions.json"
