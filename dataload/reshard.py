@@ -16,6 +16,7 @@ from pathlib import Path
 
 import numpy as np
 
+from dataload.annotations import CLASSES
 from dataload.files import write_atomically
 from dataload.index import EXCLUDE, PATTERNS, listed, open_all, say_problems
 from dataload.progress import Progress
@@ -109,11 +110,13 @@ def reshard(
 ) -> tuple[Plan, list[Path]]:
     """Writes output/PREFIX-%06d.tar and output/reshard.json; see DESCRIPTION. Returns the plan and the new shards.
 
-    Raises ReshardError where `output` holds other things, OSError where a shard cannot be read or written (what was
-    finished stays, and the next run goes on from there).
+    The classes.json beside the shards goes along. Raises ReshardError where `output` holds other things, or where shards
+    come with different classes.json, OSError where a shard cannot be read or written (what was finished stays, and the
+    next run goes on from there).
     """
     if not len(index):
         raise ReshardError("there are no samples")
+    classes = _classes(index)
     index.hold_tables()
     what = {
         "source": index.manifest, "prefix": prefix, "max_samples": max_samples, "max_bytes": max_bytes,
@@ -138,11 +141,24 @@ def reshard(
                 progress.step(len(samples))
     for name in names:
         os.replace(scratch / name, output / name)
+    if classes is not None:
+        write_atomically(output / CLASSES, classes)
     what["shards"] = {name: len(samples) for name, samples in zip(names, planned.shards, strict=True)}
     what["renamed"] = len(planned.renamed)
     write_atomically(output / LISTING, (json.dumps(what, indent=1) + "\n").encode())
     shutil.rmtree(scratch)
     return planned, [output / name for name in names]
+
+
+def _classes(index: ShardIndex) -> bytes | None:
+    """What the numbers in the samples' annotations stand for, where it lies beside local shards."""
+    folders = dict.fromkeys(shard.path.parent for shard in index.shards if isinstance(shard.path, Path))
+    found = {folder: (folder / CLASSES).read_bytes() for folder in folders if (folder / CLASSES).is_file()}
+    different = {json.dumps(json.loads(data), sort_keys=True): folder for folder, data in found.items()}
+    if len(different) > 1:
+        places = " and ".join(map(str, list(different.values())[:2]))
+        raise ReshardError(f"{CLASSES} differs between {places}: one number would stand for two classes")
+    return next(iter(found.values()), None)
 
 
 def _clear_to_write(output: Path, scratch: Path) -> None:

@@ -17,6 +17,7 @@ from pycocotools.coco import COCO
 
 from dataload.annotations import Annotations, annotated, decode_label_map, parse, read_classes
 from dataload.broken import BrokenSample
+from dataload.reshard import ReshardError, reshard
 from dataload.shards import ShardIndex, expand, index
 
 
@@ -759,3 +760,23 @@ def test_img2dataset_that_was_interrupted(tmp_path: Path) -> None:
         tar.unlink()
     status, _, error = run("img2dataset", "--shards", folder)
     assert status == 2 and "holds no .tar; its 3 tables are lists of addresses" in error
+
+
+def test_classes_go_along_when_shards_are_written_anew(tmp_path: Path) -> None:
+    file = write(tmp_path / "instances.json", scene(tmp_path))
+    packed(tmp_path / "one", "coco", "--instances", file, "--images", tmp_path / "pictures")
+    reshard(opened(tmp_path / "one"), tmp_path / "new")
+    assert read_classes(tmp_path / "new") == read_classes(tmp_path / "one")
+    assert run("folder", "--images", tmp_path / "pictures", "--output", tmp_path / "new")[0] == 2, (
+        "no packing of ours"
+    )
+    assert packed(tmp_path / "third", "coco", "--instances", file, "--images", tmp_path / "pictures")
+    words = ("folder", "--images", tmp_path / "pictures", "--output", tmp_path / "third", "--overwrite")
+    assert run(*words)[0] == 0 and not (tmp_path / "third" / "classes.json").exists()
+    other = json.loads(Path(file).read_text())
+    other["categories"].append({"id": 300, "name": "cloud"})
+    write(tmp_path / "instances.json", other)
+    packed(tmp_path / "two", "coco", "--instances", file, "--images", tmp_path / "pictures")
+    both = index(expand([str(tmp_path / "one" / "*.tar"), str(tmp_path / "two" / "*.tar")]))
+    with pytest.raises(ReshardError, match="one number would stand for two classes"):
+        reshard(both, tmp_path / "both")

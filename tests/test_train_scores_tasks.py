@@ -121,6 +121,8 @@ def test_okvqa_says_which_answers_it_scores(tmp_path: Path) -> None:
     assert vqa.truth_of([packed], "raw_answer")[516065].answers[0] == "braids"
     with pytest.raises(ValueError, match="no field of answers"):
         vqa.read_truth(path, "stem")
+    with pytest.raises(ValueError, match="question 516065 comes twice"):
+        vqa.truth_of([packed, packed])
     with pytest.raises(ValueError, match="question 1 has no answers"):
         vqa.truth_of([Question(1, "?")])
 
@@ -220,6 +222,10 @@ def test_detections_that_do_not_fit_are_refused_with_counts(tmp_path: Path) -> N
         detection.score_detections([box], boxes_truth(), "segm")
     with pytest.raises(ValueError, match="not by 'mask'"):
         detection.check("mask")
+    twice = boxes_truth()
+    twice["images"] *= 2
+    with pytest.raises(ValueError, match="2 of 4 pictures of the truth come twice"):
+        detection.score_detections([], twice)
     with pytest.raises(ValueError, match="1 of 1 pictures that are to be scored"):
         detection.score_detections([], boxes_truth(), image_ids=["q"])
     path = tmp_path / "captions.json"
@@ -324,6 +330,31 @@ def test_folders_of_label_maps(tmp_path: Path) -> None:
     (tmp_path / "predicted" / "0.png").unlink()
     with pytest.raises(ValueError, match="1 of 5 true ones have no prediction"):
         segmentation.score_folders(tmp_path / "predicted", tmp_path / "truth", list("abcd"), reduce_zero=True)
+
+
+def test_panoptic_maps_as_the_truth(tmp_path: Path) -> None:
+    """Segment ids are colours; two segments of one category are one class; id 0 is void."""
+    predicted, truth = maps(3)
+    segments, notes = {7: 0, 256 * 9: 1, 65536 * 5 + 3: 2, 12: 3}, []
+    for folder in ("predicted", "truth"):
+        (tmp_path / folder).mkdir()
+    for number, (one, right) in enumerate(zip(predicted, truth, strict=True)):
+        ids = np.zeros(right.shape, dtype=np.int64)
+        for segment, k in segments.items():
+            ids[right == k] = segment
+        rgb = np.stack([ids % 256, ids // 256 % 256, ids // 65536], axis=-1).astype(np.uint8)
+        Image.fromarray(rgb).save(tmp_path / "truth" / f"{number}.png")
+        Image.fromarray(one).save(tmp_path / "predicted" / f"{number}.png")
+        info = [{"id": segment, "category_id": 10 * k} for segment, k in segments.items()]
+        notes.append({"image_id": number, "file_name": f"{number}.png", "segments_info": info})
+    file = tmp_path / "panoptic.json"
+    categories = [{"id": 10 * k, "name": name} for k, name in enumerate("abcd")]
+    file.write_text(json.dumps({"images": [], "categories": categories, "annotations": notes}))
+    found = segmentation.score_panoptic(tmp_path / "predicted", file, tmp_path / "truth")
+    assert found == segmentation.score_maps(dict(enumerate(predicted)), dict(enumerate(truth)), list("abcd"))
+    file.write_text(json.dumps({"categories": categories, "annotations": [{"caption": "a"}]}))
+    with pytest.raises(ValueError, match="is not COCO's panoptic segments"):
+        segmentation.score_panoptic(tmp_path / "predicted", file, tmp_path / "truth")
 
 
 # --- sounds --------------------------------------------------------------------------------------------------

@@ -117,6 +117,10 @@ def score_detections(
 def _image_numbers(truth: Mapping[str, Any], image_ids: Iterable[int | str] | None) -> dict[int | str, int]:
     """Image id -> a running number: pycocotools wants ids that numpy can sort."""
     there = [entry["id"] for entry in truth["images"]]
+    if doubled := len(there) - len(set(there)):
+        raise ValueError(
+            f"{doubled:,} of {len(there):,} pictures of the truth come twice: the same samples in two shards?"
+        )
     if image_ids is None:
         chosen = there
     else:

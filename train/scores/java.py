@@ -177,7 +177,10 @@ def spice(
                 f"{_tail(done.stderr + done.stdout)}"
             )
         answers: list[dict[str, Any]] = json.loads(found.read_text(encoding="utf-8"))
-    scores = {str(answer["image_id"]): float(answer["scores"]["All"]["f"]) for answer in answers}
+    try:
+        scores = {str(answer["image_id"]): float(answer["scores"]["All"]["f"]) for answer in answers}
+    except (KeyError, TypeError, ValueError) as error:
+        raise JavaError(f"SPICE gave an answer without an F score: {type(error).__name__}: {error}") from None
     if scores.keys() != candidates.keys():
         raise JavaError(f"SPICE gave scores for {len(scores):,} images of {len(candidates):,}")
     return scores

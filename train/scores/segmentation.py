@@ -15,6 +15,7 @@ Letters: H W height and width, K classes.
 
 from __future__ import annotations
 
+import json
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 from pathlib import Path
@@ -23,7 +24,7 @@ from typing import Any
 import numpy as np
 
 from dataload.annotations import IGNORE
-from dataload.label_maps import read_map
+from dataload.label_maps import panoptic_map, read_map
 
 PairCounts = tuple[np.ndarray, np.ndarray]
 """(truth * K + predicted int64 [P], pixels int64 [P]) of the pairs that occur in a picture"""
@@ -147,6 +148,37 @@ def score_folders(
         right = read_map(truth / name, ignore=ignore, reduce_zero=reduce_zero)
         try:
             matrix.add(read_map(predicted / name), right)
+        except ValueError as error:
+            raise ValueError(f"{name}: {error}") from None
+    return matrix.scores()
+
+
+def score_panoptic(predicted: Path, truth: Path, truth_maps: Path) -> SegmentationScores:
+    """Scores a folder of predicted label maps (NAME.png) against COCO's panoptic annotations.
+
+    truth: panoptic_val2017.json; truth_maps: its folder of PNGs. A predicted map holds the places of the JSON's categories,
+    0 to K - 1, as `python -m dataload.pack coco --panoptic` numbers them. Raises ValueError for another file, and before
+    any map is read where a predicted one is missing or is of no picture; OSError.
+    """
+    data = json.loads(truth.read_text(encoding="utf-8"))
+    try:
+        names = {entry["id"]: str(entry["name"]) for entry in data["categories"]}
+        place = {number: k for k, number in enumerate(names)}
+        segments = {
+            str(note["file_name"]): {
+                int(one["id"]): place[one["category_id"]] for one in note["segments_info"]
+            }
+            for note in data["annotations"]
+        }
+    except (KeyError, TypeError) as error:
+        raise ValueError(
+            f"{truth} is not COCO's panoptic segments: {type(error).__name__}: {error}"
+        ) from None
+    _same({path.name for path in predicted.glob("*.png")}, set(segments), f"maps of {predicted} and {truth}")
+    matrix = ConfusionMatrix(list(names.values()))
+    for name, classes in sorted(segments.items()):
+        try:
+            matrix.add(read_map(predicted / name), panoptic_map((truth_maps / name).read_bytes(), classes))
         except ValueError as error:
             raise ValueError(f"{name}: {error}") from None
     return matrix.scores()

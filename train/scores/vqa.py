@@ -178,7 +178,8 @@ def best_constant(
 
 
 def truth_of(questions: Iterable[Question], field: str = "auto") -> dict[QuestionId, Truth]:
-    """People's answers of packed questions, by id; `field` as in `read_truth`. ValueError where one has none."""
+    """People's answers of packed questions, by id; `field` as in `read_truth`. ValueError where one has none, or comes
+    twice."""
     found: dict[QuestionId, Truth] = {}
     for one in questions:
         answers = one.answers
@@ -186,6 +187,8 @@ def truth_of(questions: Iterable[Question], field: str = "auto") -> dict[Questio
             answers = one.stemmed_answers or one.answers
         if not answers:
             raise ValueError(f"question {one.question_id} has no answers: a test split cannot be scored here")
+        if one.question_id in found:
+            raise ValueError(f"question {one.question_id} comes twice: the same samples in two shards?")
         found[one.question_id] = Truth(answers, one.question_type, one.answer_type)
     return found
 
