@@ -43,33 +43,36 @@ class Meter(TorchDispatchMode):
         self.flop_rate, self.byte_rate = flop_rate, byte_rate
         self.alive = self.peak = 0  # activations: neither weights nor gradients of weights
         self.gradients = self.peak_with_gradients = 0
+        self.logits = 0  # bytes of the largest chunk of logits, which lives for a moment
         self._sizes: dict[int, int] = {}
         self._gradient_keys: set[int] = set()
 
     def __torch_dispatch__(
         self, func: Any, types: Any, args: Any = (), kwargs: Mapping[str, Any] | None = None
     ) -> Any:
-        args, kwargs = _one_device(func, args, _real_integers(func, args, dict(kwargs or {})))
-        inputs = [x for x in _tensors((args, kwargs)) if x.is_meta]
-        view, fresh = _character(func)
-        key = _signature((func, args, kwargs)) if fresh and inputs else None
-        known = _SHAPES.get(key) if key is not None else None
-        if known is not None:
-            out: Any = torch.empty_strided(*known[0], dtype=known[1], device="meta")
-            made = [out]
-        else:
+        kwargs = kwargs or {}
+        tensors = _tensors(args) + _tensors(kwargs) if kwargs else _tensors(args)
+        if not tensors:
+            kwargs = _real_integers(func, args, kwargs)
+        on_meta = [x for x in tensors if x.is_meta]
+        if len(on_meta) not in (0, len(tensors)) and func._overloadpacket not in COPIES:
+            args, kwargs = _moved(_indices(func, args)), _moved(kwargs)
+            on_meta = _tensors(args) + _tensors(kwargs)
+        view, fresh, in_place = _character(func)
+        if not on_meta or view:
             out = func(*args, **kwargs)
-            made = [x for x in _tensors(out) if x.is_meta]
-            if key is not None and isinstance(out, Tensor) and out.is_meta:
-                _SHAPES[key] = ((tuple(out.shape), out.stride()), out.dtype)
-        if view:
+            for x in () if view else _tensors(out):
+                if x.is_meta:
+                    self.hold(x)
             return out
+        out = args[0] if in_place else _run(func, args, kwargs) if fresh else func(*args, **kwargs)
+        made = _tensors(out)
         for x in made:
-            self.hold(x)
-        if made:
-            formula = flop_registry.get(func._overloadpacket)
-            flops = formula(*args, **kwargs, out_val=out) if formula else 0
-            self.count(flops, _bytes(inputs) + _bytes(made))
+            if x.is_meta:
+                self.hold(x)
+        formula = flop_registry.get(func._overloadpacket)
+        flops = formula(*args, **kwargs, out_val=out) if formula else 0
+        self.count(flops, _bytes(on_meta) + _bytes(made))
         return out
 
     def hold(self, x: Tensor) -> None:
@@ -145,55 +148,74 @@ def _bytes(tensors: list[Tensor]) -> int:
     return sum(x.numel() * x.element_size() for x in tensors)
 
 
+Made = tuple[tuple[tuple[int, ...], tuple[int, ...], torch.dtype], ...]
+
 # What an operation makes of such arguments; shapes alone, so it holds for good. Torch's own answer takes a millisecond.
-_SHAPES: dict[Any, tuple[tuple[tuple[int, ...], tuple[int, ...]], torch.dtype]] = {}
+_SHAPES: dict[Any, tuple[bool, Made]] = {}
+
+
+def _run(func: Any, args: Any, kwargs: Mapping[str, Any]) -> Any:
+    """func(*args, **kwargs), by its result of the last time where that is known."""
+    key = (func, _signature(args), _signature(kwargs) if kwargs else None)
+    known = _SHAPES.get(key)
+    if known is not None:
+        one, shapes = known
+        new = [torch.empty_strided(size, stride, dtype=dtype, device="meta") for size, stride, dtype in shapes]
+        return new[0] if one else tuple(new)
+    out = func(*args, **kwargs)
+    made = [out] if isinstance(out, Tensor) else out
+    if isinstance(made, list | tuple) and all(isinstance(x, Tensor) and x.is_meta for x in made):
+        shapes = tuple((tuple(x.shape), x.stride(), x.dtype) for x in made)
+        _SHAPES[key] = (isinstance(out, Tensor), shapes)
+    return out
 
 
 @cache
-def _character(func: Any) -> tuple[bool, bool]:
-    """Whether the result is a view of an argument; whether it is one new tensor and no argument changes."""
+def _character(func: Any) -> tuple[bool, bool, bool]:
+    """Whether the result is a view of an argument; whether it is all new and no argument changes; whether it is the first
+    argument, changed."""
     schema = func._schema
-    view = any(r.alias_info is not None and not r.alias_info.is_write for r in schema.returns)
-    changes = any(x.alias_info is not None for x in schema.arguments)
-    return view, not view and not changes and len(schema.returns) == 1
+    returns = [r.alias_info for r in schema.returns]
+    changed = [x.alias_info is not None for x in schema.arguments]
+    view = any(alias is not None and not alias.is_write for alias in returns)
+    fresh = not any(changed) and not any(alias is not None for alias in returns)
+    name = func._overloadpacket.__name__
+    in_place = name.endswith("_") and name not in RESHAPING and len(returns) == 1 and sum(changed) == 1 and changed[0]
+    return view, fresh, in_place
+
+
+RESHAPING = ("resize_", "set_", "resize_as_", "t_", "transpose_", "unsqueeze_", "squeeze_", "as_strided_", "detach_")
 
 
 def _signature(x: Any) -> Any:
-    """What the shape of a result depends on; None where that cannot be said."""
-    if isinstance(x, Tensor):
-        return (x.shape, x.stride(), x.dtype) if x.is_meta else None
-    if isinstance(x, tuple | list):
-        parts = tuple(map(_signature, x))
-        return None if None in parts else (type(x) is list, parts)
-    if isinstance(x, dict):
-        return _signature(tuple(x.items()))
-    return (type(x), x)
+    """What the shape of a result depends on."""
+    kind = type(x)
+    if kind is Tensor or kind is nn.Parameter:
+        return x.shape, x.stride(), x.dtype
+    if kind is tuple or kind is list:
+        return kind is list, tuple(map(_signature, x))
+    if kind is dict:
+        return tuple((name, _signature(value)) for name, value in x.items())
+    return kind, x
 
 
 def _tensors(x: Any) -> list[Tensor]:
     """Those in nested tuples, lists and dicts."""
     if isinstance(x, Tensor):
         return [x]
-    if isinstance(x, tuple | list):
-        return [found for part in x for found in _tensors(part)]
-    if isinstance(x, dict):
-        return _tensors(tuple(x.values()))
-    return []
+    found: list[Tensor] = []
+    if type(x) is tuple or type(x) is list:
+        for part in x:
+            if isinstance(part, Tensor):
+                found.append(part)
+            elif type(part) is tuple or type(part) is list:
+                found += _tensors(part)
+    elif type(x) is dict:
+        return _tensors(list(x.values()))
+    return found
 
 
-def _one_device(func: Any, args: Any, kwargs: dict[str, Any]) -> tuple[Any, dict[str, Any]]:
-    """The arguments of an operation on meta tensors with its real ones moved to meta; masks that index become numbers
-    first, as long as somebody knows how many they are."""
-    tensors = _tensors((args, kwargs))
-    on_meta = sum(x.is_meta for x in tensors)
-    if on_meta in (0, len(tensors)) or func._overloadpacket in COPIES:
-        return args, kwargs
-    if func._overloadpacket in INDEXING:
-        args = (args[0], _numbers(args[1]), *args[2:])
-    return _moved(args), _moved(kwargs)
-
-
-def _real_integers(func: Any, args: Any, kwargs: dict[str, Any]) -> dict[str, Any]:
+def _real_integers(func: Any, args: Any, kwargs: Mapping[str, Any]) -> Mapping[str, Any]:
     """The arguments of a function that makes a tensor on the meta device: integers and masks are made real instead."""
     if func._overloadpacket not in FACTORIES or kwargs.get("device") != META:
         return kwargs
@@ -201,7 +223,7 @@ def _real_integers(func: Any, args: Any, kwargs: dict[str, Any]) -> dict[str, An
     if dtype is None and func._overloadpacket in (aten.full, aten.arange):
         numbers = args[1:] if func._overloadpacket is aten.full else args
         dtype = torch.int64 if all(isinstance(x, int) for x in numbers) else torch.float32
-    return kwargs if dtype is None or dtype.is_floating_point else kwargs | {"device": torch.device("cpu")}
+    return kwargs if dtype is None or dtype.is_floating_point else {**kwargs, "device": torch.device("cpu")}
 
 
 META = torch.device("meta")
@@ -209,6 +231,11 @@ aten = torch.ops.aten
 FACTORIES = (aten.full, aten.arange, aten.zeros, aten.ones, aten.empty)
 COPIES = (aten._to_copy, aten.copy_)
 INDEXING = (aten.index, aten.index_put, aten.index_put_, aten._index_put_impl_)
+
+
+def _indices(func: Any, args: Any) -> Any:
+    """Masks that index become numbers, as long as somebody knows how many they are."""
+    return (args[0], _numbers(args[1]), *args[2:]) if func._overloadpacket in INDEXING else args
 
 
 def _moved(x: Any) -> Any:

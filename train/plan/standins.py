@@ -80,6 +80,7 @@ class _TokenLoss(torch.autograd.Function):
         wide = hidden.new_empty(rows, vocabulary, dtype=torch.float32)
         back = hidden.new_empty(rows, vocabulary, dtype=dtype) if dtype != torch.float32 else wide
         chunks = -(-m // max(rows, 1))
+        meter.logits = max(meter.logits, buffer.nbytes + wide.nbytes + (back.nbytes if back is not wide else 0))
         # Each chunk of logits is written, read and rewritten by softmax, and read by both products.
         moved = chunks * (2 * table.nbytes + 2 * d_weight.nbytes) + m * vocabulary * (2 * dtype.itemsize + 6 * 4)
         meter.count(2.0 * m * width * vocabulary, moved / 3, forward_phase())
@@ -236,6 +237,13 @@ def in_place_of_kernels(meter: Meter, kind: str, low: torch.dtype | None) -> Ite
     ]
     if low is not None:
         places += [(F, name, stand_ins.lowered(getattr(F, name))) for name in ("linear", "conv2d")]
+    with replaced(places):
+        yield
+
+
+@contextmanager
+def replaced(places: list[tuple[Any, str, Callable[..., Any]]]) -> Iterator[None]:
+    """Attributes of modules are others while this is on."""
     with ExitStack() as stack:
         for module, name, function in places:
             stack.callback(setattr, module, name, getattr(module, name))

@@ -8,12 +8,13 @@ from dataclasses import dataclass, replace
 from typing import Any
 
 import torch
+from torch import nn
 
 from train.config import PretrainConfig
 from train.families import family_of
 from train.plan.batches import batch_of
 from train.plan.meter import Counts, Meter
-from train.plan.standins import in_place_of_kernels
+from train.plan.standins import in_place_of_kernels, replaced
 
 
 @dataclass(frozen=True)
@@ -28,6 +29,8 @@ class Traced:
     """bytes: the most that was alive beside the weights alone, in a first micro-step"""
     gradients: int
     """bytes of the weights' gradients at the end"""
+    logits: int
+    """bytes of the largest chunk of logits, contained in the others where they are highest then"""
 
     @property
     def model_flops(self) -> float:
@@ -44,19 +47,19 @@ def trace(
     weights: torch.dtype = torch.float32,
     flop_rate: float = 0.0,
     byte_rate: float = 0.0,
+    model: Any = None,
 ) -> Traced:
     """Run the micro-step of a batch with `counts` samples of each kind.
 
     kind: "cuda" or "cpu", whose kernels are stood in for. bf16: whether autocast is on. weights: their dtype (bfloat16
-    where an engine keeps the fp32 ones apart). flop_rate, byte_rate: see `Meter`.
+    where an engine keeps the fp32 ones apart). flop_rate, byte_rate: see `Meter`. model: from `empty_model`, to save its making.
     """
     if bf16 and kind == "cpu":
         raise ValueError("bf16 is planned for CUDA devices only: a CPU's autocast has other rules")
     family = family_of(config)
     meter = Meter(flop_rate, byte_rate)
-    with torch.device("meta"):
-        model: Any = family.model(config).train()
-    model.to(weights)
+    model = empty_model(config) if model is None else model
+    model.to(weights).train()
     model.gradient_checkpointing = config.activation_checkpointing
     batch = batch_of(config, counts)
     shares = [max(float(n), 1.0) for n in family.counts(batch, config)]
@@ -71,9 +74,18 @@ def trace(
         total = torch.stack([scales[name] * loss for name, loss in losses.items()]).sum()
         total.backward()
         del losses, total
+    model.zero_grad(set_to_none=True)
     return Traced(
-        sum(counts.values()), meter.counts, meter.peak, meter.peak_with_gradients, meter.gradients
+        sum(counts.values()), meter.counts, meter.peak, meter.peak_with_gradients, meter.gradients, meter.logits
     )
+
+
+def empty_model(config: PretrainConfig) -> Any:
+    """The run's model on the meta device; nothing is drawn."""
+    names = [name for name in vars(nn.init) if name.endswith("_") and not name.startswith("_")]
+    places = [(nn.init, name, lambda tensor, *_, **__: tensor) for name in names]
+    with torch.device("meta"), replaced(places):
+        return family_of(config).model(config)
 
 
 def plain(config: PretrainConfig, checkpointing: bool) -> PretrainConfig:
