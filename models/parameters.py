@@ -28,7 +28,8 @@ def count_aurora(config: AuroraConfig, model: Aurora | None = None) -> dict[str,
 
 def count_perceiver(config: PerceiverConfig, model: PerceiverIO | None = None) -> dict[str, int]:
     """Parameters by part, counted on the meta device: "encoders", "latent", "text_decoder", "query_decoders" (with text's
-    pool) and "total". An embedding that text encoder and decoder share counts in the first. model: where there is one already."""
+    pool) and "total". An embedding that text encoder and decoder share counts in the first. model: where
+    there is one."""
     if model is None:
         with torch.device("meta"):
             model = PerceiverIO(config)

@@ -388,6 +388,7 @@ OPTIONAL = {
     "flash_attn_interface": "flash",
     "liger_kernel": "liger",
     "torchao": "torchao",
+    "wandb": "wandb",
     "apex": "",  # NVIDIA's is no package of the index
     "amp_C": "",
 }
@@ -428,7 +429,18 @@ for package in {sorted(PACKAGES)}:
 
 def test_extras() -> None:
     extras = {name: set(requirements(name)) for name in PROJECT["project"]["optional-dependencies"]}
-    assert set(extras) == {"data", "cloud", "gpu", "flash", "deepspeed", "liger", "torchao", "test", "dev"}
+    assert set(extras) == {
+        "data",
+        "cloud",
+        "gpu",
+        "flash",
+        "deepspeed",
+        "liger",
+        "torchao",
+        "wandb",
+        "test",
+        "dev",
+    }
     assert extras["gpu"] == {"nvidia-dali-cuda130"}
     assert set(OPTIONAL.values()) - {""} <= set(extras)
     assert [name for name, needs in extras.items() if "flash-attn" in needs] == ["flash"]

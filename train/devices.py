@@ -64,7 +64,9 @@ class Device:
 
     name: str
     peak: Peak
-    memory: float  # bytes: the data sheet's gigabytes as 1e9. torch finds 5 to 7% more, which CUDA and NCCL need
+    memory: (
+        float  # bytes: the data sheet's gigabytes as 1e9. torch finds 5 to 7% more, which CUDA and NCCL need
+    )
     link: float  # between two devices of a machine
     per_node: int
     network: float  # out of a machine, all its adapters together

@@ -54,7 +54,10 @@ def _specified(config: PretrainConfig) -> int:
     there. Data that is named is checked as ever; this machine's memory is not what counts."""
     print(*plan_for(config), sep="\n")
     several = isinstance(config, PerceiverPretrainConfig)
-    named = any(pair.train for pair in config.data.pairs().values()) if several else bool(config.data.train)
+    if isinstance(config, PerceiverPretrainConfig):
+        named = any(pair.train for pair in config.data.pairs().values())
+    else:
+        named = bool(config.data.train)
     missing = problems(config, RECIPES[config.name].gpus)
     found = (_check_pairs(config) if several else _check_data(config)) if named and not missing else []
     if not named and not several:

@@ -10,7 +10,7 @@ from pathlib import Path
 from typing import Any
 
 from train.config import ConfigError, PretrainConfig
-from train.devices import DEVICES, Device
+from train.devices import DEVICES
 from train.plan.budget import Plan, Setup, make_plan, to_json
 from train.plan.calibration import RESULTS, Row, read, summary, table
 from train.plan.calibration import as_json as rows_as_json
@@ -40,14 +40,30 @@ def parser() -> argparse.ArgumentParser:
     add("--gpus", type=int, help="how many; default: what the preset was specified for, else 1")
     add("--device", choices=[*DEVICES, "cpu"], help="what they are (cpu: this machine's, measured)")
     add("--engine", choices=["auto", *ENGINES], default="", help="default: the configuration's")
-    add("--zero-stage", type=int, choices=(1, 2, 3), default=0, help="of fsdp2 and deepspeed; default: the configuration's")
+    add(
+        "--zero-stage",
+        type=int,
+        choices=(1, 2, 3),
+        default=0,
+        help="of fsdp2 and deepspeed; default: the configuration's",
+    )
     add("--offload", action="store_true", help="deepspeed: the optimizer in main memory")
-    add("--mfu", type=float, help="share of the data sheet's peak that model FLOPs reach; default: the device's anchor")
+    add(
+        "--mfu",
+        type=float,
+        help="share of the data sheet's peak that model FLOPs reach; default: the device's anchor",
+    )
     add("--batch-size", type=int, help="samples per optimizer step; default: the preset's")
     add("--accumulation", type=int, help="micro-steps; default: the preset's, or the fewest that fit")
     add("--samples", type=float, help="of the whole run; default: the preset's steps")
-    add("--checkpointing", action=argparse.BooleanOptionalAction, help="of activations; default: the preset's")
-    add("--network", type=float, help="GB/s out of a machine, all adapters together; default: the device's usual machine")
+    add(
+        "--checkpointing", action=argparse.BooleanOptionalAction, help="of activations; default: the preset's"
+    )
+    add(
+        "--network",
+        type=float,
+        help="GB/s out of a machine, all adapters together; default: the device's usual machine",
+    )
     add("--disk", type=float, default=2.0, help="GB/s that a machine writes to shared storage")
     add("--json", metavar="FILE", help="the plan as JSON too; - prints it alone")
     add("--calibration", action="store_true", help="every measured step beside its plan")
@@ -105,7 +121,9 @@ def setup_of(config: PretrainConfig, arguments: argparse.Namespace) -> Setup:
     mfu = device.mfu if arguments.mfu is None else arguments.mfu
     if not 0 < mfu <= 1:
         raise ConfigError(f"--mfu {mfu:g}; it is a share, above 0 and at most 1")
-    engine = engine_of(config, gpus, default_engine(config, gpus, arguments.engine), arguments.zero_stage, arguments.offload)
+    engine = engine_of(
+        config, gpus, default_engine(config, gpus, arguments.engine), arguments.zero_stage, arguments.offload
+    )
     network = device.network if arguments.network is None else arguments.network * 1e9
     return Setup(gpus, device, engine, mfu, network, arguments.disk * 1e9)
 
@@ -144,8 +162,6 @@ def plan_for(config: PretrainConfig) -> Iterator[str]:
     arguments = parser().parse_args([config.name])
     plan = make_plan(config, setup_of(config, arguments))
     yield from text(plan, stated(plan), read())
-
-
 
 
 if __name__ == "__main__":

@@ -171,8 +171,12 @@ def _perceiver(config: PerceiverPretrainConfig, kind: str, others: int) -> Flops
 
     for name, n in tokens.items():
         keys = model.image_window**2 if name == "image" and model.image_window else n
-        flops.add(f"{name} encoder", linear(n, model.patch_widths[name] * width), times=whole + hidden, backward=1)
-        flops.add(f"{name} encoder", self_block(n, width, keys), times=(whole + hidden) * model.encoder_layers)
+        flops.add(
+            f"{name} encoder", linear(n, model.patch_widths[name] * width), times=whole + hidden, backward=1
+        )
+        flops.add(
+            f"{name} encoder", self_block(n, width, keys), times=(whole + hidden) * model.encoder_layers
+        )
     reads = self_block(text, model.text_width)
     flops.add("text encoder", reads, times=(whole + hidden) * model.text_layers)
     flops.add("text encoder", linear(text, model.text_width * width), times=hidden)

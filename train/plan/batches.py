@@ -69,7 +69,9 @@ def _mixed(config: PerceiverPretrainConfig, counts: Mapping[str, int]) -> Multim
     model, total = config.model, sum(counts.values())
     source = torch.cat([torch.full((counts.get(kind, 0),), i) for i, kind in enumerate(PAIRS)])
     owner = {
-        modality: torch.cat([(source == i).nonzero()[:, 0] for i, read in enumerate(PAIRS.values()) if modality in read])
+        modality: torch.cat(
+            [(source == i).nonzero()[:, 0] for i, read in enumerate(PAIRS.values()) if modality in read]
+        )
         .sort()
         .values
         for modality in ("image", "audio", "video", "text")

@@ -19,7 +19,10 @@ from train.plan.engines import EngineChoice, static_memory, traffic
 from train.plan.trace import Traced, empty_model, plain, trace
 
 LINK_SHARE, NETWORK_SHARE = 0.8, 0.85  # of the data sheet's rates that NCCL's rings are said to reach
-MATMUL_SHARE, COPY_SHARE = 0.75, 0.87  # of the data sheet's peaks that an H200 reached: bench/results/2026-11-27-h200-*
+MATMUL_SHARE, COPY_SHARE = (
+    0.75,
+    0.87,
+)  # of the data sheet's peaks that an H200 reached: bench/results/2026-11-27-h200-*
 MOST = 4096  # samples of a micro-batch that a search goes up to
 
 # Bytes of a stored sample. A picture: JPEG, shorter side as the model wants it, a quarter of a byte per pixel (LAION-5B's at
@@ -154,7 +157,9 @@ def count(config: PretrainConfig, model: Any) -> dict[str, int]:
 def largest_block(model: nn.Module) -> int:
     """Parameters of the largest layer that an engine gathers or reduces at a time."""
     blocks = [block for layers in model.modules() if isinstance(layers, nn.ModuleList) for block in layers]
-    return max((sum(p.numel() for p in block.parameters()) for block in blocks if not _holds(block)), default=0)
+    return max(
+        (sum(p.numel() for p in block.parameters()) for block in blocks if not _holds(block)), default=0
+    )
 
 
 def _holds(module: nn.Module) -> bool:
@@ -197,7 +202,12 @@ def split_batch(config: PretrainConfig, setup: Setup, memory: Memory) -> tuple[i
     each, rest = divmod(config.batch_size, setup.gpus)
     if rest:
         whole = f"{config.batch_size // setup.gpus * setup.gpus or setup.gpus} would"
-        return each or 1, 1, False, [f"a batch of {config.batch_size} does not divide over {setup.gpus} GPUs; {whole}"]
+        return (
+            each or 1,
+            1,
+            False,
+            [f"a batch of {config.batch_size} does not divide over {setup.gpus} GPUs; {whole}"],
+        )
     asked = each / config.accumulation
     if asked == int(asked) and 1 <= asked <= memory.largest:
         return int(asked), config.accumulation, True, []

@@ -66,24 +66,29 @@ def summary(rows: Sequence[Row]) -> Iterator[str]:
     for i, device in enumerate(dict.fromkeys(row.device for row in rows)):
         mine = [row for row in rows if row.device == device]
         off = [100 * (row.memory - 1) for row in mine]
-        reached = [row.reached for row in mine]
-        mfu = [row.mfu for row in mine]
+        reached = [100 * row.reached for row in mine]
+        mfu = [100 * row.mfu for row in mine]
         head = "calibrated " if i == 0 else "           "
+        small = " (steps too small for this device: launching kernels is what takes the time)"
         yield (
-            f"{head} {device}, {len(mine)} measured step{'s' * (len(mine) != 1)}: planned memory was off by {min(off):+.1f}% to "
-            f"{max(off):+.1f}%; of the time that steps took, the floor was {100 * min(reached):.0f}% to {100 * max(reached):.0f}% "
-            f"(median {100 * statistics.median(reached):.0f}%); MFU {100 * min(mfu):.0f}% to {100 * max(mfu):.0f}% of what it multiplies"
+            f"{head} {device}, {len(mine)} measured step{'s' * (len(mine) != 1)}: planned memory was off by "
+            f"{_range(off, '+.1f')}; of the time that steps took, the floor was {_range(reached, '.0f')}, median {statistics.median(reached):.0f}%"
+            f"{small if max(reached) < 10 else ''}; MFU {_range(mfu, '.0f')} of what it multiplies at best"
         )
+
+
+def _range(percent: Sequence[float], form: str) -> str:
+    low, high = format(min(percent), form), format(max(percent), form)
+    return f"{low}%" if low == high else f"{low}% to {high}%"
 
 
 def table(rows: Sequence[Row]) -> Iterator[str]:
     """Every row."""
     yield f"{'case':44} {'device':26} {'planned':>9} {'measured':>9} {'off':>7} {'floor':>9} {'took':>9} {'MFU':>5}"
     for row in rows:
-        yield (
-            f"{row.case:44} {row.device[:26]:26} {row.planned_bytes / 1e6:6.0f} MB {row.measured_bytes / 1e6:6.0f} MB "
-            f"{100 * (row.memory - 1):+6.1f}% {1e3 * row.floor_seconds:6.0f} ms {1e3 * row.measured_seconds:6.0f} ms {100 * row.mfu:4.0f}%"
-        )
+        memory = f"{row.planned_bytes / 1e6:6.0f} MB {row.measured_bytes / 1e6:6.0f} MB {100 * (row.memory - 1):+6.1f}%"
+        times = f"{1e3 * row.floor_seconds:6.0f} ms {1e3 * row.measured_seconds:6.0f} ms"
+        yield f"{row.case:44} {row.device[:26]:26} {memory} {times} {100 * row.mfu:4.0f}%"
 
 
 def as_json(rows: Sequence[Row]) -> list[dict[str, Any]]:

@@ -50,7 +50,9 @@ def engine_of(
     if chosen not in ENGINES:
         raise ValueError(f"engine {chosen!r}; supported: {', '.join(ENGINES)}")
     if chosen == "single" and gpus > 1:
-        raise ValueError(f"engine single is one process, and there are {gpus} GPUs: take ddp, fsdp2 or deepspeed")
+        raise ValueError(
+            f"engine single is one process, and there are {gpus} GPUs: take ddp, fsdp2 or deepspeed"
+        )
     zero = stage or int(_field(config, "zero_stage", 2))
     if zero not in (1, 2, 3) or (zero == 1 and chosen == "fsdp2"):
         raise ValueError(f"zero_stage {zero} of {chosen}; supported: 1 (deepspeed), 2, 3")

@@ -1,9 +1,9 @@
 """Measure real training steps beside what the plan says of them: `python -m train.plan.measure --out FOLDER`.
 
-Each case is a preset, a micro-batch of random values, and activation checkpointing or not; the engine's own step is run. Memory:
-what one step allocates at its highest above weights and optimizer (torch's profiler on a CPU, the caching allocator on a GPU).
-Time: the median of some steps; on a CPU one thread's CPU time, so that a busy machine counts less, and the rates of products and
-copies by the same clock before each case.
+Each case is a preset, a micro-batch of random values, and activation checkpointing or not; the engine's own step is run.
+Memory: what one step allocates at its highest above weights and optimizer (torch's profiler on a CPU, the caching allocator
+on a GPU). Time: the median of some steps; on a CPU one thread's CPU time, so that a busy machine counts less, and the rates
+of products and copies by the same clock before each case.
 """
 
 from __future__ import annotations
@@ -49,11 +49,15 @@ CASES = {
 
 def main(argv: Sequence[str] | None = None) -> int:
     """The command."""
-    parser = argparse.ArgumentParser(prog="python -m train.plan.measure", description=__doc__.split("\n\n")[0])
+    parser = argparse.ArgumentParser(
+        prog="python -m train.plan.measure", description=__doc__.split("\n\n")[0]
+    )
     parser.add_argument("--out", type=Path, required=True, help="folder for plan.json and plan.txt")
     parser.add_argument("--steps", type=int, default=5, help="timed steps of each case")
     parser.add_argument("--case", nargs="*", default=None, help="PRESET:SAMPLES[:checkpointing] ...")
-    parser.add_argument("--bench", nargs="*", type=Path, default=[], help="run.json of bench/results: its training steps too")
+    parser.add_argument(
+        "--bench", nargs="*", type=Path, default=[], help="run.json of bench/results: its training steps too"
+    )
     arguments = parser.parse_args(argv)
     kind = "cuda" if torch.cuda.is_available() else "cpu"
     if kind == "cpu":
@@ -83,7 +87,11 @@ def measure(case: str, kind: str, steps: int) -> Row:
     """One case: planned, then run."""
     name, samples, *more = case.split(":")
     config = replace(
-        preset(name), activation_checkpointing="checkpointing" in more, accumulation=1, compile=False, ema_decay=0.0
+        preset(name),
+        activation_checkpointing="checkpointing" in more,
+        accumulation=1,
+        compile=False,
+        ema_decay=0.0,
     )
     device, bf16 = torch.device(kind), kind == "cuda"
     flop_rate, byte_rate = rates(kind)
@@ -118,8 +126,9 @@ def _row(
     device: str, case: str, planned: Traced, peak: float, seconds: float, flop_rate: float, source: str
 ) -> Row:
     return Row(
-        device=device, case=case, planned_bytes=planned.with_gradients, measured_bytes=peak, floor_seconds=planned.counts.seconds,
-        measured_seconds=seconds, flops=planned.model_flops, flop_rate=flop_rate, source=source,
+        device=device, case=case, planned_bytes=planned.with_gradients, measured_bytes=peak,
+        floor_seconds=planned.counts.seconds, measured_seconds=seconds, flops=planned.model_flops,
+        flop_rate=flop_rate, source=source,
     )  # fmt: skip
 
 
@@ -172,7 +181,7 @@ def peak_memory(call: Callable[[], None], kind: str) -> int:
         return torch.cuda.max_memory_allocated() - before
     with profile(activities=[ProfilerActivity.CPU], profile_memory=True) as recorded:
         call()
-    events = recorded.profiler.kineto_results.events()  # type: ignore[union-attr]
+    events = recorded.profiler.kineto_results.events()
     now = high = 0
     for _, change in sorted((e.start_ns(), e.nbytes()) for e in events if e.name() == "[memory]"):
         now += change
@@ -217,13 +226,13 @@ def from_bench(path: Path) -> list[Row]:
         case = f"encoder of {row['case']}, {row['items']} images"
         device = f"{content['device']}, {'bf16' if bf16 else 'fp32'}"
         source = f"{path.parent.name}/{path.name}"
-        found.append(_row(device, case, planned, row["peak_memory"], statistics.median(row["seconds"]), rate, source))
+        found.append(
+            _row(device, case, planned, row["peak_memory"], statistics.median(row["seconds"]), rate, source)
+        )
     return found
 
 
-def encoder_step(
-    size: str, images: int, kind: str, bf16: bool, flop_rate: float, byte_rate: float
-) -> Traced:
+def encoder_step(size: str, images: int, kind: str, bf16: bool, flop_rate: float, byte_rate: float) -> Traced:
     """What bench/test_training_step.py runs: SwinV2's own form of an encoder, a loss over its last map."""
     config = AURORA_SIZES[size]
     config = replace(

@@ -20,6 +20,7 @@ from torch.utils.flop_counter import flop_registry
 
 PHASES = ("forward", "recompute", "backward")
 
+
 @dataclass
 class Counts:
     """FLOPs (a multiply-add is two) and bytes read and written, by phase; seconds that a machine would need at least."""
@@ -160,7 +161,9 @@ def _run(func: Any, args: Any, kwargs: Mapping[str, Any]) -> Any:
     known = _SHAPES.get(key)
     if known is not None:
         one, shapes = known
-        new = [torch.empty_strided(size, stride, dtype=dtype, device="meta") for size, stride, dtype in shapes]
+        new = [
+            torch.empty_strided(size, stride, dtype=dtype, device="meta") for size, stride, dtype in shapes
+        ]
         return new[0] if one else tuple(new)
     out = func(*args, **kwargs)
     made = [out] if isinstance(out, Tensor) else out
@@ -180,11 +183,27 @@ def _character(func: Any) -> tuple[bool, bool, bool]:
     view = any(alias is not None and not alias.is_write for alias in returns)
     fresh = not any(changed) and not any(alias is not None for alias in returns)
     name = func._overloadpacket.__name__
-    in_place = name.endswith("_") and name not in RESHAPING and len(returns) == 1 and sum(changed) == 1 and changed[0]
+    in_place = (
+        name.endswith("_")
+        and name not in RESHAPING
+        and len(returns) == 1
+        and sum(changed) == 1
+        and changed[0]
+    )
     return view, fresh, in_place
 
 
-RESHAPING = ("resize_", "set_", "resize_as_", "t_", "transpose_", "unsqueeze_", "squeeze_", "as_strided_", "detach_")
+RESHAPING = (
+    "resize_",
+    "set_",
+    "resize_as_",
+    "t_",
+    "transpose_",
+    "unsqueeze_",
+    "squeeze_",
+    "as_strided_",
+    "detach_",
+)
 
 
 def _signature(x: Any) -> Any:

@@ -24,7 +24,10 @@ import models.perceiver.latents
 from models.perceiver.adapters.audio import FFT, HOP
 from train.plan.meter import Meter, forward_phase
 
-LOGITS = {"cpu": 64 * 2**20, "cuda": 512 * 2**20}  # bytes of logits at a time: kernels/linear_cross_entropy/eager.py
+LOGITS = {
+    "cpu": 64 * 2**20,
+    "cuda": 512 * 2**20,
+}  # bytes of logits at a time: kernels/linear_cross_entropy/eager.py
 FEWEST_ROWS = {"cpu": 128, "cuda": 2048}
 
 
@@ -36,14 +39,16 @@ class _Attention(torch.autograd.Function):
     def forward(ctx: Any, meter: Meter, how: _How, *inputs: Tensor) -> Tensor:
         out = inputs[0].new_empty(how.out)
         kept = [inputs[0].new_empty(shape, dtype=dtype) for shape, dtype in how.kept]
-        ctx.save_for_backward(*(inputs if how.keeps_inputs else ()), *((out,) if how.keeps_output else ()), *kept)
+        ctx.save_for_backward(
+            *(inputs if how.keeps_inputs else ()), *((out,) if how.keeps_output else ()), *kept
+        )
         ctx.likes = [(x.shape, x.dtype) for x in inputs]
         ctx.meter, ctx.how = meter, how
         meter.count(how.flops, 0, forward_phase())
         return out
 
     @staticmethod
-    def backward(ctx: Any, grad: Tensor) -> Any:  # type: ignore[override]
+    def backward(ctx: Any, grad: Tensor) -> Any:
         scratch = [grad.new_empty(shape, dtype=dtype) for shape, dtype in ctx.how.scratch]
         ctx.meter.count(2 * ctx.how.flops, 0, "backward")
         found = [grad.new_empty(shape, dtype=dtype) for shape, dtype in ctx.likes]
@@ -77,12 +82,15 @@ class _TokenLoss(torch.autograd.Function):
         table = weight.to(dtype)
         d_hidden, d_weight = torch.zeros_like(hidden), weight.new_zeros(weight.shape, dtype=torch.float32)
         buffer = hidden.new_empty(rows, vocabulary, dtype=dtype)
-        wide = hidden.new_empty(rows, vocabulary, dtype=torch.float32)
-        back = hidden.new_empty(rows, vocabulary, dtype=dtype) if dtype != torch.float32 else wide
+        half = dtype != torch.float32  # else the chunk itself becomes its gradient
+        wide = hidden.new_empty(rows, vocabulary, dtype=torch.float32) if half else buffer
+        back = torch.empty_like(buffer) if half else buffer
         chunks = -(-m // max(rows, 1))
-        meter.logits = max(meter.logits, buffer.nbytes + wide.nbytes + (back.nbytes if back is not wide else 0))
+        meter.logits = max(meter.logits, buffer.nbytes + half * (wide.nbytes + back.nbytes))
         # Each chunk of logits is written, read and rewritten by softmax, and read by both products.
-        moved = chunks * (2 * table.nbytes + 2 * d_weight.nbytes) + m * vocabulary * (2 * dtype.itemsize + 6 * 4)
+        moved = chunks * (2 * table.nbytes + 2 * d_weight.nbytes) + m * vocabulary * (
+            2 * dtype.itemsize + 6 * 4
+        )
         meter.count(2.0 * m * width * vocabulary, moved / 3, forward_phase())
         meter.count(4.0 * m * width * vocabulary, 2 * moved / 3, "backward")  # made here, in the sweep
         del table, buffer, wide, back
@@ -91,7 +99,7 @@ class _TokenLoss(torch.autograd.Function):
         return hidden.new_empty((), dtype=torch.float32)
 
     @staticmethod
-    def backward(ctx: Any, grad: Tensor) -> Any:  # type: ignore[override]
+    def backward(ctx: Any, grad: Tensor) -> Any:
         hidden, weight = (x.to(dtype) for x, dtype in zip(ctx.saved_tensors, ctx.dtypes, strict=True))
         return None, None, None, hidden, weight
 
@@ -121,7 +129,9 @@ class StandIns:
 
         return run
 
-    def layer_norm(self, x: Tensor, shape: Any, weight: Any = None, bias: Any = None, eps: float = 1e-5) -> Tensor:
+    def layer_norm(
+        self, x: Tensor, shape: Any, weight: Any = None, bias: Any = None, eps: float = 1e-5
+    ) -> Tensor:
         """In float32 where autocast is on, as all norms are then."""
         return torch.layer_norm(x.float() if self.low else x, shape, weight, bias, eps)
 
@@ -174,7 +184,9 @@ class StandIns:
         batch, heads, queries, dim = q.shape
         flops = 2.0 * batch * heads * queries * k.shape[2] * (dim + v.shape[-1])
         rows: Spec = (tuple(q.shape[:-1]), torch.float32)
-        out: Tensor = _Attention.apply(self.meter, _How(flops, (*q.shape[:-1], v.shape[-1]), (rows,)), q, k, v)
+        out: Tensor = _Attention.apply(
+            self.meter, _How(flops, (*q.shape[:-1], v.shape[-1]), (rows,)), q, k, v
+        )
         return out
 
     def linear_cross_entropy(self, hidden: Tensor, weight: Tensor, targets: Tensor, **_: Any) -> Tensor:
@@ -204,7 +216,7 @@ class _RMSNorm(torch.autograd.Function):
         return torch.empty_like(x)
 
     @staticmethod
-    def backward(ctx: Any, grad: Tensor) -> Any:  # type: ignore[override]
+    def backward(ctx: Any, grad: Tensor) -> Any:
         x, _, weight, *_ = ctx.saved_tensors
         ctx.meter.count(0, 3 * x.nbytes, "backward")
         return None, None, torch.empty_like(x), torch.empty_like(weight)

@@ -72,7 +72,15 @@ def findings(recipe: Recipe, parameters: int) -> list[Finding]:
     flops = _needed(config, recipe)
     found = [_parameters(recipe, parameters), _samples(config, recipe, samples)]
     found.append(
-        _duration(f"{recipe.gpus} GPUs for {recipe.weeks:g} weeks", "the preset", flops, machine, samples, peak, recipe)
+        _duration(
+            f"{recipe.gpus} GPUs for {recipe.weeks:g} weeks",
+            "the preset",
+            flops,
+            machine,
+            samples,
+            peak,
+            recipe,
+        )
     )
     if isinstance(config, PerceiverPretrainConfig) and config.objectives.masked_twice:
         once = replace(config, objectives=replace(config.objectives, masked_twice=False, masked_share=0.5))
@@ -135,8 +143,8 @@ def _hours(recipe: Recipe, hours: float, flops: float, peak: float) -> Finding:
     assert recipe.gpu_hours is not None
     at_once = flops / (recipe.gpu_hours * 3600 * peak)
     sums = (
-        f"{recipe.gpus} x {recipe.weeks:g} x 168 h = {hours:,.0f}; {recipe.gpu_hours:,.0f} would take {100 * at_once:.0f}% of the "
-        "peak"
+        f"{recipe.gpus} x {recipe.weeks:g} x 168 h = {hours:,.0f}; {recipe.gpu_hours:,.0f} would take "
+        f"{100 * at_once:.0f}% of the peak"
     )
     factor = hours / recipe.gpu_hours
     return Finding("GPU-hours", f"over {recipe.gpu_hours:,.0f}", sums, 0.9 <= factor <= 1.5, factor)
@@ -147,8 +155,9 @@ def _work(recipe: Recipe, flops: float, samples: float) -> Finding:
     stated = recipe.petaflops_days * 1e15 * DAY
     factor = flops / stated
     sums = (
-        f"{recipe.petaflops_days:g} x 1e15 x 86,400 s = {stated:.3g} FLOP, enough for {samples / factor / 1e6:,.1f} million samples; "
-        f"{samples / 1e9:g}B need {flops:.3g} = {flops / 1e15 / DAY:,.0f} PetaFLOP/s-days"
+        f"{recipe.petaflops_days:g} x 1e15 x 86,400 s = {stated:.3g} FLOP, enough for "
+        f"{samples / factor / 1e6:,.1f} million samples; {samples / 1e9:g}B need {flops:.3g} = "
+        f"{flops / 1e15 / DAY:,.0f} PetaFLOP/s-days"
     )
     return Finding("compute", f"{recipe.petaflops_days:g} PetaFLOPs-days", sums, 0.5 <= factor <= 2, factor)
 
@@ -159,8 +168,8 @@ def _bytes(config: PretrainConfig, recipe: Recipe, samples: float) -> Finding:
     total = sum(need.values())
     parts = " + ".join(f"{n / 1e12:,.0f} TB {kind}" for kind, n in need.items())
     sums = (
-        f"{recipe.bytes / 1e12:g} TB / {samples / 1e9:g}B = {recipe.bytes / samples / 1e3:.1f} kB per sample, the size of a thumbnail; "
-        f"at usual compression {parts} = {total / 1e12:,.0f} TB"
+        f"{recipe.bytes / 1e12:g} TB / {samples / 1e9:g}B = {recipe.bytes / samples / 1e3:.1f} kB per sample, "
+        f"the size of a thumbnail; at usual compression {parts} = {total / 1e12:,.0f} TB"
     )
     factor = total / recipe.bytes
     return Finding("data", f"{recipe.bytes / 1e12:g} TB", sums, 0.5 <= factor <= 2, factor)
@@ -168,7 +177,10 @@ def _bytes(config: PretrainConfig, recipe: Recipe, samples: float) -> Finding:
 
 def lines(recipe: Recipe, found: list[Finding]) -> Iterator[str]:
     """For the table."""
-    yield f"stated      {recipe.preset}: {recipe.gpus} x {recipe.device} for {recipe.weeks:g} weeks; which figures agree with arithmetic"
+    yield (
+        f"stated      {recipe.preset}: {recipe.gpus} x {recipe.device} for {recipe.weeks:g} weeks; which figures agree with "
+        "arithmetic"
+    )
     for one in found:
         verdict = "agrees" if one.agrees else f"does not agree (x {one.factor:,.3g})"
         yield f"            {one.figure}, {one.stated}: {verdict}. {one.sums}"

@@ -21,11 +21,15 @@ def lines(plan: Plan) -> Iterator[str]:
     yield from _flops(plan, found)
     yield from _memory(plan)
     yield from _batch(plan, found)
-    yield f"time        {plan.step_seconds:,.2f} s per step at {100 * setup.mfu:.0f}% of {peak / 1e12:,.0f} TFLOP/s (--mfu); {_floor(plan)}"
+    yield (
+        f"time        {plan.step_seconds:,.2f} s per step at {100 * setup.mfu:.0f}% of {peak / 1e12:,.0f} TFLOP/s (--mfu); "
+        f"{_floor(plan)}"
+    )
     run = found["time"]
     yield (
-        f"            {plan.steps:,} steps of {plan.batch_size:,}: {duration(plan.run_seconds)}, {run['gpu_hours']:,.0f} GPU-hours, "
-        f"{run['samples_per_second']:,.0f} samples/s, {plan.run_flops:.2e} FLOP = {plan.run_flops / 8.64e19:,.0f} PetaFLOP/s-days"
+        f"            {plan.steps:,} steps of {plan.batch_size:,}: {duration(plan.run_seconds)}, "
+        f"{run['gpu_hours']:,.0f} GPU-hours, {run['samples_per_second']:,.0f} samples/s, {plan.run_flops:.2e} FLOP = "
+        f"{plan.run_flops / 8.64e19:,.0f} PetaFLOP/s-days"
     )
     if plan.checkpointing and plan.hardware_share > setup.mfu:
         yield f"            with what is recomputed the GPUs work at {100 * plan.hardware_share:.0f}% of their peak"
@@ -68,8 +72,8 @@ def _memory(plan: Plan) -> Iterator[str]:
             yield f"memory      {size(sum(found.static.values()))} per GPU before a batch ({static}), of {size(room)}"
         words = "with activation checkpointing   " if on else "without activation checkpointing"
         yield (
-            f"            {words} {size(found.per_sample)} per sample and {size(found.fixed)} besides (logits {size(found.logits)} at a "
-            f"time): micro-batches up to {found.largest}"
+            f"            {words} {size(found.per_sample)} per sample and {size(found.fixed)} besides (logits "
+            f"{size(found.logits)} at a time): micro-batches up to {found.largest}"
         )
 
 
@@ -77,8 +81,8 @@ def _batch(plan: Plan, found: dict[str, Any]) -> Iterator[str]:
     batch = found["batch"]
     whose = "as the preset says" if plan.as_asked else "the fewest micro-steps that fit"
     yield (
-        f"batch       {plan.batch_size:,} = {plan.setup.gpus} GPUs x {plan.micro_batch} samples x {plan.accumulation} micro-steps "
-        f"({whose}, {'with' if plan.checkpointing else 'without'} checkpointing): {size(batch['memory'])} per GPU; "
+        f"batch       {plan.batch_size:,} = {plan.setup.gpus} GPUs x {plan.micro_batch} samples x {plan.accumulation} "
+        f"micro-steps ({whose}, {'with' if plan.checkpointing else 'without'} checkpointing): {size(batch['memory'])} per GPU; "
         f"contrast with {plan.negatives:,} texts"
     )
 

@@ -52,7 +52,8 @@ def trace(
     """Run the micro-step of a batch with `counts` samples of each kind.
 
     kind: "cuda" or "cpu", whose kernels are stood in for. bf16: whether autocast is on. weights: their dtype (bfloat16
-    where an engine keeps the fp32 ones apart). flop_rate, byte_rate: see `Meter`. model: from `empty_model`, to save its making.
+    where an engine keeps the fp32 ones apart). flop_rate, byte_rate: see `Meter`. model: of `empty_model`, to save
+    its making.
     """
     if bf16 and kind == "cpu":
         raise ValueError("bf16 is planned for CUDA devices only: a CPU's autocast has other rules")
@@ -76,7 +77,12 @@ def trace(
         del losses, total
     model.zero_grad(set_to_none=True)
     return Traced(
-        sum(counts.values()), meter.counts, meter.peak, meter.peak_with_gradients, meter.gradients, meter.logits
+        sum(counts.values()),
+        meter.counts,
+        meter.peak,
+        meter.peak_with_gradients,
+        meter.gradients,
+        meter.logits,
     )
 
 
