@@ -7,7 +7,6 @@ run, on the machine and on the day that it names.
 from __future__ import annotations
 
 import json
-import statistics
 from collections.abc import Iterator, Sequence
 from dataclasses import dataclass
 from pathlib import Path
@@ -69,11 +68,11 @@ def summary(rows: Sequence[Row]) -> Iterator[str]:
         reached = [100 * row.reached for row in mine]
         mfu = [100 * row.mfu for row in mine]
         head = "calibrated " if i == 0 else "           "
-        small = " (steps too small for this device: launching kernels is what takes the time)"
+        small = " (too small for this device: it waits for launches)" if max(reached) < 10 else ""
         yield (
             f"{head} {device}, {len(mine)} measured step{'s' * (len(mine) != 1)}: planned memory was off by "
-            f"{_range(off, '+.1f')}; of the time that steps took, the floor was {_range(reached, '.0f')}, median {statistics.median(reached):.0f}%"
-            f"{small if max(reached) < 10 else ''}; MFU {_range(mfu, '.0f')} of what it multiplies at best"
+            f"{_range(off, '+.1f')}; of the time that steps took, the floor was {_range(reached, '.0f')}{small}; "
+            f"MFU {_range(mfu, '.0f')} of what it multiplies at best"
         )
 
 
