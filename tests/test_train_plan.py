@@ -186,7 +186,7 @@ def test_a_plan_adds_up() -> None:
 
 def test_accumulation_is_found_where_the_asked_one_does_not_fit() -> None:
     config = replace(MICRO, batch_size=256)
-    small = replace(A100, memory=60e6)
+    small = replace(A100, memory=30e6)
     plan = make_plan(config, Setup(4, small, EngineChoice("ddp"), 0.4, A100.network))
     assert (
         not plan.as_asked

@@ -132,7 +132,9 @@ def _aurora(config: PretrainConfig, kind: str, others: int) -> Flops:
         if model.text_pooling == "attention":
             pool = read_block(1, width, length, width) + linear(1, width * model.embedding_width)
             flops.add("pools", pool, times=texts)
-        flops.add("contrast", 2.0 * texts * others * model.embedding_width)
+        # Captions of one image among themselves are as many products again.
+        among = bool(goals.itc_captions and texts > 1)
+        flops.add("contrast", 2.0 * (1 + among) * texts * others * model.embedding_width)
     reads = self_block(length, width)
     shared = not goals.itc_word_dropout and model.text_pooling == "attention"
     runs = float(bool(goals.caption or (goals.itc and shared)))
