@@ -16,7 +16,7 @@ from tests.micro import ROOT, arguments, metric_lines
 from train.engine import Ranks
 from train.straggler import RankReport, Watch, as_columns, stragglers
 
-EVEN = RankReport(data_wait=0.01, step=0.5, probe=0.002, peak_memory=1e9)
+EVEN = RankReport(data_wait=0.01, step_seconds=0.5, probe=0.002, peak_memory=1e9)
 
 
 def test_even_ranks_and_a_single_one_have_no_straggler() -> None:
@@ -43,9 +43,9 @@ def test_a_watch_gives_means_and_begins_anew() -> None:
     watch.add(1.0, 0.25)
     watch.add(3.0, 0.75)
     (mine,) = watch.report()
-    assert (mine.step, mine.data_wait) == (2.0, 0.5) and mine.probe > 0 and mine.peak_memory > 1e6
-    assert as_columns([mine])["step"] == [2.0]
-    assert watch.report()[0].step == 0
+    assert (mine.step_seconds, mine.data_wait) == (2.0, 0.5) and mine.probe > 0 and mine.peak_memory > 1e6
+    assert as_columns([mine])["step_seconds"] == [2.0]
+    assert watch.report()[0].step_seconds == 0
 
 
 SLOW_RANK = """

@@ -28,7 +28,7 @@ class RankReport:
     """What one rank did since the last report. Seconds are means per step; memory in bytes."""
 
     data_wait: float
-    step: float
+    step_seconds: float
     probe: float
     peak_memory: float
 
@@ -91,10 +91,10 @@ def stragglers(reports: Sequence[RankReport]) -> list[str]:
     for rank, mine in enumerate(reports):
         others = [one for other, one in enumerate(reports) if other != rank]
         late = mine.data_wait - statistics.median(one.data_wait for one in others)
-        if late > max(LATE * mine.step, SHORTEST):
+        if late > max(LATE * mine.step_seconds, SHORTEST):
             said.append(
                 f"rank {rank} is a straggler: it waits {1e3 * mine.data_wait:.0f} ms per step for data, the others "
-                f"{1e3 * (mine.data_wait - late):.0f} ms; steps take {1e3 * mine.step:.0f} ms"
+                f"{1e3 * (mine.data_wait - late):.0f} ms; steps take {1e3 * mine.step_seconds:.0f} ms"
             )
         usual = statistics.median(one.probe for one in others)
         if mine.probe > SLOW * usual and mine.probe - usual > SHORTEST:
