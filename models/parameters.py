@@ -14,22 +14,25 @@ LEARNED_ROWS = (".query", ".mask_token", ".queries", ".latents", ".positions")
 """Endings of the names of learned tokens, which do not decay."""
 
 
-def count_aurora(config: AuroraConfig) -> dict[str, int]:
+def count_aurora(config: AuroraConfig, model: Aurora | None = None) -> dict[str, int]:
     """Parameters by part, counted on the meta device: "encoder", "decoder", "heads" (all the rest) and
-    "total"."""
-    with torch.device("meta"):
-        model = Aurora(config)
+    "total". model: where there is one already."""
+    if model is None:
+        with torch.device("meta"):
+            model = Aurora(config)
     total, encoder, decoder = (
         sum(p.numel() for p in module.parameters()) for module in (model, model.encoder, model.decoder)
     )
     return {"encoder": encoder, "heads": total - encoder - decoder, "decoder": decoder, "total": total}
 
 
-def count_perceiver(config: PerceiverConfig) -> dict[str, int]:
+def count_perceiver(config: PerceiverConfig, model: PerceiverIO | None = None) -> dict[str, int]:
     """Parameters by part, counted on the meta device: "encoders", "latent", "text_decoder", "query_decoders" (with text's
-    pool) and "total". An embedding that text encoder and decoder share counts in the first."""
-    with torch.device("meta"):
-        model = PerceiverIO(config)
+    pool) and "total". An embedding that text encoder and decoder share counts in the first. model: where
+    there is one."""
+    if model is None:
+        with torch.device("meta"):
+            model = PerceiverIO(config)
     encoders = {id(p): p.numel() for module in (model.adapters, model.text) for p in module.parameters()}
     decoder = {id(p): p.numel() for p in model.decoder.parameters() if id(p) not in encoders}
     latent = sum(p.numel() for p in model.latent.parameters())

@@ -392,6 +392,7 @@ OPTIONAL = {
     "flash_attn_interface": "flash",
     "liger_kernel": "liger",
     "torchao": "torchao",
+    "wandb": "wandb",
     "apex": "",  # NVIDIA's is no package of the index
     "amp_C": "",
 }
@@ -441,6 +442,7 @@ def test_extras() -> None:
         "deepspeed",
         "liger",
         "torchao",
+        "wandb",
         "test",
         "dev",
     }

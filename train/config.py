@@ -8,6 +8,7 @@ from __future__ import annotations
 import dataclasses
 import types
 from dataclasses import dataclass, field
+from importlib.util import find_spec
 from typing import Any, Literal, Union, get_args, get_origin, get_type_hints
 
 from models import AuroraConfig
@@ -163,6 +164,11 @@ class PretrainConfig:
     """Steps between checkpoints; 0: only at the end (and on Ctrl-C or SIGTERM)."""
     keep_checkpoints: int = 3
     """How many of the newest checkpoints are kept."""
+    profile: tuple[int, ...] = ()
+    """First and last step that torch.profiler records on rank 0, as in --profile 10 12; the trace goes to OUT/profile/."""
+    wandb: str = ""
+    """Project of Weights & Biases that gets the same numbers as TensorBoard (extra wandb); WANDB_MODE=offline keeps them on
+    disk. Empty: none."""
     dry_run: bool = False
     """Resolve and print everything, check data, disk and memory, and stop."""
 
@@ -258,6 +264,14 @@ def problems(config: PretrainConfig, world_size: int = 1) -> list[str]:
         found.append(f"optim.clip is {optim.clip:g}; it must be 0 (off) or more")
     if optim.max_skipped < 1:
         found.append(f"optim.max_skipped is {optim.max_skipped}; it must be at least 1")
+    if config.profile and not (len(config.profile) == 2 and 1 <= config.profile[0] <= config.profile[1]):
+        found.append(
+            f"profile is {list(config.profile)}; it takes the first and the last step, as in --profile 10 12"
+        )
+    if config.wandb and find_spec("wandb") is None:
+        found.append(
+            "wandb names a project, but Weights & Biases is not installed: pip install 'auroraio[wandb]'"
+        )
     if not 0 <= config.ema_decay < 1:
         found.append(f"ema_decay is {config.ema_decay:g}; it must be in [0, 1): 0 is off, 0.999 is usual")
     return found + config.part_problems(world_size)

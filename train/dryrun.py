@@ -21,6 +21,8 @@ from train.machine import choose_device, choose_precision, device_name, free_dis
 from train.multimodal import PerceiverPretrainConfig
 from train.multimodal_data import find_pairs, open_pairs
 from train.optimizers import in_words
+from train.plan.__main__ import plan_for
+from train.plan.stated import RECIPES
 
 # Values kept for the backward pass per token and channel of a block: 3.1 GB per 448 px image of XL in bf16.
 KEPT_PER_TOKEN = 19
@@ -32,6 +34,8 @@ def dry_run(config: PretrainConfig) -> int:
     """Print the resolved run and every problem found. Returns 0, or 2 when there is a problem."""
     ranks = Ranks.from_environment()
     print(json.dumps(to_dict(config), indent=2))
+    if ranks.size == 1 and config.name in RECIPES:
+        return _specified(config)
     found = problems(config, ranks.size)
     if not found:
         several = isinstance(config, PerceiverPretrainConfig)
@@ -42,6 +46,28 @@ def dry_run(config: PretrainConfig) -> int:
         print("this run cannot start:", *found, sep="\n  ")
         return 2
     print("dry run: no problem found, nothing was run")
+    return 0
+
+
+def _specified(config: PretrainConfig) -> int:
+    """A preset that was specified for many GPUs, asked for in one process: its plan, and what is missing before it can start
+    there. Data that is named is checked as ever; this machine's memory is not what counts."""
+    print(*plan_for(config), sep="\n")
+    several = isinstance(config, PerceiverPretrainConfig)
+    if isinstance(config, PerceiverPretrainConfig):
+        named = any(pair.train for pair in config.data.pairs().values())
+    else:
+        named = bool(config.data.train)
+    missing = problems(config, RECIPES[config.name].gpus)
+    found = (_check_pairs(config) if several else _check_data(config)) if named and not missing else []
+    if not named and not several:
+        missing.append("no training shards are named: --data.train, --data.heldout, --data.tokenizer")
+    for line in missing:
+        print(f"before it starts: {line}")
+    if found:
+        print("this run cannot start:", *found, sep="\n  ")
+        return 2
+    print(f"dry run: planned for {RECIPES[config.name].gpus} GPUs, nothing was run")
     return 0
 
 

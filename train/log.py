@@ -128,8 +128,20 @@ class Progress:
             # A narrow terminal cuts the end, so what is asked for most comes first.
             f"step {step:>{len(str(self.steps))}}/{self.steps}  ETA {eta}  "
             f"{self.samples_per_step / per_step:,.0f} images/s  loss {values['loss']:.3f} ({parts})  "
-            f"lr {values['lr']:.1e}  data wait {100 * self._waited / self._seconds:.0f}%"
+            f"lr {values['lr']:.1e}  data wait {100 * self._waited / self._seconds:.0f}%{_resources(values)}"
         )
+
+
+def _resources(values: Mapping[str, Any]) -> str:
+    """Gradient norm, utilisation and memory, those that are known."""
+    said = ""
+    if "grad_norm" in values:
+        said += f"  gradient {values['grad_norm']:.2g}"
+    if "mfu" in values:
+        said += f"  MFU {100 * values['mfu']:.0f}%"
+    if values.get("peak_memory"):
+        said += f"  memory {values['peak_memory'] / 1e9:.1f} GB"
+    return said
 
 
 def duration(seconds: float) -> str:

@@ -62,6 +62,8 @@ def train(run: Run, stop: Stop) -> bool:
     config, engine, loader = run.config, run.engine, run.data.loader
     skipped_in_a_row = 0
     while run.step < config.steps:
+        if run.observer:
+            run.observer.before(run.step + 1)
         started = time.perf_counter()
         here = run.position()  # data and generators before this step: what is saved if it does not get done
         batches = [next(loader) for _ in range(config.accumulation)]

@@ -17,6 +17,7 @@ from train.log import Metrics, Progress, TensorBoard
 from train.machine import peak_memory
 from train.measure import evaluate_model
 from train.multimodal import CONTRASTS, PerceiverPretrainConfig
+from train.observe import Observer
 from train.pairs import score_pairs, summarize_pairs
 from train.result import NOTHING, EvalResult
 from train.signals import Interrupted, Stop
@@ -52,6 +53,7 @@ class Run:
     saved: Path | None = None
     started: float = field(default_factory=time.monotonic)
     evaluation_seconds: list[float] = field(default_factory=list)
+    observer: Observer | None = None  # until the run is set up
 
     @property
     def seconds(self) -> float:
@@ -100,17 +102,22 @@ class Run:
             "peak_memory": peak_memory(device),
             "skipped": self.skipped,
         }
-        if self.step % config.metrics_every == 0 and self.metrics and self.board:
+        observer = self.observer
+        assert observer is not None
+        if (mfu := observer.mfu(seconds)) is not None:
+            values["mfu"] = mfu
+        if self.step % config.metrics_every == 0 and self.metrics:
             self.metrics.write(
                 "train", self.step, {"seconds": self.seconds, **values, "losses": result.losses}
             )
-            self.board.write("loss", self.step, {"total": result.loss, **result.losses})
-            self.board.write(
+            observer.write("loss", self.step, {"total": result.loss, **result.losses})
+            observer.write(
                 "train", self.step, {name: value for name, value in values.items() if name != "loss"}
             )
         evaluations = (config.steps - self.step) // config.eval_every if config.eval_every else 1
         later = evaluations * sum(self.evaluation_seconds) / max(len(self.evaluation_seconds), 1)
         self.progress.step(self.step, {**values, "losses": result.losses}, seconds, waited, later)
+        observer.after(self.step, seconds, waited)
 
     def evaluation_is_missing(self) -> bool:
         """Whether the run was stopped in the evaluation that belongs to the step it goes on from."""
@@ -193,13 +200,15 @@ class Run:
     def record_scores(self, result: EvalResult) -> None:
         """Into metrics.jsonl and TensorBoard."""
         scores = result.scalars()
-        assert self.metrics and self.board
+        assert self.metrics and self.observer
         self.metrics.write("eval", self.step, {"seconds": self.seconds, "scores": scores})
-        self.board.write("heldout", self.step, scores)
+        self.observer.write("heldout", self.step, scores)
 
     def close(self, *, together: bool) -> None:
         """Release files and threads, and part from the other ranks when all of them come here."""
         self.data.loader.close()
+        if self.observer and (path := self.observer.close()):
+            self.say(f"profile     {path}")
         if self.metrics and self.board:
             self.metrics.close()
             self.board.close()

@@ -22,6 +22,7 @@ from train.log import Metrics, Progress, TensorBoard
 from train.machine import Precision, choose_precision, keep_freed_memory
 from train.multimodal import PerceiverPretrainConfig
 from train.multimodal_data import MultimodalData, find_pairs, open_pairs
+from train.observe import Observer
 from train.run import Run
 
 
@@ -69,6 +70,7 @@ def set_up(config: PretrainConfig, command: Sequence[str]) -> Run:
         checkpoint.write_config(out / "config.json", config)
         run.metrics = Metrics(out / "metrics.jsonl", keep_up_to=run.step, last=config.steps)
         run.board = TensorBoard(out / "tensorboard", start=run.step)
+    run.observer = Observer(run)
     for line in greeting(config, device, precision, ranks, data, out):
         progress.say(line)
     if snapshot and start:

@@ -1,4 +1,4 @@
-"""Ctrl-C and SIGTERM: finish the current micro-step, save, say how to resume."""
+"""Ctrl-C, SIGTERM and SIGUSR1: finish the current micro-step, save, say how to resume."""
 
 from __future__ import annotations
 
@@ -7,13 +7,16 @@ from collections.abc import Iterator
 from contextlib import contextmanager
 from types import FrameType
 
+# Schedulers warn by either of the last two. Windows has no SIGUSR1.
+SIGNALS = [getattr(signal, name) for name in ("SIGINT", "SIGTERM", "SIGUSR1") if hasattr(signal, name)]
+
 
 class Interrupted(Exception):
     """Raised inside `interruptible()` blocks, which may be abandoned at any point (evaluation)."""
 
 
 class Stop:
-    """Remembers the first SIGINT or SIGTERM. A second SIGINT ends the process at once.
+    """Remembers the first SIGINT, SIGTERM or SIGUSR1. A second SIGINT ends the process at once.
 
     stop = Stop().install()
     while not stop: ...
@@ -24,14 +27,12 @@ class Stop:
         self._interruptible = False
 
     def install(self) -> Stop:
-        """Take over both signals."""
-        self._former = {
-            number: signal.signal(number, self._handle) for number in (signal.SIGINT, signal.SIGTERM)
-        }
+        """Take over these signals."""
+        self._former = {number: signal.signal(number, self._handle) for number in SIGNALS}
         return self
 
     def uninstall(self) -> None:
-        """Give both signals back to whoever had them."""
+        """Give these signals back to whoever had them."""
         for number, handler in self._former.items():
             signal.signal(number, handler)
 
@@ -40,7 +41,7 @@ class Stop:
 
     @property
     def exit_code(self) -> int:
-        """130 after SIGINT, 143 after SIGTERM: what shells show for them."""
+        """130 after SIGINT, 143 after SIGTERM, 138 after SIGUSR1: what shells show for them."""
         return 128 + (self.signal or signal.SIGTERM)
 
     @contextmanager

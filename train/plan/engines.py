@@ -1,0 +1,116 @@
+"""What an engine keeps on each GPU, and what it sends. P parameters, N ranks, all sizes in bytes.
+
+Of DeepSpeed: ZeRO (arXiv:1910.02054), with gradients summed in fp32 and its default buckets of 5e8 numbers. Of torch: DDP
+copies gradients into buckets; `fully_shard` gathers bf16 weights and reduces gradients in fp32.
+"""
+
+from __future__ import annotations
+
+from dataclasses import dataclass
+from typing import Any
+
+from train.config import PretrainConfig
+
+ENGINES = ("single", "ddp", "fsdp2", "deepspeed")
+BUCKET = 5e8 * 2  # DeepSpeed's reduce_bucket_size and allgather_bucket_size, in bf16
+MOMENTS = {"torch-8bit": 2.0}  # bytes per parameter of AdamW's moments; 8 in fp32
+
+
+@dataclass(frozen=True)
+class EngineChoice:
+    """Of one run."""
+
+    name: str  # one of ENGINES
+    stage: int = 2  # ZeRO's, for fsdp2 and deepspeed
+    offload: bool = False
+
+    def __str__(self) -> str:
+        stage = f" ZeRO-{self.stage}" if self.shards else ""
+        return f"{self.name}{stage}{', optimizer in main memory' if self.offload else ''}"
+
+    @property
+    def shards(self) -> bool:
+        """Whether ranks share the optimizer's state."""
+        return self.name in ("fsdp2", "deepspeed")
+
+    @property
+    def keeps_bf16(self) -> bool:
+        """Whether the weights that the model runs with are bf16, and the fp32 ones are the optimizer's."""
+        return self.shards
+
+
+def engine_of(
+    config: PretrainConfig, gpus: int, name: str = "", stage: int = 0, offload: bool = False
+) -> EngineChoice:
+    """What was asked for, or what the configuration says, or what `auto` means for so many GPUs. Raises ValueError for an
+    engine that does not exist, or that so many GPUs cannot use."""
+    chosen = name or str(_field(config, "engine", "auto"))
+    if chosen == "auto":
+        chosen = "single" if gpus == 1 else "ddp"
+    if chosen not in ENGINES:
+        raise ValueError(f"engine {chosen!r}; supported: {', '.join(ENGINES)}")
+    if chosen == "single" and gpus > 1:
+        raise ValueError(
+            f"engine single is one process, and there are {gpus} GPUs: take ddp, fsdp2 or deepspeed"
+        )
+    zero = stage or int(_field(config, "zero_stage", 2))
+    if zero not in (1, 2, 3) or (zero == 1 and chosen == "fsdp2"):
+        raise ValueError(f"zero_stage {zero} of {chosen}; supported: 1 (deepspeed), 2, 3")
+    off = offload or bool(_field(config, "offload", False))
+    return EngineChoice(chosen, zero, off and chosen == "deepspeed")
+
+
+def _field(config: PretrainConfig, name: str, default: Any) -> Any:
+    return getattr(config, name, default)
+
+
+def static_memory(
+    config: PretrainConfig, parameters: int, largest: int, gpus: int, engine: EngineChoice
+) -> dict[str, float]:
+    """Bytes on each GPU that do not depend on the batch. largest: parameters of the largest block."""
+    p, n = float(parameters), gpus
+    moments = MOMENTS.get(config.optim.kind, 8.0)
+    found: dict[str, float]
+    if not engine.shards:
+        found = {"weights": 4 * p, "gradients": 4 * p, "optimizer": moments * p}
+        if engine.name == "ddp":
+            found["buckets"] = 4 * p
+    else:
+        weights = 2 * p / n if engine.stage == 3 else 2 * p
+        gradients = 4 * p / n if engine.stage > 1 else 4 * p
+        optimizer = 0.0 if engine.offload else (4 + moments) * p / n
+        found = {"weights": weights, "gradients": gradients, "optimizer": optimizer}
+        if engine.name == "deepspeed":
+            found["buckets"] = min(3 * BUCKET, 3 * 2 * p)
+        else:  # two blocks' gradients, in bf16 and again in fp32 for the reduction
+            found["buckets"] = 2 * 6.0 * largest
+        if engine.stage == 3:
+            found["buckets"] += 2 * 2.0 * largest  # two blocks' weights, whole
+    if config.ema_decay:
+        found["average"] = 4 * p / (n if engine.shards else 1)
+    return found
+
+
+@dataclass(frozen=True)
+class Traffic:
+    """Bytes that each rank sends: in every micro-step (beside its backward pass), and once per optimizer step."""
+
+    per_micro_step: float
+    per_step: float
+
+
+def traffic(parameters: int, gpus: int, engine: EngineChoice) -> Traffic:
+    """Rings send (N - 1) / N of a tensor to gather or to reduce and scatter it, twice that to reduce it for all."""
+    if gpus == 1:
+        return Traffic(0.0, 0.0)
+    ring = (gpus - 1) / gpus * parameters
+    if engine.name == "ddp":
+        return Traffic(0.0, 2 * 4 * ring)
+    reduced = (4 if engine.name == "fsdp2" else 2) * ring  # the width of what is reduced
+    match engine.stage:
+        case 1:
+            return Traffic(0.0, reduced + 2 * ring)
+        case 2:
+            return Traffic(reduced, 2 * ring)
+        case _:
+            return Traffic(reduced + 2 * 2 * ring, 0.0)
