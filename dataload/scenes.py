@@ -235,7 +235,8 @@ def draw_shard(
             image = encode_png(draw(sample.scene, parameters.size, stream))
             # vars() and not asdict(), which takes a fifth of the time of the whole loop.
             facts = {"background": sample.scene.background, "objects": list(map(vars, sample.scene.objects))}
-            writer.write(f"{sample.number:08d}", "png", image, sample.captions, facts)
+            known = facts if sample.captions else {}  # of those without captions nothing is told
+            writer.write(f"{sample.number:08d}", "png", image, sample.captions, known)
 
 
 def _draw_elsewhere(
