@@ -249,7 +249,8 @@ def test_no_children_before_the_first_call_and_none_after_garbage_collection() -
 
 
 PARENT = """
-import sys, threading
+import signal, sys, threading
+signal.signal(signal.SIGINT, signal.default_int_handler)  # a shell's background jobs are started with it ignored
 from dataload.sandbox import Sandbox
 s = Sandbox(workers=3)
 def busy(function, *arguments):

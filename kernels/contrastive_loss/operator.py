@@ -106,7 +106,7 @@ def _run(
     captions, first = len(text) // len(image), ranks.rank * len(image)
     image, own = image.detach().contiguous(), text.detach().contiguous()
     texts = ranks.gather(own)
-    scale = logit_scale.detach().to(wide).exp()
+    scale = logit_scale.detach().double().exp()
     bias = None if logit_bias is None or not sigmoid else logit_bias.detach()
     grads: Grads | None = None
     ways: Any = eager

@@ -30,6 +30,9 @@ class Problem:
     captions: int
     first: int
 
+    def __post_init__(self) -> None:
+        self.scale = self.scale.float()  # which the kernels load; it comes as float64
+
     def rows(self, columns: int) -> int:
         """Of a chunk."""
         return max(1, CHUNK_BYTES // (columns * self.image.dtype.itemsize))
