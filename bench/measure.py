@@ -23,7 +23,8 @@ from typing import Protocol
 
 import torch
 from torch import Tensor
-from torch.profiler import ProfilerActivity, profile
+
+from train import peak
 
 Call = Callable[[], object]
 FEWEST_ROUNDS, MOST_ROUNDS = 9, 101
@@ -186,27 +187,9 @@ def sets_needed(one: int, device: str, cache: int) -> int:
 
 
 def peak_memory(call: Call, device: str) -> int:
-    """Bytes that one call allocates at its highest, above what was there before.
-
-    CUDA: the caching allocator's own count. CPU: the running sum of the allocations that torch's profiler reports.
-    """
+    """See train.peak; after a call that does not count."""
     call()
-    if device == "cuda":
-        torch.cuda.synchronize()
-        before = torch.cuda.memory_allocated()
-        torch.cuda.reset_peak_memory_stats()
-        call()
-        torch.cuda.synchronize()
-        return torch.cuda.max_memory_allocated() - before
-    with profile(activities=[ProfilerActivity.CPU], profile_memory=True) as recorded:
-        call()
-    events = recorded.profiler.kineto_results.events()
-    changes = sorted((e.start_ns(), e.nbytes()) for e in events if e.name() == "[memory]")
-    now = high = 0
-    for _, change in changes:
-        now += change
-        high = max(high, now)
-    return high
+    return peak.peak_memory(call, device)
 
 
 def random_like(tensor: Tensor, seed: int) -> Tensor:

@@ -18,13 +18,14 @@ from tests.micro import MODEL
 from train import pretrain
 from train.config import PretrainConfig
 from train.devices import DEVICES
+from train.peak import peak_memory
 from train.plan import __main__ as command
 from train.plan.arithmetic import flops_of
 from train.plan.batches import batch_of, kinds, split
 from train.plan.budget import Setup, bus, make_plan, to_json
 from train.plan.calibration import RESULTS, read, summary
 from train.plan.engines import EngineChoice, engine_of, static_memory, traffic
-from train.plan.measure import encoder_step, filled, peak_memory, training_step
+from train.plan.measure import encoder_step, filled, training_step
 from train.plan.meter import Meter
 from train.plan.stated import RECIPES, findings
 from train.plan.trace import trace

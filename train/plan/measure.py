@@ -22,7 +22,6 @@ from typing import Any
 
 import torch
 from torch import Tensor
-from torch.profiler import ProfilerActivity, profile
 
 from dataload.packed import Packed
 from models import AURORA_SIZES
@@ -32,6 +31,7 @@ from train.contrast import MicroBatch
 from train.engine import Ranks, TorchEngine
 from train.families import family_of
 from train.machine import Precision, device_name, keep_freed_memory
+from train.peak import peak_memory
 from train.plan.batches import batch_of, kinds, split
 from train.plan.calibration import Row, summary, table
 from train.plan.meter import Meter
@@ -168,25 +168,6 @@ def _random(like: Tensor) -> Tensor:
     if like.dtype == torch.uint8:
         return torch.randint(256, like.shape, dtype=torch.uint8)
     return 0.1 * torch.randn(like.shape)
-
-
-def peak_memory(call: Callable[[], None], kind: str) -> int:
-    """Bytes that one call allocates at its highest, above what was there before."""
-    if kind == "cuda":
-        torch.cuda.synchronize()
-        before = torch.cuda.memory_allocated()
-        torch.cuda.reset_peak_memory_stats()
-        call()
-        torch.cuda.synchronize()
-        return torch.cuda.max_memory_allocated() - before
-    with profile(activities=[ProfilerActivity.CPU], profile_memory=True) as recorded:
-        call()
-    events = recorded.profiler.kineto_results.events()
-    now = high = 0
-    for _, change in sorted((e.start_ns(), e.nbytes()) for e in events if e.name() == "[memory]"):
-        now += change
-        high = max(high, now)
-    return high
 
 
 def timed(call: Callable[[], object], kind: str) -> float:
