@@ -5,6 +5,7 @@ from __future__ import annotations
 
 import os
 import subprocess
+import sys
 from collections.abc import Callable
 from copy import deepcopy
 from pathlib import Path
@@ -28,7 +29,7 @@ def documents(name: str) -> list[dict[str, Any]]:
 
 
 def shellcheck(path: Path) -> subprocess.CompletedProcess[str]:
-    return subprocess.run(["shellcheck", path], capture_output=True, text=True)
+    return subprocess.run([Path(sys.executable).parent / "shellcheck", path], capture_output=True, text=True)
 
 
 def test_shellcheck_finds_nothing_and_would_find_something(tmp_path: Path) -> None:
