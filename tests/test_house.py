@@ -393,6 +393,7 @@ OPTIONAL = {
     "liger_kernel": "liger",
     "torchao": "torchao",
     "wandb": "wandb",
+    "deepspeed": "deepspeed",
     "apex": "",  # NVIDIA's is no package of the index
     "amp_C": "",
 }
