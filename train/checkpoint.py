@@ -10,6 +10,9 @@ runs/NAME/checkpoints/
         config.json              the resolved configuration
         tokenizer.model          the run's SentencePiece model
         state.json               step, data position, optimizer groups; SHA-256 of every file (itself too)
+
+Several ranks write a part each: model-00001-of-00004.safetensors and so on (train/pieces.py). Which engine wrote it, on how
+many ranks, does not matter to who reads it. train/saving.py writes beside the training.
 """
 
 from __future__ import annotations
@@ -19,14 +22,13 @@ import json
 import os
 import re
 import shutil
-from collections.abc import Callable
+from collections.abc import Callable, Mapping
+from concurrent.futures import ThreadPoolExecutor
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
 import torch
-from safetensors import SafetensorError
-from safetensors.torch import load_file, save_file
 from torch import Tensor
 
 from dataload.tokenizer import Tokenizer
@@ -35,8 +37,10 @@ from train.engine import EngineState
 from train.families import AuroraFamily, family_of
 from train.multimodal import PerceiverPretrainConfig
 from train.optim import with_aliases
+from train.pieces import Piece, PiecesError, Stored, as_pieces, write_pieces
 
 FORMAT = 1
+HASHED_AT_ONCE = 8
 STEP = re.compile(r"step-(\d+)$")
 TEMPORARY = ".unfinished-"
 
@@ -81,47 +85,66 @@ class LoadedModel:
 
 
 def save(directory: Path, snapshot: Snapshot, config: PretrainConfig, tokenizer: Path, keep: int) -> Path:
-    """Write `directory`/step-N, point `latest` at it, remove all but the newest `keep`. Returns the step
-    directory.
-
-    Files are written into a directory of another name and synced to disk; the rename is the last act, so a
-    crash at any moment leaves either the whole checkpoint or none. Raises CheckpointError where the disk
-    refuses (full, read-only).
+    """Write `directory`/step-N from one process, point `latest` at it, remove all but the newest `keep`. Returns the step
+    directory. Raises CheckpointError where the disk refuses (full, read-only).
     """
-    final = directory / f"step-{snapshot.step:06d}"
-    work = directory / f"{TEMPORARY}{final.name}"
+    work = unfinished(directory, snapshot.step)
     try:
-        shutil.rmtree(work, ignore_errors=True)
-        work.mkdir(parents=True)
-        _write_files(work, snapshot, config, tokenizer)
-        for file in work.iterdir():
-            shutil.copymode(
-                work / "config.json", file
-            )  # safetensors writes files that only their owner may read
-            _sync(file)
-        _sync(work)
-        if final.exists():  # a damaged one that the run went back beyond
-            shutil.rmtree(final)
-        work.rename(final)
-        _replace_text(directory / "latest", final.name + "\n")
-        _sync(directory)
+        start(work)
+        sums = write_part(work, kinds_of(snapshot.engine), 0, 1)
+        final = commit(work, snapshot, config, tokenizer, sums)
     except OSError as error:
         shutil.rmtree(work, ignore_errors=True)
-        raise CheckpointError(f"could not save {final}: {error}") from error
-    for old in step_directories(directory)[keep:]:
-        shutil.rmtree(old)
+        raise CheckpointError(f"could not save {step_directory(directory, snapshot.step)}: {error}") from error
+    prune(directory, keep)
     return final
 
 
-def _write_files(work: Path, snapshot: Snapshot, config: PretrainConfig, tokenizer: Path) -> None:
-    engine = snapshot.engine
-    save_file(_on_cpu(engine.model), work / "model.safetensors")
-    save_file(_on_cpu(engine.optimizer), work / "optimizer.safetensors")
-    save_file(_on_cpu(snapshot.rng), work / "rng.safetensors")
-    if engine.ema is not None:
-        save_file(_on_cpu(engine.ema), work / "ema.safetensors")
+def step_directory(directory: Path, step: int) -> Path:
+    """Where the checkpoint of a step lies once it is whole."""
+    return directory / f"step-{step:06d}"
+
+
+def unfinished(directory: Path, step: int) -> Path:
+    """Where it is written: a directory of another name. The rename is the last act, so a crash at any moment leaves either
+    the whole checkpoint or none."""
+    return directory / f"{TEMPORARY}{step_directory(directory, step).name}"
+
+
+def start(work: Path) -> None:
+    """An empty directory. Raises OSError."""
+    shutil.rmtree(work, ignore_errors=True)
+    work.mkdir(parents=True)
+
+
+def kinds_of(state: EngineState) -> dict[str, dict[str, Piece]]:
+    """What goes into files: kind -> pieces by name."""
+    kinds = {"model": as_pieces(state.model), "optimizer": as_pieces(state.optimizer)}
+    return kinds if state.ema is None else {**kinds, "ema": as_pieces(state.ema)}
+
+
+def write_part(work: Path, kinds: Mapping[str, Mapping[str, Piece]], rank: int, size: int) -> dict[str, str]:
+    """Write the files of one rank of `size`; returns the SHA-256 of each by name. Raises OSError."""
+    suffix = f"-{rank + 1:05d}-of-{size:05d}" if size > 1 else ""
+    names = {f"{kind}{suffix}.safetensors": pieces for kind, pieces in kinds.items()}
+    return {name: write_pieces(work / name, pieces) for name, pieces in names.items()}
+
+
+def commit(
+    work: Path, snapshot: Snapshot, config: PretrainConfig, tokenizer: Path, sums: Mapping[str, str]
+) -> Path:
+    """Once every rank's files are on disk: write what is left, with all checksums, and give the directory its name. Returns
+    that. Raises OSError."""
+    final = work.with_name(work.name.removeprefix(TEMPORARY))
+    found = dict(sums)
+    found["rng.safetensors"] = write_pieces(
+        work / "rng.safetensors", as_pieces({name: state.cpu() for name, state in snapshot.rng.items()})
+    )
     write_config(work / "config.json", config)
     shutil.copyfile(tokenizer, work / "tokenizer.model")
+    for name in ("config.json", "tokenizer.model"):
+        found[name] = sha256(work / name)
+        _sync(work / name)
     state: dict[str, Any] = {
         "format": FORMAT,
         "step": snapshot.step,
@@ -131,25 +154,53 @@ def _write_files(work: Path, snapshot: Snapshot, config: PretrainConfig, tokeniz
         "world_size": snapshot.world_size,
         "seconds": snapshot.seconds,
         "skipped": snapshot.skipped,
-        "ema_updates": engine.ema_updates,
-        "optimizer_groups": engine.groups,
+        "ema_updates": snapshot.engine.ema_updates,
+        "optimizer_groups": snapshot.engine.groups,
         "torch": torch.__version__,
-        "sha256": {file.name: sha256(file) for file in sorted(work.iterdir())},
+        "sha256": dict(sorted(found.items())),
     }
     state["sha256"]["state.json"] = _own_sha(state)
     (work / "state.json").write_text(json.dumps(state, indent=2) + "\n")
+    _sync(work / "state.json")
+    _sync(work)
+    if final.exists():  # a damaged one that the run went back beyond
+        shutil.rmtree(final)
+    work.rename(final)
+    _replace_text(final.parent / "latest", final.name + "\n")
+    _sync(final.parent)
+    return final
 
 
-def read(path: Path) -> tuple[Snapshot, PretrainConfig]:
-    """Verify and load one step directory. Raises CheckpointError for damage of any kind."""
-    state = verify(path)
-    files = {name: _load(path / f"{name}.safetensors") for name in ("model", "optimizer", "rng")}
-    ema = _load(path / "ema.safetensors") if "ema.safetensors" in state["sha256"] else None
-    engine = EngineState(
-        files["model"], files["optimizer"], state["optimizer_groups"], ema, state["ema_updates"]
-    )
+def prune(directory: Path, keep: int, every: int = 0) -> None:
+    """Remove all but the newest `keep`; one whose step is a multiple of `every` stays for good (0: none does)."""
+    for old in step_directories(directory)[keep:]:
+        if not every or step_of(old) % every:
+            shutil.rmtree(old)
+
+
+def read(path: Path, *, verified: bool = False) -> tuple[Snapshot, PretrainConfig]:
+    """Verify and open one step directory; tensors are read when they are asked for. Raises CheckpointError for damage of any
+    kind. verified: `verify` has just been called, by any rank.
+    """
+    state = _state(path) if verified else verify(path)
+    model, optimizer, rng = (stored(path, kind, state) for kind in ("model", "optimizer", "rng"))
+    ema = stored(path, "ema", state) if _files(state, "ema") else None
+    engine = EngineState(model, optimizer, state["optimizer_groups"], ema, state["ema_updates"])
     kept = {name: state[name] for name in ("step", "loader", "precision", "world_size", "seconds", "skipped")}
-    return Snapshot(engine=engine, rng=files["rng"], **kept), read_config(path)
+    return Snapshot(engine=engine, rng=dict(rng), **kept), read_config(path)
+
+
+def stored(path: Path, kind: str, state: Mapping[str, Any]) -> Stored:
+    """The tensors of one kind ("model", "ema", "optimizer", "rng") of a step directory whose state.json says `state`."""
+    try:
+        return Stored([path / name for name in _files(state, kind)])
+    except PiecesError as error:
+        raise CheckpointError(f"{path} is damaged: {error}") from error
+
+
+def _files(state: Mapping[str, Any], kind: str) -> list[str]:
+    part = re.compile(rf"{kind}(-\d+-of-\d+)?\.safetensors")
+    return [name for name in state["sha256"] if part.fullmatch(name)]
 
 
 def write_config(file: Path, config: PretrainConfig) -> None:
@@ -169,6 +220,23 @@ def verify(path: Path) -> dict[str, Any]:
     """Compare every file with its recorded SHA-256; returns state.json. Raises CheckpointError naming the
     file that differs.
     """
+    state = _state(path)
+    recorded = {name: digest for name, digest in state["sha256"].items() if name != "state.json"}
+    for name in recorded:
+        if not (path / name).is_file():
+            raise CheckpointError(f"{path} is damaged: {name} is missing")
+    with ThreadPoolExecutor(HASHED_AT_ONCE) as pool:
+        for name, found in zip(recorded, pool.map(lambda name: sha256(path / name), recorded), strict=True):
+            if found != recorded[name]:
+                size = (path / name).stat().st_size
+                raise CheckpointError(
+                    f"{path} is damaged: {name} ({size:,} bytes) differs from its recorded checksum"
+                )
+    return state
+
+
+def _state(path: Path) -> dict[str, Any]:
+    """state.json, which vouches for itself."""
     try:
         state = json.loads((path / "state.json").read_text())
         recorded = dict(state["sha256"])
@@ -180,17 +248,9 @@ def verify(path: Path) -> dict[str, Any]:
         raise CheckpointError(
             f"{path} has format {state.get('format')!r}; this version reads format {FORMAT}"
         )
-    if recorded.pop("state.json", None) != _own_sha(state):
+    if recorded.get("state.json") != _own_sha(state):
         raise CheckpointError(f"{path} is damaged: state.json differs from its recorded checksum")
-    for name, expected in recorded.items():
-        if not (path / name).is_file():
-            raise CheckpointError(f"{path} is damaged: {name} is missing")
-        if sha256(path / name) != expected:
-            size = (path / name).stat().st_size
-            raise CheckpointError(
-                f"{path} is damaged: {name} ({size:,} bytes) differs from its recorded checksum"
-            )
-    return state
+    return dict(state)
 
 
 def find(path: Path) -> list[Path]:
@@ -208,8 +268,14 @@ def step_directories(directory: Path) -> list[Path]:
     """
     if not directory.is_dir():
         return []
-    found = [(int(match[1]), entry) for entry in directory.iterdir() if (match := STEP.match(entry.name))]
-    return [entry for _, entry in sorted(found, reverse=True)]
+    return sorted((entry for entry in directory.iterdir() if STEP.match(entry.name)), key=step_of, reverse=True)
+
+
+def step_of(directory: Path) -> int:
+    """The step of a step directory."""
+    match = STEP.match(directory.name)
+    assert match, directory
+    return int(match[1])
 
 
 def newest_intact(path: Path, say: Callable[[str], None]) -> Path | None:
@@ -248,12 +314,12 @@ def load_model(path: str | Path, device: torch.device | str = "cpu", *, ema: boo
         )
     step = candidates[0]
     state, config = verify(step), read_config(step)
-    averaged = ema and "ema.safetensors" in state["sha256"]
+    averaged = ema and bool(_files(state, "ema"))
     with torch.device("meta"):
         model: Any = family_of(config).model(config)
-    model.load_state_dict(with_aliases(_load(step / "model.safetensors"), model), assign=True)
+    model.load_state_dict(with_aliases(stored(step, "model", state), model), assign=True)
     if averaged:
-        model.load_state_dict(_load(step / "ema.safetensors"), strict=False, assign=True)
+        model.load_state_dict(dict(stored(step, "ema", state)), strict=False, assign=True)
     tokenizer = Tokenizer.load(step / "tokenizer.model")
     return LoadedModel(model.to(device).eval(), tokenizer, config, state["step"], step, averaged)
 
@@ -273,19 +339,6 @@ def sha256(file: Path) -> str:
 def _own_sha(state: dict[str, Any]) -> str:
     others = {name: digest for name, digest in state["sha256"].items() if name != "state.json"}
     return hashlib.sha256(json.dumps({**state, "sha256": others}, sort_keys=True).encode()).hexdigest()
-
-
-def _load(file: Path) -> dict[str, Tensor]:
-    """Tensors in memory of their own: the file may be removed or replaced afterwards."""
-    try:
-        return {name: tensor.clone() for name, tensor in load_file(file).items()}
-    except SafetensorError as error:
-        raise CheckpointError(f"{file} cannot be read: {error}") from error
-
-
-def _on_cpu(tensors: dict[str, Tensor]) -> dict[str, Tensor]:
-    """Contiguous tensors on the CPU, as safetensors wants them."""
-    return {name: tensor.detach().cpu().contiguous() for name, tensor in tensors.items()}
 
 
 def _sync(path: Path) -> None:

@@ -129,6 +129,14 @@ class PretrainConfig:
     """
     steps: int = 400
     """Optimizer steps."""
+    engine: Literal["auto", "single", "ddp", "fsdp2", "deepspeed"] = "auto"
+    """How processes share the work. ddp: all hold everything. fsdp2 (torch) and deepspeed (an extra): optimizer, gradients and
+    weights in shards, as zero_stage says. auto: single with one process, ddp with several. train/README.md compares them."""
+    zero_stage: Literal[1, 2, 3] = 2
+    """What fsdp2 and deepspeed keep in shards. 1 (deepspeed only): the optimizer. 2: gradients too. 3: weights too, gathered
+    layer by layer."""
+    offload: bool = False
+    """deepspeed: master weights and moments in main memory, where the optimizer then runs."""
     precision: Literal["auto", "bf16", "fp32"] = "auto"
     """Arithmetic of the matrix products. auto: bf16 on GPUs that have it and on CPUs where it measures faster
     than fp32. Weights stay fp32.
@@ -163,6 +171,13 @@ class PretrainConfig:
     """Steps between checkpoints; 0: only at the end (and on Ctrl-C or SIGTERM)."""
     keep_checkpoints: int = 3
     """How many of the newest checkpoints are kept."""
+    keep_every: int = 0
+    """Checkpoints whose step is a multiple of this are kept for good; 0: none is."""
+    save_async: bool = True
+    """Write checkpoints beside the training, which waits only while its state is copied to main memory."""
+    hang_timeout: float = 1800.0
+    """Seconds without progress of any of several processes after which the run says which one hangs, and where, and stops; 0:
+    never. The first step counts, and whatever it compiles."""
     dry_run: bool = False
     """Resolve and print everything, check data, disk and memory, and stop."""
 
@@ -233,7 +248,7 @@ def problems(config: PretrainConfig, world_size: int = 1) -> list[str]:
     ):
         if getattr(config, name) < 1:
             found.append(f"{name} is {getattr(config, name)}; it must be at least 1")
-    for name in ("eval_every", "save_every"):
+    for name in ("eval_every", "save_every", "keep_every", "hang_timeout"):
         if getattr(config, name) < 0:
             found.append(f"{name} is {getattr(config, name)}; it must be 0 (only at the end) or more")
     parts = config.accumulation * world_size

@@ -8,6 +8,7 @@ from __future__ import annotations
 
 import math
 import os
+import socket
 from collections.abc import Iterator, Mapping, Sequence
 from contextlib import contextmanager
 from dataclasses import dataclass
@@ -24,6 +25,7 @@ from train.families import family_of
 from train.machine import Precision, choose_device
 from train.optim import Ema, load_optimizer_tensors, optimizer_tensors, weights_once, with_aliases
 from train.optimizers import build_optimizer, clip_and_step
+from train.pieces import share_of
 
 TIMEOUT = timedelta(hours=2)  # the other ranks wait while rank 0 evaluates
 
@@ -68,26 +70,34 @@ class StepResult:
 class EngineState:
     """Weights and optimizer, as they go into a checkpoint."""
 
-    model: dict[str, Tensor]
-    optimizer: dict[str, Tensor]
+    model: Mapping[str, Any]
+    """Tensors by name; of several ranks, each has its own `pieces.Piece`s. So too the next, and `ema`."""
+    optimizer: Mapping[str, Any]
     groups: list[dict[str, Any]]
-    ema: dict[str, Tensor] | None
+    ema: Mapping[str, Any] | None
     ema_updates: int
 
 
-def join(ranks: Ranks, device_name: str) -> torch.device:
-    """Choose the device and, with more than one rank, meet the others."""
+def join(ranks: Ranks, device_name: str, alone: bool = False) -> torch.device:
+    """Choose the device and, with more than one rank, meet the others; `alone`: make a group of one rank too, which DeepSpeed
+    and fully_shard need."""
     device = choose_device(device_name, ranks.local_rank)
     if device.type == "cuda":
         torch.cuda.set_device(device)
-    if ranks.size > 1:
+    if ranks.size > 1 or alone:
+        with socket.socket() as free:
+            free.bind(("127.0.0.1", 0))
+            port = free.getsockname()[1]
+        of_one = {"RANK": "0", "LOCAL_RANK": "0", "WORLD_SIZE": "1", "MASTER_ADDR": "127.0.0.1"}
+        for name, value in {**of_one, "MASTER_PORT": str(port)}.items():
+            os.environ.setdefault(name, value)
         dist.init_process_group("nccl" if device.type == "cuda" else "gloo", timeout=TIMEOUT)
     return device
 
 
 def leave(ranks: Ranks) -> None:
     """Part in good order: without the barrier, 3 of 20 exits were seen to abort."""
-    if ranks.size > 1 and dist.is_initialized():
+    if dist.is_initialized():
         dist.barrier()
         dist.destroy_process_group()
 
@@ -102,12 +112,15 @@ def share(value: Any, ranks: Ranks) -> Any:
 
 
 class TorchEngine:
-    """The model and its optimizer on one device per rank.
+    """The model and its optimizer on one device per rank: a single process, or DistributedDataParallel. The other engines
+    are made of this one (train/sharded.py).
 
     An optimizer step is: `agree` on the denominators; then for each of the `micro_batches` `micro_step(...)` around
     `losses` and `backward`; then `step`. Every loss is such that its mean over ranks is the loss of the
     global batch, because that is the mean DistributedDataParallel takes of gradients.
     """
+
+    kind = "torch"
 
     def __init__(
         self,
@@ -121,13 +134,19 @@ class TorchEngine:
         self.family = family_of(config)
         self.model = cast(Any, model.to(device).train())
         self.model.gradient_checkpointing = config.activation_checkpointing
-        self.built = build_optimizer(self.model, config.optim, device)
-        self.optimizer = self.built.optimizer
-        self.ema = Ema(self.model, config.ema_decay) if config.ema_decay else None
+        self.ema: Ema | None = None
         self.weights = {name: weight for name, weight in config.objectives.weights().items() if weight}
         self._sums: dict[str, Tensor] = {}
+        self.build()
+
+    def build(self) -> None:
+        """Optimizer, moving average, and what runs forward; engines that shard have their own."""
+        config = self.config
+        self.built = build_optimizer(self.model, config.optim, self.device)
+        self.optimizer = self.built.optimizer
+        self.ema = Ema(self.model, config.ema_decay) if config.ema_decay else None
         module: nn.Module = torch.compile(self.model) if config.compile else self.model  # type: ignore[assignment]
-        if ranks.size > 1:
+        if self.ranks.size > 1:
             # The dense heads wait for their tasks and get no gradient from these objectives.
             module = nn.parallel.DistributedDataParallel(module, find_unused_parameters=True)
         self.module = module
@@ -188,23 +207,38 @@ class TorchEngine:
         """Clip and update at learning rate `lr`; with a non-finite loss or gradient on any rank, all ranks
         leave the weights alone.
         """
+        totals = self.totals()
+        # The step is on its way before anything is read: it decides by itself whether it is one.
+        healthy = torch.isfinite(self.weighted(totals))
+        return self.concluded(totals, clip_and_step(self.optimizer, lr, self.config.optim.clip, healthy))
+
+    def totals(self) -> Tensor:
+        """The losses of the step so far, as many as `_sums` has names, fp64: the same on every rank."""
         totals = torch.stack([*self._sums.values()]).double()
         if self.ranks.size > 1:
             dist.all_reduce(totals)
             totals /= self.ranks.size
-        weights = totals.new_tensor([self.weights[name] for name in self._sums])
-        # The step is on its way before anything is read: it decides by itself whether it is one.
-        norm = clip_and_step(
-            self.optimizer, lr, self.config.optim.clip, torch.isfinite((weights * totals).sum())
-        )
+        return totals
+
+    def weighted(self, totals: Tensor) -> Tensor:
+        """Their weighted sum, []."""
+        return (totals.new_tensor([self.weights[name] for name in self._sums]) * totals).sum()
+
+    def concluded(self, totals: Tensor, norm: Tensor) -> StepResult:
+        """What came of the step that was just made, or not made because a number in it is not finite."""
         *values, grad_norm = torch.cat((totals, norm[None].to(totals))).tolist()
         losses = dict(zip(self._sums, values, strict=True))
         loss = sum(self.weights[name] * value for name, value in losses.items())
         finite = math.isfinite(loss) and math.isfinite(grad_norm)
-        if finite and self.ema:
-            self.ema.update(self.model)
+        if finite:
+            self.average()
         self.discard()
         return StepResult(losses, loss, grad_norm, skipped=not finite)
+
+    def average(self) -> None:
+        """Move the average of the weights, where the run keeps one."""
+        if self.ema:
+            self.ema.update(self.model)
 
     def discard(self) -> None:
         """Forget gradients and losses of an unfinished step."""
@@ -224,9 +258,11 @@ class TorchEngine:
         """What a checkpoint keeps of weights and optimizer."""
         tensors, groups = optimizer_tensors(self.optimizer, self.model)
         ema = None if self.ema is None else dict(self.ema.weights)
-        return EngineState(
-            weights_once(self.model), tensors, groups, ema, self.ema.updates if self.ema else 0
-        )
+        kinds: list[Any] = [weights_once(self.model), tensors, ema]
+        if self.ranks.size > 1:  # all ranks hold the same: each writes a part of it
+            rank, size = self.ranks.rank, self.ranks.size
+            kinds = [kind if kind is None else share_of(kind, rank, size) for kind in kinds]
+        return EngineState(kinds[0], kinds[1], groups, kinds[2], self.ema.updates if self.ema else 0)
 
     def load(self, state: EngineState) -> None:
         """Take over a checkpoint's weights and optimizer; hyperparameters stay those of this run's

@@ -51,13 +51,15 @@ NAMES = {
 }
 
 
-def build_optimizer(model: nn.Module, config: OptimConfig, device: torch.device) -> Built:
-    """AdamW over the model's parameter groups (models.parameter_groups); the rate is set at every step.
+def build_optimizer(
+    model: nn.Module, config: OptimConfig, device: torch.device, groups: list[dict[str, Any]] | None = None
+) -> Built:
+    """AdamW over the model's parameter groups (models.parameter_groups, or `groups` instead); the rate is set at every step.
 
     Raises OptimizerError where config.kind names one that cannot run.
     """
     kind, why = choose(config.kind, device)
-    groups = models.parameter_groups(model, config.weight_decay)
+    groups = groups or models.parameter_groups(model, config.weight_decay)
     settings: dict[str, Any] = {"lr": config.lr, "betas": config.betas, "eps": config.eps}
     match kind:
         case "apex":
@@ -119,13 +121,17 @@ def _distribution(name: str) -> str:
         return ""
 
 
-def clip_and_step(optimizer: torch.optim.Optimizer, lr: float, clip: float, healthy: Tensor) -> Tensor:
+def clip_and_step(
+    optimizer: torch.optim.Optimizer, lr: float, clip: float, healthy: Tensor, norm: Tensor | None = None
+) -> Tensor:
     """One update at rate `lr` with gradients scaled down to the global norm `clip` (0: as they are), or none at all where
     `healthy` (bool, []) is False or that norm is not finite. Returns the norm before clipping, fp32 [].
 
     As torch.nn.utils.clip_grad_norm_ and the optimizer's step, to rounding. torch's fused AdamW divides by the clipping
     factor and skips on the device, inside its own pass over the gradients: one pass to clip is saved, and nothing waits.
     The others clip first and look at the norm on the host. Gradients are undefined afterwards.
+
+    norm: the global norm, where these gradients are only this rank's shards.
     """
     for group in optimizer.param_groups:
         if isinstance(group["lr"], Tensor):  # torchao's
@@ -133,7 +139,8 @@ def clip_and_step(optimizer: torch.optim.Optimizer, lr: float, clip: float, heal
         else:
             group["lr"] = lr
     gradients = [p.grad for group in optimizer.param_groups for p in group["params"] if p.grad is not None]
-    norm = global_norm(gradients)
+    if norm is None:
+        norm = global_norm(gradients)
     if optimizer.defaults.get("fused"):
         good = torch.isfinite(norm) & healthy.to(norm.device)
         optimizer.found_inf = (~good).float()  # type: ignore[attr-defined]

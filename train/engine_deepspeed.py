@@ -1,0 +1,308 @@
+"""DeepSpeed's ZeRO-1, -2 and -3 (arXiv:1910.02054), with the optimizer in main memory on request.
+
+Its configuration is derived from ours, and its checkpoints are not used: they are pickles, and fit one number of ranks. Master
+weights and moments are read from its flat fp32 buffers by parameter, as every engine's are.
+
+In bf16 runs its weights are bf16, its master weights and the sum of gradients fp32. Parameters without a dimension, and those
+that no objective uses, are kept from it: it would round a temperature to bf16, and decay what has no gradient.
+"""
+
+from __future__ import annotations
+
+import importlib
+import logging
+import math
+from collections.abc import Iterator, Mapping
+from contextlib import contextmanager
+from importlib.metadata import version
+from importlib.util import find_spec
+from typing import Any
+
+import torch
+from torch import Tensor, nn
+
+import models
+from train.config import ConfigError, PretrainConfig, micro_batch
+from train.engine import StepResult
+from train.optimizers import build_optimizer, global_norm
+from train.sharded import MOMENTS, Shard, ShardedEngine, blocks_of, must_be_torch
+
+OLDEST = (0, 19, 8)  # has managed_gradient_accumulation: the caller says which backward is the last
+
+
+class DeepSpeedEngine(ShardedEngine):
+    """ZeRO by `zero_stage`."""
+
+    kind = "deepspeed"
+
+    def build(self) -> None:
+        config, model = self.config, self.model
+        must_be_torch(config.optim.kind, self.kind)
+        self.deepspeed = import_deepspeed(self.device)
+        groups = models.parameter_groups(model, config.optim.weight_decay)
+        names = {id(p): name for name, p in model.named_parameters()}
+        self.group_names = [[names[id(p)] for p in group["params"]] for group in groups]
+        self.shapes = {name: tuple(p.shape) for name, p in model.named_parameters()}
+        idle = self.family.idle(config)
+        self._apart = {
+            name: p for name, p in model.named_parameters() if p.ndim == 0 or name.startswith(tuple(idle))
+        }
+        self._scalars = {
+            name: p for name, p in self._apart.items() if not name.startswith(tuple(idle)) and p.requires_grad
+        }
+        apart = {id(p) for p in self._apart.values()}
+        theirs = [{**group, "params": [p for p in group["params"] if id(p) not in apart]} for group in groups]
+        self._their_groups = [i for i, group in enumerate(theirs) if group["params"]]
+        hide(model, apart)
+        self.built = build_optimizer(model, config.optim, self.device, [theirs[i] for i in self._their_groups])
+        scalars = [{"params": [*self._scalars.values()], "weight_decay": 0.0}]
+        self._scalar_optimizer = build_optimizer(model, config.optim, self.device, scalars).optimizer if self._scalars else None
+        if config.zero_stage == 3:
+            self._outside_blocks()
+        self.engine = self.deepspeed.initialize(
+            model=model,
+            optimizer=self.built.optimizer,
+            config=settings_of(config, self.ranks.size, self.precision.autocast is not None, self.device),
+            dist_init_required=False,
+        )[0]
+        self.module, self.zero = self.engine, self.engine.optimizer
+        self.optimizer = self.zero.optimizer
+        self._add_scalars_to_the_norm()
+        self._parameters: dict[str, nn.Parameter] = dict(model.named_parameters())
+        self.replicated = frozenset(self._apart)
+        self._prepare_moments()
+        self.shards = {
+            name: shard for group in self.group_names for name in group if (shard := self._shard(name)) is not None
+        }
+        self.start_average()
+
+    def _outside_blocks(self) -> None:
+        """ZeRO-3 gathers a module's parameters when it is called. Blocks use their children's directly, and the model uses
+        those of modules it does not call: both are told beforehand."""
+        blocks = blocks_of(self.model)
+        self.deepspeed.utils.set_z3_leaf_modules(self.model, list({type(block) for block in blocks}))
+        inside = {id(p) for block in blocks for p in block.parameters()}
+        for p in self.model.parameters():
+            if id(p) not in inside:
+                self.deepspeed.zero.register_external_parameter(self.model, p)
+
+    def _shard(self, name: str) -> Shard | None:
+        """What this rank holds of a parameter; None where that is nothing."""
+        if name in self._apart:
+            return Shard(self._apart[name].detach().view(-1), 0, self.shapes[name])
+        p: Any = self._parameters[name]
+        if self.config.zero_stage == 3:
+            shape, each = self.shapes[name], p.partition_numel()
+            start = min(each * self.ranks.rank, math.prod(shape))
+            values = self._flat(name)[: min(each, math.prod(shape) - start)]
+            return Shard(values, start, shape) if values.numel() else None
+        place = p._hp_mapping
+        return None if place is None else Shard(place.hp_fragment, place.lp_fragment_address.start, self.shapes[name])
+
+    def _flat(self, name: str, kind: str | None = None) -> Tensor:
+        """ZeRO-3's run of the flat buffer that belongs to a parameter on this rank, padding included; of its moments on
+        request."""
+        group, offset, length = self.zero.grad_position[self.zero.get_param_id(self._parameters[name])]
+        flat = self.zero.fp32_partitioned_groups_flat[group]
+        return (flat if kind is None else self.optimizer.state[flat][kind]).narrow(0, offset, length)
+
+    def _prepare_moments(self) -> None:
+        """Zeros, which is what the first step would begin with, so that a checkpoint can be written into them."""
+        self._partitions = (
+            self.zero.fp32_partitioned_groups_flat
+            if self.config.zero_stage == 3
+            else self.zero.single_partition_of_fp32_groups
+        )
+        for flat in self._partitions:
+            moments = {kind: torch.zeros_like(flat) for kind in MOMENTS}
+            self.optimizer.state[flat] = {"step": torch.zeros((), device=flat.device), **moments}
+        if self.config.zero_stage < 3:
+            self.zero._lazy_init_hp_params_optimizer_state()
+
+    def _add_scalars_to_the_norm(self) -> None:
+        """The parameters that DeepSpeed does not have count in the norm that it clips by."""
+        name = "_get_norm_groups" if self.config.zero_stage == 3 else "scaled_global_norm"
+        theirs = getattr(self.zero, name)
+
+        def with_scalars(*args: Any, **options: Any) -> Any:
+            found = theirs(*args, **options)
+            if isinstance(found, list):
+                return [*found, self._scalar_norm.to(found[0])]
+            return torch.where(found >= 0, torch.hypot(found, self._scalar_norm.to(found)), found)
+
+        setattr(self.zero, name, with_scalars)
+
+    @contextmanager
+    def micro_step(self, *, last: bool) -> Iterator[None]:
+        """ZeRO-2 and -3 reduce in every micro-step, ZeRO-1 in the last."""
+        yield
+
+    def micro_batches(self, batches: Any) -> Any:
+        """ZeRO-3 computes embeddings outside of `forward` with everything gathered."""
+        if self.config.zero_stage == 3 and self.config.itc_negatives == "global":
+            with self.deepspeed.zero.GatheredParameters(list(self.model.parameters())):
+                return super().micro_batches(batches)
+        return super().micro_batches(batches)
+
+    def backward(self, losses: Mapping[str, Tensor]) -> None:
+        total = torch.stack([self.weights[name] * loss for name, loss in losses.items()]).sum()
+        # A loss that is not finite must reach every gradient: DeepSpeed looks at those alone.
+        self.engine.backward(total * torch.where(torch.isfinite(total), 1.0, torch.nan), scale_wrt_gas=False)
+        for name, loss in losses.items():
+            self._sums[name] = self._sums.get(name, 0) + loss.detach()
+
+    def step(self, lr: float) -> StepResult:
+        totals = self.totals()
+        clip, scalars = self.config.optim.clip, self._scalar_optimizer
+        gradients = [p.grad for p in self._scalars.values() if p.grad is not None]
+        self.mean_over_ranks(gradients)
+        self._scalar_norm = global_norm(gradients)
+        for optimizer in (self.optimizer, *([scalars] if scalars else [])):
+            for group in optimizer.param_groups:
+                group["lr"] = lr
+        self.engine.step()
+        if self.zero.overflow:
+            norm = torch.full((), torch.nan)
+        else:
+            norm = torch.as_tensor(self.engine.get_global_grad_norm()).float()
+            if scalars:
+                if clip and gradients:
+                    torch._foreach_div_(gradients, ((norm + 1e-6) / clip).clamp(min=1.0).to(self.device))
+                scalars.step()
+        return self.concluded(totals, norm)
+
+    def discard(self) -> None:
+        """An unfinished step's gradients are dropped as DeepSpeed drops those of one that it skips."""
+        self.zero.zero_grad(set_to_none=True)
+        for p in self._scalars.values():
+            p.grad = None
+        self._sums = {}
+
+    def moments(self, name: str) -> dict[str, Tensor]:
+        if name in self._apart:
+            found = self._scalar_optimizer.state.get(self._apart[name], {}) if self._scalar_optimizer else {}
+            return {kind: t.view(-1) if kind in MOMENTS else t for kind, t in found.items()}
+        group = self._flat_of(name)
+        if not self.optimizer.state[group]["step"]:
+            return {}  # there was no step yet
+        length = self.shards[name].values.numel()
+        found = {kind: self._moment(name, kind)[:length] for kind in MOMENTS}
+        return {"step": self.optimizer.state[group]["step"], **found}
+
+    def _moment(self, name: str, kind: str) -> Tensor:
+        if self.config.zero_stage == 3:
+            return self._flat(name, kind)
+        p: Any = self._parameters[name]
+        found: Tensor = p._hp_mapping.optim_fragment[kind]
+        return found
+
+    def _flat_of(self, name: str) -> Tensor:
+        """The flat buffer that holds this rank's run of a parameter."""
+        p: Any = self._parameters[name]
+        if self.config.zero_stage == 3:
+            return self._partitions[self.zero.grad_position[self.zero.get_param_id(p)][0]]
+        return self._partitions[p._hp_mapping.param_group_index]
+
+    def set_moments(self, found: Mapping[str, Mapping[str, Tensor]]) -> None:
+        counts: dict[int, dict[float, str]] = {}
+        for name in self.shards:
+            if name in self._apart:
+                continue
+            moments = found.get(name)
+            for kind in MOMENTS:
+                place = self._moment(name, kind)
+                place.zero_()
+                if moments:
+                    place[: moments[kind].numel()].copy_(moments[kind])
+            flat = self._flat_of(name)
+            if moments:
+                counts.setdefault(id(flat), {})[float(moments["step"])] = name
+        for flat in self._partitions:
+            steps = counts.get(id(flat), {})
+            if len(steps) > 1:
+                said = ", ".join(f"{name} has {step:g}" for step, name in list(steps.items())[:2])
+                raise ValueError(
+                    f"its parameters were updated unequally often ({said} steps), and DeepSpeed has one count for all: go on with "
+                    "--engine fsdp2, ddp or single"
+                )
+            self.optimizer.state[flat]["step"].fill_(next(iter(steps), 0.0))
+        for name, p in self._scalars.items():
+            if self._scalar_optimizer and name in found:
+                moments = {kind: t.to(p.device).view(()) for kind, t in found[name].items()}
+                self._scalar_optimizer.state[p] = {kind: t.clone() for kind, t in moments.items()}
+
+    @torch.no_grad()
+    def publish(self) -> None:
+        if self.config.zero_stage < 3:
+            self.zero.update_lp_params()
+            return
+        for name, p in self._parameters.items():
+            whole = self.collect(name, self.masters())
+            with self.deepspeed.zero.GatheredParameters([p], modifier_rank=0):
+                if self.ranks.first:
+                    p.copy_(whole)
+
+    def settings(self) -> list[dict[str, Any]]:
+        """Of all groups as a single process has them: those that DeepSpeed did not get have the same."""
+        theirs = dict(zip(self._their_groups, self.optimizer.param_groups, strict=False))
+        some = next(iter(theirs.values()))
+        decays = (self.config.optim.weight_decay, 0.0)
+        return [theirs.get(i, {**some, "weight_decay": decays[i]}) for i in range(len(self.group_names))]
+
+
+def hide(model: nn.Module, parameters: set[int]) -> None:
+    """Parameters (by id) become ordinary attributes: the model computes with them as before, but they are not listed as its
+    parameters any more."""
+    for module in model.modules():
+        for name, p in list(module._parameters.items()):
+            if id(p) in parameters:
+                del module._parameters[name]
+                module.__dict__[name] = p
+
+
+def settings_of(config: PretrainConfig, world_size: int, half: bool, device: torch.device) -> dict[str, Any]:
+    """DeepSpeed's configuration of a run: derived, so that there is no second truth."""
+    zero: dict[str, Any] = {
+        "stage": config.zero_stage,
+        "overlap_comm": config.zero_stage == 2 and device.type == "cuda" and not config.offload,
+        "contiguous_gradients": True,
+        "reduce_scatter": True,
+    }
+    if config.offload:
+        zero["offload_optimizer"] = {"device": "cpu", "pin_memory": device.type == "cuda"}
+    return {
+        "train_micro_batch_size_per_gpu": micro_batch(config, world_size),
+        # The loop knows which micro-step is the last. Counting on both sides is how gradients get lost.
+        "gradient_accumulation_steps": 1,
+        "managed_gradient_accumulation": False,
+        "gradient_clipping": config.optim.clip,
+        "zero_optimization": zero,
+        "zero_force_ds_cpu_optimizer": False,  # its own would be compiled for minutes; torch's is fused too
+        "bf16": {"enabled": half, "check_grad_overflow": True},
+        "data_types": {"grad_accum_dtype": "fp32"},
+        "steps_per_print": None,
+        "wall_clock_breakdown": False,
+    }
+
+
+def refusal() -> str | None:
+    """Why DeepSpeed cannot be used here; None where it can."""
+    if find_spec("deepspeed") is None:
+        return "it is not installed: pip install 'auroraio[deepspeed]'"
+    found = version("deepspeed")
+    if tuple(int(part) for part in found.split("+")[0].split(".")[:3]) < OLDEST:
+        return f"{found} is installed, {'.'.join(map(str, OLDEST))} or newer is needed"
+    return None
+
+
+def import_deepspeed(device: torch.device) -> Any:
+    """The package, quiet, and without what it would compile at the start on a CPU. Raises ConfigError."""
+    if (why := refusal()) is not None:
+        raise ConfigError(f"--engine deepspeed cannot run: {why}")
+    logging.getLogger("DeepSpeed").setLevel(logging.ERROR)
+    deepspeed = importlib.import_module("deepspeed")
+    logging.getLogger("DeepSpeed").setLevel(logging.ERROR)
+    if device.type == "cpu":
+        importlib.import_module("deepspeed.ops").__compatible_ops__["deepspeed_shm_comm"] = False
+    deepspeed.comm.init_distributed(dist_backend="nccl" if device.type == "cuda" else "gloo", auto_mpi_discovery=False)
+    return deepspeed

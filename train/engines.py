@@ -1,0 +1,76 @@
+"""Which engine a run gets.
+
+    single      one process
+    ddp         DistributedDataParallel: every rank holds everything
+    fsdp2       torch's fully_shard: gradients and optimizer in shards (ZeRO-2); zero_stage 3: weights too
+    deepspeed   ZeRO-1, -2 or -3 by zero_stage; offload puts the optimizer into main memory
+
+"auto" is single with one process and ddp with several. One that is named is that one, or `problems` says why not. All have the
+methods of `TorchEngine` and write the same checkpoints.
+"""
+
+from __future__ import annotations
+
+import torch
+from torch import nn
+
+from train.config import PretrainConfig
+from train.engine import Ranks, TorchEngine
+from train.engine_deepspeed import DeepSpeedEngine, refusal
+from train.engine_fsdp2 import Fsdp2Engine
+from train.machine import Precision
+
+ENGINES: dict[str, type[TorchEngine]] = {
+    "single": TorchEngine,
+    "ddp": TorchEngine,
+    "fsdp2": Fsdp2Engine,
+    "deepspeed": DeepSpeedEngine,
+}
+
+
+def resolve(config: PretrainConfig, world_size: int) -> str:
+    """The engine's name; "auto" resolved."""
+    if config.engine == "auto":
+        return "single" if world_size == 1 else "ddp"
+    return config.engine
+
+
+def engine_problems(config: PretrainConfig, world_size: int) -> list[str]:
+    """Why the engine that is asked for cannot run as asked; empty if it can."""
+    name, found = resolve(config, world_size), []
+    if name == "single" and world_size > 1:
+        found.append(f"engine is single, and there are {world_size} processes: ddp, fsdp2 and deepspeed take several")
+    if name == "ddp" and world_size == 1:
+        found.append("engine is ddp, and there is one process: start several with torchrun, or take single")
+    if name == "deepspeed" and (why := refusal()) is not None:
+        found.append(f"engine is deepspeed, but {why}")
+    if name == "fsdp2" and config.zero_stage == 1:
+        found.append("zero_stage is 1; fsdp2 supports 2 and 3, deepspeed also 1")
+    if name in ("fsdp2", "deepspeed") and config.optim.kind not in ("auto", "torch"):
+        found.append(f"optim.kind is {config.optim.kind!r}; {name} shards the moments of torch's AdamW: set --optim.kind torch")
+    if config.offload and name != "deepspeed":
+        found.append(f"offload is on, and the engine is {name}: only deepspeed puts the optimizer into main memory")
+    if name == "deepspeed" and config.compile:
+        found.append("compile is on, and the engine is deepspeed: not supported together; set --no-compile")
+    return found
+
+
+def in_words(config: PretrainConfig, world_size: int) -> str:
+    """The engine, for the lines that a run begins with."""
+    name = resolve(config, world_size)
+    match name:
+        case "single":
+            return "single: one process"
+        case "ddp":
+            return f"ddp: DistributedDataParallel, everything on each of {world_size} ranks"
+    shards = {1: "optimizer", 2: "gradients and optimizer", 3: "weights, gradients and optimizer"}[config.zero_stage]
+    label = "torch's fully_shard" if name == "fsdp2" else "DeepSpeed"
+    off = ", the optimizer in main memory" if config.offload else ""
+    return f"{name}: {label}, ZeRO-{config.zero_stage}: {shards} in {world_size} shards{off}"
+
+
+def build_engine(
+    model: nn.Module, config: PretrainConfig, device: torch.device, precision: Precision, ranks: Ranks
+) -> TorchEngine:
+    """The engine of a run. Raises ConfigError where it cannot run."""
+    return ENGINES[resolve(config, ranks.size)](model, config, device, precision, ranks)
