@@ -95,7 +95,9 @@ def save(directory: Path, snapshot: Snapshot, config: PretrainConfig, tokenizer:
         final = commit(work, snapshot, config, tokenizer, sums)
     except OSError as error:
         shutil.rmtree(work, ignore_errors=True)
-        raise CheckpointError(f"could not save {step_directory(directory, snapshot.step)}: {error}") from error
+        raise CheckpointError(
+            f"could not save {step_directory(directory, snapshot.step)}: {error}"
+        ) from error
     prune(directory, keep)
     return final
 
@@ -268,7 +270,9 @@ def step_directories(directory: Path) -> list[Path]:
     """
     if not directory.is_dir():
         return []
-    return sorted((entry for entry in directory.iterdir() if STEP.match(entry.name)), key=step_of, reverse=True)
+    return sorted(
+        (entry for entry in directory.iterdir() if STEP.match(entry.name)), key=step_of, reverse=True
+    )
 
 
 def step_of(directory: Path) -> int:

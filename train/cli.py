@@ -32,7 +32,9 @@ def parse(argv: Sequence[str]) -> PretrainConfig | None:
 
     Raises ConfigError for an unknown preset.
     """
-    args = list(argv)
+    args = [
+        word for word in argv if not word.startswith(("--local_rank=", "--local-rank="))
+    ]  # the deepspeed launcher's
     if "--list-presets" in args:
         print(listing())
         return None

@@ -16,6 +16,8 @@ from models.perceiver import PerceiverConfig, PerceiverObjectives
 from train.config import ConfigError, PretrainConfig, micro_batch, problems, to_dict
 from train.data import find_sources, load_tokenizer
 from train.engine import Ranks
+from train.engines import engine_problems, optimizer_of
+from train.engines import in_words as engine_in_words
 from train.greeting import pair_lines
 from train.machine import choose_device, choose_precision, device_name, free_disk, gigabytes, total_memory
 from train.multimodal import PerceiverPretrainConfig
@@ -32,7 +34,7 @@ def dry_run(config: PretrainConfig) -> int:
     """Print the resolved run and every problem found. Returns 0, or 2 when there is a problem."""
     ranks = Ranks.from_environment()
     print(json.dumps(to_dict(config), indent=2))
-    found = problems(config, ranks.size)
+    found = problems(config, ranks.size) + engine_problems(config, ranks.size)
     if not found:
         several = isinstance(config, PerceiverPretrainConfig)
         found += _check_pairs(config) if several else _check_data(config)
@@ -143,9 +145,10 @@ def _check_machine(config: PretrainConfig, ranks: Ranks) -> list[str]:
         parameters = count_perceiver(config.model)["total"]
     else:
         parameters = count_aurora(config.model)["total"]
+    print(f"engine      {engine_in_words(config, ranks.size)}")
     print(f"model       {parameters:,} parameters")
     try:
-        print(f"optimizer   {in_words(config.optim, device)}")
+        print(f"optimizer   {in_words(optimizer_of(config, ranks.size), device)}")
     except ConfigError as error:
         found.append(str(error))
 

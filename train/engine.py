@@ -132,12 +132,16 @@ class TorchEngine:
     ) -> None:
         self.config, self.device, self.precision, self.ranks = config, device, precision, ranks
         self.family = family_of(config)
-        self.model = cast(Any, model.to(device).train())
+        self.model = cast(Any, self.placed(model).train())
         self.model.gradient_checkpointing = config.activation_checkpointing
         self.ema: Ema | None = None
         self.weights = {name: weight for name, weight in config.objectives.weights().items() if weight}
         self._sums: dict[str, Tensor] = {}
         self.build()
+
+    def placed(self, model: nn.Module) -> nn.Module:
+        """The model where it computes; engines that shard move what is left of it themselves."""
+        return model.to(self.device)
 
     def build(self) -> None:
         """Optimizer, moving average, and what runs forward; engines that shard have their own."""

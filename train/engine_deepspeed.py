@@ -53,12 +53,17 @@ class DeepSpeedEngine(ShardedEngine):
         apart = {id(p) for p in self._apart.values()}
         theirs = [{**group, "params": [p for p in group["params"] if id(p) not in apart]} for group in groups]
         self._their_groups = [i for i, group in enumerate(theirs) if group["params"]]
+        for p in self._apart.values():
+            p.data = p.data.to(self.device)
         hide(model, apart)
-        self.built = build_optimizer(model, config.optim, self.device, [theirs[i] for i in self._their_groups])
+        exact = {name: p.detach().view(-1) for name, p in model.named_parameters()}
+        self.built = build_optimizer(
+            model, config.optim, self.device, [theirs[i] for i in self._their_groups]
+        )
         scalars = [{"params": [*self._scalars.values()], "weight_decay": 0.0}]
-        self._scalar_optimizer = build_optimizer(model, config.optim, self.device, scalars).optimizer if self._scalars else None
-        if config.zero_stage == 3:
-            self._outside_blocks()
+        self._scalar_optimizer = (
+            build_optimizer(model, config.optim, self.device, scalars).optimizer if self._scalars else None
+        )
         self.engine = self.deepspeed.initialize(
             model=model,
             optimizer=self.built.optimizer,
@@ -66,25 +71,40 @@ class DeepSpeedEngine(ShardedEngine):
             dist_init_required=False,
         )[0]
         self.module, self.zero = self.engine, self.engine.optimizer
+        if config.zero_stage == 3:
+            self._tell_what_is_used()
         self.optimizer = self.zero.optimizer
         self._add_scalars_to_the_norm()
         self._parameters: dict[str, nn.Parameter] = dict(model.named_parameters())
         self.replicated = frozenset(self._apart)
         self._prepare_moments()
         self.shards = {
-            name: shard for group in self.group_names for name in group if (shard := self._shard(name)) is not None
+            name: shard
+            for group in self.group_names
+            for name in group
+            if (shard := self._shard(name)) is not None
         }
+        # DeepSpeed makes its master weights of bf16 ones. Those lie on bf16's grid, where small steps are lost for long.
+        self.set_weights(
+            {name: exact[name][s.start : s.stop] for name, s in self.shards.items() if name in exact}
+        )
+        self.publish()
         self.start_average()
 
-    def _outside_blocks(self) -> None:
-        """ZeRO-3 gathers a module's parameters when it is called. Blocks use their children's directly, and the model uses
-        those of modules it does not call: both are told beforehand."""
+    def _tell_what_is_used(self) -> None:
+        """ZeRO-3 gathers a module's own parameters when it is called. Blocks use their children's directly, and the model
+        those of modules that it does not call: both are told beforehand."""
         blocks = blocks_of(self.model)
-        self.deepspeed.utils.set_z3_leaf_modules(self.model, list({type(block) for block in blocks}))
         inside = {id(p) for block in blocks for p in block.parameters()}
-        for p in self.model.parameters():
-            if id(p) not in inside:
-                self.deepspeed.zero.register_external_parameter(self.model, p)
+        outside = [p for p in self.model.parameters() if id(p) not in inside]
+        for module, parameters in [
+            (self.model, outside),
+            *((block, list(block.parameters())) for block in blocks),
+        ]:
+            own = {id(p) for p in module.parameters(recurse=False)}
+            for p in parameters:
+                if id(p) not in own:
+                    self.deepspeed.zero.register_external_parameter(module, p)
 
     def _shard(self, name: str) -> Shard | None:
         """What this rank holds of a parameter; None where that is nothing."""
@@ -97,7 +117,11 @@ class DeepSpeedEngine(ShardedEngine):
             values = self._flat(name)[: min(each, math.prod(shape) - start)]
             return Shard(values, start, shape) if values.numel() else None
         place = p._hp_mapping
-        return None if place is None else Shard(place.hp_fragment, place.lp_fragment_address.start, self.shapes[name])
+        return (
+            None
+            if place is None
+            else Shard(place.hp_fragment, place.lp_fragment_address.start, self.shapes[name])
+        )
 
     def _flat(self, name: str, kind: str | None = None) -> Tensor:
         """ZeRO-3's run of the flat buffer that belongs to a parameter on this rank, padding included; of its moments on
@@ -108,11 +132,12 @@ class DeepSpeedEngine(ShardedEngine):
 
     def _prepare_moments(self) -> None:
         """Zeros, which is what the first step would begin with, so that a checkpoint can be written into them."""
-        self._partitions = (
-            self.zero.fp32_partitioned_groups_flat
-            if self.config.zero_stage == 3
-            else self.zero.single_partition_of_fp32_groups
+        names = (
+            "fp32_partitioned_groups_flat",
+            "single_partition_of_fp32_groups",
+            "fp32_groups_flat_partition",
         )
+        self._partitions = next(getattr(self.zero, name) for name in names if hasattr(self.zero, name))
         for flat in self._partitions:
             moments = {kind: torch.zeros_like(flat) for kind in MOMENTS}
             self.optimizer.state[flat] = {"step": torch.zeros((), device=flat.device), **moments}
@@ -121,14 +146,20 @@ class DeepSpeedEngine(ShardedEngine):
 
     def _add_scalars_to_the_norm(self) -> None:
         """The parameters that DeepSpeed does not have count in the norm that it clips by."""
-        name = "_get_norm_groups" if self.config.zero_stage == 3 else "scaled_global_norm"
+        names = ("_get_norm_groups", "scaled_global_norm", "get_grads_for_norm")
+        name = next(name for name in names if hasattr(self.zero, name))
         theirs = getattr(self.zero, name)
 
         def with_scalars(*args: Any, **options: Any) -> Any:
-            found = theirs(*args, **options)
-            if isinstance(found, list):
-                return [*found, self._scalar_norm.to(found[0])]
-            return torch.where(found >= 0, torch.hypot(found, self._scalar_norm.to(found)), found)
+            found, ours = theirs(*args, **options), self._scalar_norm.to(self.device)
+            match name:
+                case "_get_norm_groups":  # ZeRO-3: norms, to be combined
+                    return [*found, ours]
+                case "scaled_global_norm":  # ZeRO-1 and -2: the norm; -1 means that it is not finite
+                    return torch.where(found >= 0, torch.hypot(found, ours.to(found)), found)
+            if options.get("for_clipping"):  # ZeRO-1 in bf16: gradients, whose squares are summed over ranks
+                return found
+            return [*found[0], ours[None] / self.ranks.size**0.5], found[1]
 
         setattr(self.zero, name, with_scalars)
 
@@ -222,8 +253,8 @@ class DeepSpeedEngine(ShardedEngine):
             if len(steps) > 1:
                 said = ", ".join(f"{name} has {step:g}" for step, name in list(steps.items())[:2])
                 raise ValueError(
-                    f"its parameters were updated unequally often ({said} steps), and DeepSpeed has one count for all: go on with "
-                    "--engine fsdp2, ddp or single"
+                    f"its parameters were updated unequally often ({said} steps), and DeepSpeed has one count for all: "
+                    "go on with --engine fsdp2, ddp or single"
                 )
             self.optimizer.state[flat]["step"].fill_(next(iter(steps), 0.0))
         for name, p in self._scalars.items():
@@ -239,7 +270,7 @@ class DeepSpeedEngine(ShardedEngine):
         for name, p in self._parameters.items():
             whole = self.collect(name, self.masters())
             with self.deepspeed.zero.GatheredParameters([p], modifier_rank=0):
-                if self.ranks.first:
+                if whole is not None:
                     p.copy_(whole)
 
     def settings(self) -> list[dict[str, Any]]:
@@ -304,5 +335,7 @@ def import_deepspeed(device: torch.device) -> Any:
     logging.getLogger("DeepSpeed").setLevel(logging.ERROR)
     if device.type == "cpu":
         importlib.import_module("deepspeed.ops").__compatible_ops__["deepspeed_shm_comm"] = False
-    deepspeed.comm.init_distributed(dist_backend="nccl" if device.type == "cuda" else "gloo", auto_mpi_discovery=False)
+    deepspeed.comm.init_distributed(
+        dist_backend="nccl" if device.type == "cuda" else "gloo", auto_mpi_discovery=False
+    )
     return deepspeed

@@ -62,6 +62,8 @@ class Fsdp2Engine(ShardedEngine):
         for block in blocks_of(self.model):
             fully_shard(block, **settings)
         scalars = {p for p in self.model.parameters() if p.ndim == 0}
+        for p in scalars:
+            p.data = p.data.to(self.device)
         fully_shard(self.model, ignored_params=scalars, **settings)
         if hasattr(self.model, "embed"):
             register_fsdp_forward_method(self.model, "embed")
@@ -87,7 +89,9 @@ class Fsdp2Engine(ShardedEngine):
 
     def step(self, lr: float) -> StepResult:
         totals = self.totals()
-        replicated = [p.grad for name, p in self._parameters.items() if name in self.replicated and p.grad is not None]
+        replicated = [
+            p.grad for name, p in self._parameters.items() if name in self.replicated and p.grad is not None
+        ]
         self.mean_over_ranks(replicated)
         sharded = []
         for name, p in self._parameters.items():

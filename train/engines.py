@@ -11,10 +11,12 @@ methods of `TorchEngine` and write the same checkpoints.
 
 from __future__ import annotations
 
+from dataclasses import replace
+
 import torch
 from torch import nn
 
-from train.config import PretrainConfig
+from train.config import OptimConfig, PretrainConfig
 from train.engine import Ranks, TorchEngine
 from train.engine_deepspeed import DeepSpeedEngine, refusal
 from train.engine_fsdp2 import Fsdp2Engine
@@ -39,7 +41,9 @@ def engine_problems(config: PretrainConfig, world_size: int) -> list[str]:
     """Why the engine that is asked for cannot run as asked; empty if it can."""
     name, found = resolve(config, world_size), []
     if name == "single" and world_size > 1:
-        found.append(f"engine is single, and there are {world_size} processes: ddp, fsdp2 and deepspeed take several")
+        found.append(
+            f"engine is single, and there are {world_size} processes: ddp, fsdp2 and deepspeed take several"
+        )
     if name == "ddp" and world_size == 1:
         found.append("engine is ddp, and there is one process: start several with torchrun, or take single")
     if name == "deepspeed" and (why := refusal()) is not None:
@@ -47,9 +51,13 @@ def engine_problems(config: PretrainConfig, world_size: int) -> list[str]:
     if name == "fsdp2" and config.zero_stage == 1:
         found.append("zero_stage is 1; fsdp2 supports 2 and 3, deepspeed also 1")
     if name in ("fsdp2", "deepspeed") and config.optim.kind not in ("auto", "torch"):
-        found.append(f"optim.kind is {config.optim.kind!r}; {name} shards the moments of torch's AdamW: set --optim.kind torch")
+        found.append(
+            f"optim.kind is {config.optim.kind!r}; {name} shards the moments of torch's AdamW: set --optim.kind torch"
+        )
     if config.offload and name != "deepspeed":
-        found.append(f"offload is on, and the engine is {name}: only deepspeed puts the optimizer into main memory")
+        found.append(
+            f"offload is on, and the engine is {name}: only deepspeed puts the optimizer into main memory"
+        )
     if name == "deepspeed" and config.compile:
         found.append("compile is on, and the engine is deepspeed: not supported together; set --no-compile")
     return found
@@ -63,14 +71,23 @@ def in_words(config: PretrainConfig, world_size: int) -> str:
             return "single: one process"
         case "ddp":
             return f"ddp: DistributedDataParallel, everything on each of {world_size} ranks"
-    shards = {1: "optimizer", 2: "gradients and optimizer", 3: "weights, gradients and optimizer"}[config.zero_stage]
+    shards = {1: "optimizer", 2: "gradients and optimizer", 3: "weights, gradients and optimizer"}[
+        config.zero_stage
+    ]
     label = "torch's fully_shard" if name == "fsdp2" else "DeepSpeed"
     off = ", the optimizer in main memory" if config.offload else ""
     return f"{name}: {label}, ZeRO-{config.zero_stage}: {shards} in {world_size} shards{off}"
+
+
+def optimizer_of(config: PretrainConfig, world_size: int) -> OptimConfig:
+    """The optimizer's settings under this engine: those that shard take torch's, whatever else is installed."""
+    sharding = resolve(config, world_size) in ("fsdp2", "deepspeed")
+    return replace(config.optim, kind="torch") if sharding and config.optim.kind == "auto" else config.optim
 
 
 def build_engine(
     model: nn.Module, config: PretrainConfig, device: torch.device, precision: Precision, ranks: Ranks
 ) -> TorchEngine:
     """The engine of a run. Raises ConfigError where it cannot run."""
+    config = replace(config, optim=optimizer_of(config, ranks.size))
     return ENGINES[resolve(config, ranks.size)](model, config, device, precision, ranks)

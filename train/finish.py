@@ -32,13 +32,15 @@ UNIGRAM_CAPTIONS = (
 
 
 def finish(run: Run, stop: Stop) -> None:
-    """Score, write and say. Raises signals.Interrupted when a signal comes during the scoring."""
-    if not run.ranks.first:
-        return
+    """Score, write and say. Raises signals.Interrupted when a signal comes during the scoring. All ranks call this."""
     result = None
     if run.data.heldout is not None:
         several = isinstance(run.config, PerceiverPretrainConfig)
-        result = final_pair_scores(run, stop) if several else final_scores(run, stop)
+        with run.watchdog.patient("the last evaluation"), run.engine.scored_weights() as model:
+            if run.ranks.first:
+                result = (final_pair_scores if several else final_scores)(run, stop, model)
+    if not run.ranks.first:
+        return
     summary = run.out / "summary.json"
     summary.write_text(json.dumps(describe(run, result), indent=2) + "\n")
     if result:
@@ -51,7 +53,7 @@ def finish(run: Run, stop: Stop) -> None:
     run.say(f"report      {report} (open it in a browser)")
 
 
-def final_scores(run: Run, stop: Stop) -> EvalResult:
+def final_scores(run: Run, stop: Stop, model: Any) -> EvalResult:
     """Everything at once, on all held-out pictures."""
     sources, counts = run.data.sources, run.data.loader.counts
     heldout = len(run.data.heldout or ())
@@ -66,6 +68,7 @@ def final_scores(run: Run, stop: Stop) -> EvalResult:
         )
     result = run.score(
         stop,
+        model,
         generate=GENERATED,
         reconstruct=RECONSTRUCTED,
         keep_images=True,
@@ -79,10 +82,10 @@ def final_scores(run: Run, stop: Stop) -> EvalResult:
     return result
 
 
-def final_pair_scores(run: Run, stop: Stop) -> EvalResult:
+def final_pair_scores(run: Run, stop: Stop, model: Any) -> EvalResult:
     """Retrieval on all held-out pairs of every kind."""
     run.say("scoring all held-out pairs ...")
-    result = run.score_pairs(stop, keep_images=True)
+    result = run.score_pairs(stop, model, keep_images=True)
     run.record_scores(result)
     said = ", ".join(f"{result.counts[many]:,} {many}" for _, many in NAMES.values() if many in result.counts)
     run.say(f"held out, all of {said or 'nothing'}, after step {run.step}:")

@@ -13,6 +13,8 @@ from models.perceiver import PerceiverConfig
 from train.config import PretrainConfig, micro_batch
 from train.data import Data
 from train.engine import Ranks
+from train.engines import in_words as engine_in_words
+from train.engines import optimizer_of
 from train.machine import Precision, device_name
 from train.multimodal import PerceiverPretrainConfig
 from train.multimodal_data import MultimodalData
@@ -34,7 +36,8 @@ def greeting(
         return [
             f"device      {device_name(device)}{processes}; {precision.name}: {precision.why}",
             f"model       {_perceiver(config.model)}",
-            f"optimizer   {in_words(config.optim, device)}",
+            f"engine      {engine_in_words(config, ranks.size)}",
+            f"optimizer   {in_words(optimizer_of(config, ranks.size), device)}",
             *pair_lines(data),
             f"steps       {config.steps:,} of {config.batch_size:,} samples: {config.steps * config.batch_size:,}"
             + (f", each in {config.accumulation} micro-steps" if config.accumulation > 1 else ""),
@@ -46,7 +49,8 @@ def greeting(
         f"device      {device_name(device)}{processes}; {precision.name}: {precision.why}",
         f"kernels     {_kernels(config.model, device, precision)}",
         f"model       {_model(config.model)}",
-        f"optimizer   {in_words(config.optim, device)}",
+        f"engine      {engine_in_words(config, ranks.size)}",
+        f"optimizer   {in_words(optimizer_of(config, ranks.size), device)}",
         *_data(config, data),
         f"steps       {_steps(config, data)}",
         *_contrast(config, data, ranks.size),

@@ -14,6 +14,7 @@ import os
 from collections.abc import Iterator, Mapping
 from dataclasses import dataclass, field
 from pathlib import Path
+from typing import Any, cast
 
 import torch
 from safetensors import SafetensorError, safe_open
@@ -77,11 +78,11 @@ def share_of(tensors: Mapping[str, Tensor], rank: int, size: int) -> dict[str, P
 
 
 def write_pieces(file: Path, tensors: Mapping[str, Piece]) -> str:
-    """Write a safetensors file; returns its SHA-256, taken of the bytes on their way to the disk. Whole tensors have their shape;
-    others are 1-D, and the file's metadata says where they belong. The file is synced. Raises OSError.
+    """Write a safetensors file; returns its SHA-256, taken of the bytes on their way to the disk. Whole tensors have their
+    shape; others are 1-D, and the file's metadata says where they belong. The file is synced. Raises OSError.
 
-    The format is that of the safetensors library, which reads these files. Its own writer copies everything once more, with
-    Python's lock held, which a training loop beside it would feel.
+    The format is that of the safetensors library, which reads these files; it is written here because the library's writer
+    would leave the checksum to a second reading.
     """
     header: dict[str, object] = {}
     placed: dict[str, list[int]] = {}
@@ -115,7 +116,7 @@ def _blocks(head: bytes, pieces: list[Piece]) -> Iterator[bytes | memoryview]:
     yield head
     for piece in pieces:
         if piece.values.numel():
-            data = memoryview(piece.values.contiguous().view(torch.uint8).numpy())
+            data = memoryview(cast(Any, piece.values.contiguous().view(torch.uint8).numpy()))
             yield from (data[i : i + CHUNK] for i in range(0, len(data), CHUNK))
 
 
@@ -136,7 +137,7 @@ class Stored(Mapping[str, Tensor]):
         for file in files:
             with _opened(file) as stream:
                 placed = json.loads((stream.metadata() or {}).get("pieces", "{}"))
-                for name in stream.keys():  # noqa: SIM118 - a file handle, not a dict
+                for name in stream.keys():
                     length = math.prod(own := tuple(stream.get_slice(name).get_shape()))
                     start, *shape = placed.get(name, (0, *own))
                     entry = self._entries.setdefault(name, _Entry(tuple(shape)))
@@ -148,7 +149,10 @@ class Stored(Mapping[str, Tensor]):
             at = 0
             for start, stop, file in entry.parts:
                 if start != at:
-                    raise PiecesError(f"{name}: numbers {min(at, start)} to {max(at, start)} are {'missing' if start > at else 'there twice'} ({file})")
+                    what = "missing" if start > at else "there twice"
+                    raise PiecesError(
+                        f"{name}: numbers {min(at, start)} to {max(at, start)} are {what} ({file})"
+                    )
                 at = stop
             if at != math.prod(entry.shape):
                 raise PiecesError(f"{name}: {at:,} of its {math.prod(entry.shape):,} numbers are there")

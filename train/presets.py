@@ -134,9 +134,11 @@ def aurora_xl() -> PretrainConfig:
         name="aurora-xl",
         model=AURORA_SIZES["xl"],
         data=replace(large.data, uncaptioned_fraction=0.25),
-        optim=replace(large.optim, lr=1.5e-4, final_lr=1e-6, warmup=5_000, clip=1.0),
+        optim=replace(large.optim, lr=1.5e-4, final_lr=1e-6, warmup=5_000, clip=1.0, kind="torch"),
         batch_size=2048,
         accumulation=8,
+        engine="deepspeed",
+        zero_stage=2,
         itc_negatives="microstep",  # a second pass for the negatives of all micro-steps has no room in its weeks
         steps=-(-XL_SAMPLES // 2048),
         precision="bf16",

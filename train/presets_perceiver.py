@@ -91,9 +91,11 @@ def perceiver_xl() -> PerceiverPretrainConfig:
         name="perceiver-xl",
         model=PERCEIVER_SIZES["xl"],
         data=replace(large.data, mixture="mm-align", interpolation="bicubic"),
-        optim=replace(large.optim, lr=1e-4, final_lr=1e-5, warmup=10_000, clip=1.0),
+        optim=replace(large.optim, lr=1e-4, final_lr=1e-5, warmup=10_000, clip=1.0, kind="torch"),
         batch_size=2048,  # 8 on each of 256 GPUs
         accumulation=1,
+        engine="deepspeed",
+        zero_stage=2,
         steps=-(-XL_SAMPLES // 2048),
         precision="bf16",
         activation_checkpointing=True,

@@ -21,6 +21,7 @@ from train.dryrun import dry_run
 from train.finish import finish
 from train.optim import lr_at
 from train.run import Run
+from train.saving import SaveError
 from train.setup import set_up
 from train.signals import Interrupted, Stop
 
@@ -59,27 +60,31 @@ def train(run: Run, stop: Stop) -> bool:
     """Optimizer steps run.step+1 to config.steps. False when a signal ended them early; the run is saved
     either way.
     """
-    config, engine, loader = run.config, run.engine, run.data.loader
+    config, engine, loader, beat = run.config, run.engine, run.data.loader, run.watchdog.beat
     skipped_in_a_row = 0
     while run.step < config.steps:
         started = time.perf_counter()
+        beat(f"step {run.step + 1}: data")
         here = run.position()  # data and generators before this step: what is saved if it does not get done
         batches = [next(loader) for _ in range(config.accumulation)]
         waited = time.perf_counter() - started
 
+        beat(f"step {run.step + 1}: meeting the others")
         normalizers, stopping = engine.agree(batches, bool(stop))
         micro_batches = [] if stopping else engine.micro_batches(batches)
         for i, micro in enumerate(micro_batches):
             if stopping:
                 break
+            beat(f"step {run.step + 1}: micro-step {i + 1} of {len(batches)}")
             with engine.micro_step(last=i == len(batches) - 1):
                 engine.backward(engine.losses(micro, config.objectives, normalizers))
             stopping = bool(stop) and run.ranks.size == 1  # several ranks stop together, at the next step
         if stopping:
             engine.discard()
-            run.save(here)
+            run.save(here, wait=True)
             return False
 
+        beat(f"step {run.step + 1}: update")
         lr = lr_at(run.step, config.steps, config.optim)
         result = engine.step(lr)
         run.step += 1
@@ -103,8 +108,9 @@ def train(run: Run, stop: Stop) -> bool:
         last = run.step == config.steps
         if not last and config.eval_every and run.step % config.eval_every == 0:
             run.evaluate(stop)
+        run.saver.poll()
         if last or (config.save_every and run.step % config.save_every == 0):
-            run.save(run.position())
+            run.save(run.position(), wait=last)
     return not stop
 
 
@@ -131,7 +137,7 @@ def main(argv: Sequence[str] | None = None) -> int:
     except (ConfigError, CheckpointError, FileNotFoundError) as error:
         print(f"error: {error}", file=sys.stderr)
         return 2
-    except (TrainingError, TooManyBroken, WorkerStuck, SandboxError) as error:
+    except (TrainingError, SaveError, TooManyBroken, WorkerStuck, SandboxError) as error:
         print(f"error: {error}", file=sys.stderr)
         return 1
     except KeyboardInterrupt:

@@ -19,7 +19,9 @@ from train.measure import evaluate_model
 from train.multimodal import CONTRASTS, PerceiverPretrainConfig
 from train.pairs import score_pairs, summarize_pairs
 from train.result import NOTHING, EvalResult
+from train.saving import Saver
 from train.signals import Interrupted, Stop
+from train.watchdog import Watchdog
 
 SHOWN_CAPTIONS = 3  # generated captions printed at an evaluation during the run
 
@@ -46,10 +48,11 @@ class Run:
     progress: Progress
     metrics: Metrics | None  # rank 0 only, as is the next
     board: TensorBoard | None
+    saver: Saver
+    watchdog: Watchdog
     step: int = 0
     seconds_before: float = 0.0  # spent before the resume
     skipped: int = 0
-    saved: Path | None = None
     started: float = field(default_factory=time.monotonic)
     evaluation_seconds: list[float] = field(default_factory=list)
 
@@ -66,26 +69,32 @@ class Run:
         """Where the next step begins."""
         return Position(self.data.loader.state_dict(), rng_state(self.engine.device))
 
-    def save(self, position: Position) -> None:
-        """Write the checkpoint of the steps done so far, unless it is there already. All ranks call this."""
-        rng = gather_rng(position.rng, self.ranks)
-        name = f"step-{self.step:06d}"
-        if self.ranks.first and (self.saved is None or self.saved.name != name):
-            snapshot = Snapshot(
+    def save(self, position: Position, *, wait: bool = False) -> None:
+        """Write the checkpoint of the steps done so far, unless it is there already. All ranks call this. wait: until it is
+        on the disk, and raise saving.SaveError where it cannot be.
+        """
+        if self.saver.saved is not None and checkpoint.step_of(self.saver.saved) == self.step:
+            return
+
+        def snapshot() -> Snapshot:
+            return Snapshot(
                 step=self.step,
                 engine=self.engine.state(),
-                rng=rng,
+                rng=gather_rng(position.rng, self.ranks),
                 loader=position.loader,
                 precision=self.engine.precision.name,
                 world_size=self.ranks.size,
                 seconds=self.seconds,
                 skipped=self.skipped,
             )
-            directory = self.out / "checkpoints"
-            tokenizer = self.data.sources.tokenizer
-            self.saved = checkpoint.save(
-                directory, snapshot, self.config, tokenizer, self.config.keep_checkpoints
-            )
+
+        with self.watchdog.patient("a checkpoint"):
+            self.saver.begin(snapshot, wait=wait)
+
+    @property
+    def saved(self) -> Path | None:
+        """The newest checkpoint that is whole."""
+        return self.saver.saved
 
     def log_step(self, result: StepResult, lr: float, *, seconds: float, waited: float) -> None:
         """Tell metrics.jsonl, TensorBoard and the progress line about the step just done."""
@@ -128,33 +137,46 @@ class Run:
         """Score the first eval_images held-out pictures on rank 0, and say so. A signal abandons it; the loop
         then stops.
         """
-        if self.ranks.first and self.data.heldout is not None:
-            several = isinstance(self.config, PerceiverPretrainConfig)
-            try:
-                if several:
-                    result = self.score_pairs(stop, most=self.config.eval_images)
-                else:
-                    result = self.score(stop, max_images=self.config.eval_images, generate=SHOWN_CAPTIONS)
-            except Interrupted:
-                return
-            self.record_scores(result)
-            self.say((summarize_pairs if several else summarize)(self.step, result))
-            material = result.material
-            for key, generated, captions in zip(
-                material.keys, material.generated, material.captions, strict=False
-            ):
-                self.say(f'  {key}: "{generated}"  (one of its captions: "{captions[0]}")')
+        if self.data.heldout is None:
+            return
+        try:
+            with self.watchdog.patient("an evaluation"), self.engine.scored_weights() as model:
+                if self.ranks.first:
+                    self._evaluate(stop, model)
+        except Interrupted:
+            return
+
+    def _evaluate(self, stop: Stop, model: Any) -> None:
+        several = isinstance(self.config, PerceiverPretrainConfig)
+        if several:
+            result = self.score_pairs(stop, model, most=self.config.eval_images)
+        else:
+            result = self.score(stop, model, max_images=self.config.eval_images, generate=SHOWN_CAPTIONS)
+        self.record_scores(result)
+        self.say((summarize_pairs if several else summarize)(self.step, result))
+        material = result.material
+        for key, generated, captions in zip(
+            material.keys, material.generated, material.captions, strict=False
+        ):
+            self.say(f'  {key}: "{generated}"  (one of its captions: "{captions[0]}")')
 
     def score(
-        self, stop: Stop, *, generate: int = 0, reconstruct: int = 0, scenes: bool = False, **options: Any
+        self,
+        stop: Stop,
+        model: Any,
+        *,
+        generate: int = 0,
+        reconstruct: int = 0,
+        scenes: bool = False,
+        **options: Any,
     ) -> EvalResult:
-        """evaluate_model with this run's device, precision, batch size and averaged weights, for what it trains:
-        an objective of weight 0 gets no score, since that would be noise beside its baselines."""
+        """evaluate_model of what `engine.scored_weights` gives, with this run's device, precision and batch size, for what
+        it trains: an objective of weight 0 gets no score, since that would be noise beside its baselines."""
         assert self.data.heldout is not None
         trained = self.config.objectives
         tasks = [task for task, weight in (("retrieval", trained.itc), ("perplexity", trained.mlm)) if weight]
         started = time.monotonic()
-        with stop.interruptible(), self.engine.scored_weights() as model:
+        with stop.interruptible():
             result = evaluate_model(
                 model,
                 self.data.heldout,
@@ -171,14 +193,14 @@ class Run:
         self.evaluation_seconds.append(time.monotonic() - started)
         return result
 
-    def score_pairs(self, stop: Stop, **options: Any) -> EvalResult:
-        """`train.pairs.score_pairs` with this run's device, precision and averaged weights, for the contrasts it trains."""
+    def score_pairs(self, stop: Stop, model: Any, **options: Any) -> EvalResult:
+        """`train.pairs.score_pairs` with this run's device and precision, for the contrasts it trains."""
         weights = self.config.objectives.weights()
         sets = {kind: pairs for kind, pairs in self.data.heldout.items() if weights[CONTRASTS[kind]]}
         if not sets:
             return EvalResult({}, {}, NOTHING)
         started = time.monotonic()
-        with stop.interruptible(), self.engine.scored_weights() as model:
+        with stop.interruptible():
             result = score_pairs(
                 model,
                 sets,
@@ -199,6 +221,7 @@ class Run:
 
     def close(self, *, together: bool) -> None:
         """Release files and threads, and part from the other ranks when all of them come here."""
+        self.watchdog.stop()
         self.data.loader.close()
         if self.metrics and self.board:
             self.metrics.close()

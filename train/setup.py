@@ -15,7 +15,8 @@ from train import checkpoint
 from train.checkpoint import CheckpointError, Snapshot
 from train.config import ConfigError, PretrainConfig, differences, problems
 from train.data import Data, find_sources, open_data
-from train.engine import Ranks, TorchEngine, join, load_rng, share
+from train.engine import Ranks, join, load_rng, share
+from train.engines import build_engine, engine_problems
 from train.families import family_of
 from train.greeting import greeting
 from train.log import Metrics, Progress, TensorBoard
@@ -23,6 +24,8 @@ from train.machine import Precision, choose_precision, keep_freed_memory
 from train.multimodal import PerceiverPretrainConfig
 from train.multimodal_data import MultimodalData, find_pairs, open_pairs
 from train.run import Run
+from train.saving import Saver
+from train.watchdog import Watchdog
 
 
 def set_up(config: PretrainConfig, command: Sequence[str]) -> Run:
@@ -30,14 +33,16 @@ def set_up(config: PretrainConfig, command: Sequence[str]) -> Run:
     asked.
     """
     ranks = Ranks.from_environment()
-    if found := problems(config, ranks.size):
+    if found := problems(config, ranks.size) + engine_problems(config, ranks.size):
         raise ConfigError("\n  ".join(["this run cannot start:", *found]))
-    device = join(ranks, config.device)
+    device = join(ranks, config.device, alone=config.engine in ("fsdp2", "deepspeed"))
     if device.type == "cpu":
         keep_freed_memory()
+    if not config.resume and int(os.environ.get("TORCHELASTIC_RESTART_COUNT", 0)):
+        config = replace(config, resume="auto")  # torchrun starts the same command again after a fault
     progress = Progress(config.steps, config.batch_size, config.log_every, on=ranks.first)
     out, start = _resolve(config, ranks, progress)
-    snapshot, former = checkpoint.read(start) if start else (None, None)
+    snapshot, former = checkpoint.read(start, verified=True) if start else (None, None)
     if former:
         _compare(former, config, progress)
     config = replace(config, out=str(out))
@@ -48,7 +53,7 @@ def set_up(config: PretrainConfig, command: Sequence[str]) -> Run:
     torch.manual_seed(config.seed + 1 + ranks.rank)  # other dropout on every rank
 
     data = _open(config, ranks, device, progress)
-    engine = TorchEngine(model, config, device, precision, ranks)
+    engine = build_engine(model, config, device, precision, ranks)
     run = Run(
         config,
         out,
@@ -60,6 +65,8 @@ def set_up(config: PretrainConfig, command: Sequence[str]) -> Run:
         progress,
         None,
         None,
+        Saver(out / "checkpoints", config, data.sources.tokenizer, ranks, device, progress.say),
+        Watchdog(ranks, config.hang_timeout),
     )
     if snapshot:
         _go_on_from(run, snapshot, start)
@@ -73,6 +80,7 @@ def set_up(config: PretrainConfig, command: Sequence[str]) -> Run:
         progress.say(line)
     if snapshot and start:
         progress.say(f"resume      {start}: going on after step {run.step} of {config.steps}")
+    run.watchdog.start()
     run.started = time.monotonic()
     return run
 
@@ -188,7 +196,7 @@ def _go_on_from(run: Run, snapshot: Snapshot, start: Path | None) -> None:
     if not load_rng(snapshot.rng, run.ranks.rank, run.engine.device):
         run.say(f"resume      written by {snapshot.world_size} ranks: dropout of the new ones is seeded anew")
     run.step, run.seconds_before, run.skipped = snapshot.step, snapshot.seconds, snapshot.skipped
-    run.saved = start if start and start.parent == run.out / "checkpoints" else None
+    run.saver.saved = start if start and start.parent == run.out / "checkpoints" else None
 
 
 def _command(typed: Sequence[str], ranks: Ranks) -> str:

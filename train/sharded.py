@@ -64,6 +64,10 @@ class ShardedEngine(TorchEngine):
     averages: dict[str, Tensor] | None = None
     average_updates = 0
 
+    def placed(self, model: nn.Module) -> nn.Module:
+        """Where it is made: a whole model in fp32 may be more than a GPU holds."""
+        return model
+
     @abstractmethod
     def moments(self, name: str) -> dict[str, Tensor]:
         """exp_avg, exp_avg_sq (1-D, as the shard) and step [] of a parameter; empty before its first step."""
@@ -98,11 +102,7 @@ class ShardedEngine(TorchEngine):
 
     def state(self) -> EngineState:
         first = self.ranks.first
-        mine = {
-            name: shard
-            for name, shard in self.shards.items()
-            if first or name not in self.replicated
-        }
+        mine = {name: shard for name, shard in self.shards.items() if first or name not in self.replicated}
         model: dict[str, Any] = {name: shard.piece(shard.values) for name, shard in mine.items()}
         if first:
             model |= {name: Piece.of(buffer) for name, buffer in self.buffers().items()}
@@ -114,7 +114,9 @@ class ShardedEngine(TorchEngine):
                 elif shard.start == 0:  # the count of steps, one number
                     optimizer[f"{kind}.{name}"] = Piece.of(tensor)
         averages = self.averages
-        ema = None if averages is None else {name: shard.piece(averages[name]) for name, shard in mine.items()}
+        ema = (
+            None if averages is None else {name: shard.piece(averages[name]) for name, shard in mine.items()}
+        )
         return EngineState(model, optimizer, self.groups(), ema, self.average_updates)
 
     def groups(self) -> list[dict[str, Any]]:
@@ -131,16 +133,20 @@ class ShardedEngine(TorchEngine):
         if any("/" in key.split(".", 1)[0] for key in state.optimizer):
             raise ValueError("the checkpoint's optimizer keeps its moments in 8 bits, this run's whole")
         if any("step" in group for group in state.groups):
-            raise ValueError("the checkpoint's optimizer is apex's, which counts its steps elsewhere than torch's")
-        with torch.no_grad():
-            self.set_weights({name: part_of(state.model, name, s.start, s.stop) for name, s in self.shards.items()})
-            for name, buffer in self.buffers().items():
-                buffer.copy_(state.model[name])
+            raise ValueError(
+                "the checkpoint's optimizer is apex's, which counts its steps elsewhere than torch's"
+            )
+        self.set_weights(
+            {name: part_of(state.model, name, s.start, s.stop) for name, s in self.shards.items()}
+        )
+        for name, buffer in self.buffers().items():
+            buffer.copy_(state.model[name])
         found: dict[str, dict[str, Tensor]] = {}
         for name, shard in self.shards.items():
             if f"step.{name}" in state.optimizer:
                 found[name] = {
-                    kind: part_of(state.optimizer, f"{kind}.{name}", shard.start, shard.stop) for kind in MOMENTS
+                    kind: part_of(state.optimizer, f"{kind}.{name}", shard.start, shard.stop)
+                    for kind in MOMENTS
                 }
                 found[name]["step"] = state.optimizer[f"step.{name}"]
         self.set_moments(found)
@@ -151,6 +157,7 @@ class ShardedEngine(TorchEngine):
             for name, shard in self.shards.items():
                 self.averages[name].copy_(part_of(state.ema, name, shard.start, shard.stop))
 
+    @torch.no_grad()
     def set_weights(self, values: Mapping[str, Tensor]) -> None:
         """Take over master weights by parameter."""
         for name, found in values.items():
@@ -204,8 +211,8 @@ def must_be_torch(kind: str, engine: str) -> None:
     """Raises ConfigError for an optimizer that a sharding engine does not take."""
     if kind not in ("auto", "torch"):
         raise ConfigError(
-            f"optim.kind is {kind!r}; --engine {engine} supports torch (auto takes it), because its shards of moments are plain "
-            "fp32 numbers that any engine can go on from"
+            f"optim.kind is {kind!r}; --engine {engine} supports torch (auto takes it), because its shards of moments are "
+            "plain fp32 numbers that any engine can go on from"
         )
 
 

@@ -1,0 +1,355 @@
+"""Engines on several ranks against one process: losses, gradient norms, averages, skipped steps, and checkpoints that any of
+them reads."""
+
+from __future__ import annotations
+
+import dataclasses
+import math
+from pathlib import Path
+from typing import Any
+
+import pytest
+import torch
+from micro import MODEL, corpus
+from ranks import Launch
+from test_train_engine import batch, parts
+
+from models import Aurora
+from models.objectives import ObjectiveConfig
+from train import checkpoint
+from train.config import OptimConfig, PretrainConfig
+from train.engine import Ranks, TorchEngine, join, leave
+from train.engines import build_engine, engine_problems, in_words
+from train.machine import Precision
+from train.optim import lr_at
+from train.pieces import Stored
+from train.saving import Saver
+
+STILL = dataclasses.replace(MODEL, decoder_dropout=0.0)
+BASE = PretrainConfig(
+    model=STILL,
+    batch_size=16,
+    accumulation=2,
+    steps=100,
+    ema_decay=0.9,
+    optim=OptimConfig(lr=1e-3, warmup=4, clip=1.0),  # every gradient is longer than that
+    objectives=ObjectiveConfig(itc_kind="softmax"),
+)
+STEPS = 4
+Case = tuple[str, int, str]  # engine, zero_stage, precision
+
+SEVERAL: list[Case] = [
+    ("ddp", 2, "fp32"), ("fsdp2", 2, "fp32"), ("fsdp2", 3, "fp32"),
+    ("deepspeed", 1, "fp32"), ("deepspeed", 2, "fp32"), ("deepspeed", 3, "fp32"),
+    ("ddp", 2, "bf16"), ("fsdp2", 2, "bf16"), ("deepspeed", 1, "bf16"), ("deepspeed", 2, "bf16"),
+]  # fmt: skip
+FOUR: list[Case] = [("ddp", 2, "fp32"), ("fsdp2", 2, "fp32"), ("deepspeed", 2, "fp32")]
+
+
+def built(case: Case, ranks: Ranks, seed: int = 0, **values: Any) -> TorchEngine:
+    engine, stage, precision = case
+    config = dataclasses.replace(BASE, engine=engine, zero_stage=stage, **values)
+    torch.manual_seed(seed)
+    return build_engine(Aurora(STILL), config, torch.device("cpu"), Precision(precision, ""), ranks)
+
+
+def steps(
+    one: TorchEngine, first: int, last: int, bad: int | None = None
+) -> list[tuple[dict[str, float], float]]:
+    """Losses and norms of steps first to last - 1, of batches that depend on the step alone; in step `bad`, the last rank's
+    first micro-batch has a loss that is not a number."""
+    found = []
+    for step in range(first, last):
+        micros = parts(batch(12, 4, seed=step), one.config.accumulation)
+        mine = [parts(micro, one.ranks.size)[one.ranks.rank] for micro in micros]
+        normalizers, _ = one.agree(mine, False)
+        for i, micro in enumerate(one.micro_batches(mine)):
+            with one.micro_step(last=i == len(mine) - 1):
+                losses = one.losses(micro, one.config.objectives, normalizers)
+                if step == bad and i == 0 and one.ranks.rank == one.ranks.size - 1:
+                    losses["mim"] = losses["mim"] * math.nan
+                one.backward(losses)
+        result = one.step(lr_at(step, one.config.steps, one.config.optim))
+        assert result.skipped == (step == bad)
+        found.append((result.losses, result.grad_norm))
+    return found
+
+
+def saver(directory: Path, one: TorchEngine) -> Saver:
+    return Saver(directory, one.config, corpus().tokenizer, one.ranks, one.device, print)
+
+
+def snapshot(one: TorchEngine, step: int) -> checkpoint.Snapshot:
+    return checkpoint.Snapshot(step, one.state(), {}, {}, one.precision.name, one.ranks.size, 0.0, 0)
+
+
+def run_cases(cases: list[Case], out: Path) -> list[Any]:
+    """In each rank: every case's losses and norms, with a checkpoint after them; then a step with a NaN, and one more."""
+    ranks = Ranks.from_environment()
+    join(ranks, "cpu", alone=True)
+    found = []
+    for case in cases:
+        one = built(case, ranks)
+        result = steps(one, 0, STEPS)
+        keeper = saver(out / "-".join(map(str, case)), one)
+        keeper.begin(lambda one=one: snapshot(one, STEPS), wait=False)  # type: ignore[misc]
+        later = steps(one, STEPS, STEPS + 2, bad=STEPS)[-1:]  # while it is being written
+        keeper.poll()
+        keeper.finish()
+        with one.scored_weights() as model:
+            whole = (
+                {} if model is None else {name: p.detach().clone() for name, p in model.named_parameters()}
+            )
+        found.append((result, later, {name: p.double().norm().item() for name, p in whole.items()}))
+    leave(ranks)
+    return found
+
+
+def reference(precision: str, out: Path) -> tuple[Any, Any, dict[str, float], TorchEngine]:
+    """The same in this process, by the engine that tests/test_train_engine.py tests."""
+    one = built(("single", 2, precision), Ranks(0, 0, 1))
+    result = steps(one, 0, STEPS)
+    keeper = saver(out / f"single-2-{precision}", one)
+    keeper.begin(lambda: snapshot(one, STEPS), wait=True)
+    later = steps(one, STEPS, STEPS + 2, bad=STEPS)[-1:]
+    with one.scored_weights() as model:
+        averaged = {name: p.double().norm().item() for name, p in model.named_parameters()}
+    return result, later, averaged, one
+
+
+@pytest.fixture(scope="module")
+def out(tmp_path_factory: pytest.TempPathFactory) -> Path:
+    corpus()
+    return tmp_path_factory.mktemp("engines")
+
+
+@pytest.fixture(scope="module")
+def exact(out: Path) -> dict[str, Any]:
+    return {precision: reference(precision, out) for precision in ("fp32", "bf16")}
+
+
+@pytest.fixture(scope="module")
+def two(out: Path) -> dict[Case, Any]:
+    pytest.importorskip("deepspeed")
+    return dict(zip(SEVERAL, Launch(2, run_cases, SEVERAL, out / "2").results()[0], strict=True))
+
+
+@pytest.fixture(scope="module")
+def four(out: Path) -> dict[Case, Any]:
+    pytest.importorskip("deepspeed")
+    return dict(zip(FOUR, Launch(4, run_cases, FOUR, out / "4").results()[0], strict=True))
+
+
+def compare(found: Any, wanted: Any, precision: str) -> None:
+    """The gates: fp32 1e-5 of every loss, bf16 2e-3 of their weighted sum. (In bf16 the contrastive loss of a few random pictures
+    moves by several thousandths with the order of summation, DDP's too.)"""
+    weights = BASE.objectives.weights()
+    for (losses, norm), (expected, exact_norm) in zip(found, wanted, strict=True):
+        assert losses.keys() == expected.keys() and len(losses) == 4
+        if precision == "fp32":
+            assert losses == pytest.approx(expected, rel=1e-5, abs=1e-5)
+            assert norm == pytest.approx(exact_norm, rel=1e-4)
+        else:
+            total, other = (sum(weights[name] * x[name] for name in weights) for x in (losses, expected))
+            assert total == pytest.approx(other, rel=2e-3)
+            assert norm == pytest.approx(exact_norm, rel=0.03)
+
+
+@pytest.mark.parametrize("case", SEVERAL, ids=lambda case: "-".join(map(str, case)))
+def test_two_ranks_give_the_losses_of_one_process(case: Case, two: Any, exact: Any) -> None:
+    """Accumulation, clipping, negatives from all ranks; after a step with a NaN, which all ranks skip; averaged weights."""
+    wanted, found = exact[case[2]], two[case]
+    compare(found[0], wanted[0], case[2])
+    compare(found[1], wanted[1], case[2])
+    assert found[2] == pytest.approx(wanted[2], rel=1e-5 if case[2] == "fp32" else 1e-2, abs=1e-4)
+
+
+@pytest.mark.parametrize("case", FOUR, ids=lambda case: "-".join(map(str, case)))
+def test_four_ranks_give_the_losses_of_one_process(case: Case, four: Any, exact: Any) -> None:
+    wanted, found = exact[case[2]], four[case]
+    compare(found[0], wanted[0], case[2])
+    compare(found[1], wanted[1], case[2])
+
+
+def test_parity_would_notice_a_change(exact: Any) -> None:
+    """The gate is far below what one skipped clipping, or half the accumulation, changes."""
+    for change in ({"optim": dataclasses.replace(BASE.optim, clip=0.0)}, {"accumulation": 1}):
+        other = steps(built(("single", 2, "fp32"), Ranks(0, 0, 1), **change), 0, STEPS)
+        with pytest.raises(AssertionError):
+            compare(other, exact["fp32"][0], "fp32")
+
+
+def numbers(path: Path) -> dict[str, Stored]:
+    state = checkpoint.verify(path)
+    return {kind: checkpoint.stored(path, kind, state) for kind in ("model", "optimizer", "ema")}
+
+
+@pytest.mark.parametrize(
+    "case", [case for case in SEVERAL if case[2] == "fp32"], ids=lambda case: "-".join(map(str, case))
+)
+def test_every_engine_writes_the_same_checkpoint(case: Case, two: Any, exact: Any, out: Path) -> None:
+    """Names, shapes, and numbers up to rounding."""
+    name = "-".join(map(str, case))
+    mine, theirs = numbers(out / f"2/{name}/step-000004"), numbers(out / "single-2-fp32/step-000004")
+    for kind, wanted in theirs.items():
+        assert set(mine[kind]) == set(wanted), kind
+        scale = max(t.abs().max().item() for key, t in wanted.items() if not key.startswith("step."))
+        for key, tensor in wanted.items():
+            assert mine[kind][key].shape == tensor.shape
+            assert (mine[kind][key] - tensor).abs().max().item() <= 1e-4 * scale, (kind, key)
+
+
+def test_sharded_files_are_spread_over_the_ranks(two: Any, out: Path) -> None:
+    for case in ("ddp-2-fp32", "fsdp2-2-fp32", "deepspeed-2-fp32"):
+        sizes = [
+            (out / f"2/{case}/step-000004/optimizer-0000{rank}-of-00002.safetensors").stat().st_size
+            for rank in (1, 2)
+        ]
+        assert max(sizes) < 1.3 * min(sizes), (case, sizes)
+
+
+def go_on(cases: list[Case], start: Path, out: Path) -> list[Any]:
+    """In each rank: from the checkpoint `start`, write it again, then train on."""
+    ranks = Ranks.from_environment()
+    join(ranks, "cpu", alone=True)
+    found = []
+    for case in cases:
+        one = built(case, ranks, seed=1)  # other weights than those of the checkpoint
+        one.load(checkpoint.read(start)[0].engine)
+        keeper = saver(out / "-".join(map(str, case)), one)
+        keeper.begin(lambda one=one: snapshot(one, STEPS), wait=True)  # type: ignore[misc]
+        found.append(steps(one, STEPS, STEPS + 2))
+    leave(ranks)
+    return found
+
+
+def same(a: Path, b: Path) -> None:
+    mine, theirs = numbers(a), numbers(b)
+    for kind, wanted in theirs.items():
+        assert set(mine[kind]) == set(wanted), kind
+        for key, tensor in wanted.items():
+            assert torch.equal(mine[kind][key], tensor), (kind, key)
+
+
+def test_any_engine_on_any_number_of_ranks_goes_on_exactly(two: Any, out: Path) -> None:
+    """Written by two ranks of DeepSpeed ZeRO-2, read by four of FSDP2, by one process, and by DeepSpeed's other stages: every
+    number is the same, and so are the losses after it."""
+    pytest.importorskip("deepspeed")
+    start = out / "2/deepspeed-2-fp32/step-000004"
+    one = built(("single", 2, "fp32"), Ranks(0, 0, 1), seed=1)
+    one.load(checkpoint.read(start)[0].engine)
+    keeper = saver(out / "again/single", one)
+    keeper.begin(lambda: snapshot(one, STEPS), wait=True)
+    same(out / "again/single/step-000004", start)
+    straight = steps(one, STEPS, STEPS + 2)
+
+    cases: list[Case] = [
+        ("fsdp2", 2, "fp32"),
+        ("deepspeed", 1, "fp32"),
+        ("deepspeed", 3, "fp32"),
+        ("ddp", 2, "fp32"),
+    ]
+    for size, some in ((4, cases[:2]), (2, cases[2:])):
+        found = Launch(size, go_on, some, start, out / f"again/{size}").results()[0]
+        for case, result in zip(some, found, strict=True):
+            same(out / f"again/{size}/{'-'.join(map(str, case))}/step-000004", start)
+            compare(result, straight, "fp32")
+    # And back: what FSDP2 shards wrote, one process reads.
+    same(out / "again/4/fsdp2-2-fp32/step-000004", start)
+
+
+def of_global_negatives(cases: list[Case]) -> list[Any]:
+    ranks = Ranks.from_environment()
+    join(ranks, "cpu", alone=True)
+    found = [steps(built(case, ranks, itc_negatives="global", ema_decay=0.0), 0, 2) for case in cases]
+    leave(ranks)
+    return found
+
+
+def test_negatives_of_the_whole_step_on_sharded_weights() -> None:
+    pytest.importorskip("deepspeed")
+    cases: list[Case] = [("fsdp2", 3, "fp32"), ("deepspeed", 3, "fp32"), ("deepspeed", 2, "fp32")]
+    single = built(("single", 2, "fp32"), Ranks(0, 0, 1), itc_negatives="global", ema_decay=0.0)
+    wanted = steps(single, 0, 2)
+    for found in Launch(2, of_global_negatives, cases).results()[0]:
+        compare(found, wanted, "fp32")
+
+
+def test_offloaded_optimizer_gives_the_same_losses(exact: Any) -> None:
+    pytest.importorskip("deepspeed")
+    (found,) = Launch(1, offloaded).results()
+    compare(found, exact["fp32"][0], "fp32")
+
+
+def offloaded() -> Any:
+    ranks = Ranks.from_environment()
+    join(ranks, "cpu", alone=True)
+    one = built(("deepspeed", 2, "fp32"), ranks, offload=True)
+    found = steps(one, 0, STEPS)
+    leave(ranks)
+    return found
+
+
+@pytest.mark.parametrize(
+    "off", [(), ("mim",), ("itc",), ("caption", "mlm"), ("itc", "caption", "mlm"), ("mim", "itc", "caption")]
+)
+def test_parameters_without_use_are_known_beforehand(off: tuple[str, ...]) -> None:
+    """DeepSpeed is not given them: their names are those of the parameters that autograd reaches not."""
+    objectives = dataclasses.replace(BASE.objectives, **dict.fromkeys(off, 0.0))
+    one = built(("single", 2, "fp32"), Ranks(0, 0, 1), objectives=objectives, accumulation=1)
+    micro = batch(12, 4)
+    normalizers, _ = one.agree([micro], False)
+    one.backward(one.losses(one.micro_batches([micro])[0], objectives, normalizers))
+    without = {name for name, p in one.model.named_parameters() if p.grad is None}
+    assert without == {
+        name for name, _ in one.model.named_parameters() if name.startswith(one.family.idle(one.config))
+    }
+
+
+@pytest.mark.parametrize(
+    "values, size, said",
+    [
+        ({"engine": "single"}, 2, "engine is single, and there are 2 processes"),
+        ({"engine": "ddp"}, 1, "engine is ddp, and there is one process"),
+        ({"engine": "fsdp2", "zero_stage": 1}, 2, "fsdp2 supports 2 and 3"),
+        ({"engine": "fsdp2", "optim": OptimConfig(kind="torch-8bit")}, 2, "'torch-8bit'; fsdp2 shards the moments of torch"),
+        ({"engine": "ddp", "offload": True}, 2, "only deepspeed puts the optimizer into main memory"),
+        ({"engine": "deepspeed", "compile": True}, 2, "compile is on, and the engine is deepspeed"),
+    ],
+)  # fmt: skip
+def test_what_does_not_go_together_is_refused(values: dict[str, Any], size: int, said: str) -> None:
+    found = engine_problems(dataclasses.replace(BASE, **values), size)
+    assert len(found) == 1 and said in found[0]
+
+
+def test_deepspeed_that_is_not_installed_is_said(monkeypatch: pytest.MonkeyPatch) -> None:
+    import train.engine_deepspeed as module
+
+    monkeypatch.setattr(module, "find_spec", lambda name: None)
+    (said,) = engine_problems(dataclasses.replace(BASE, engine="deepspeed"), 2)
+    assert "pip install 'auroraio[deepspeed]'" in said
+    monkeypatch.undo()
+    monkeypatch.setattr(module, "version", lambda name: "0.15.4")
+    (said,) = engine_problems(dataclasses.replace(BASE, engine="deepspeed"), 2)
+    assert "0.15.4 is installed, 0.19.8 or newer is needed" in said
+
+
+def test_an_engine_is_named_in_words() -> None:
+    assert in_words(BASE, 1) == "single: one process"
+    assert "everything on each of 4 ranks" in in_words(BASE, 4)
+    named = dataclasses.replace(BASE, engine="deepspeed", zero_stage=2, offload=True)
+    assert in_words(named, 64) == (
+        "deepspeed: DeepSpeed, ZeRO-2: gradients and optimizer in 64 shards, the optimizer in main memory"
+    )
+
+
+def test_a_checkpoint_of_another_optimizer_is_refused(tmp_path: Path) -> None:
+    """Moments in 8 bits are not what the shards hold."""
+    pytest.importorskip("torchao")
+    eight = OptimConfig(kind="torch-8bit")
+    one = built(("single", 2, "fp32"), Ranks(0, 0, 1), optim=eight)
+    steps(one, 0, 1)
+    keeper = saver(tmp_path, one)
+    keeper.begin(lambda: snapshot(one, 1), wait=True)
+    with pytest.raises(AssertionError, match="keeps its moments in 8 bits, this run's whole"):
+        Launch(1, go_on, [("fsdp2", 2, "fp32")], tmp_path / "step-000001", tmp_path / "x").results()
