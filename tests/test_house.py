@@ -388,6 +388,7 @@ OPTIONAL = {
     "flash_attn_interface": "flash",
     "liger_kernel": "liger",
     "torchao": "torchao",
+    "deepspeed": "deepspeed",
     "apex": "",  # NVIDIA's is no package of the index
     "amp_C": "",
 }

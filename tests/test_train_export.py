@@ -1,0 +1,146 @@
+"""`python -m train.export`: one file of whole tensors, whatever the checkpoint is made of."""
+
+from __future__ import annotations
+
+from pathlib import Path
+
+import pytest
+import torch
+from micro import corpus
+from safetensors.torch import load_file
+from test_train_checkpoint import CONFIG, snapshot, trained
+
+from train import checkpoint
+from train.checkpoint import CheckpointError
+from train.export import main
+from train.pieces import Piece, PiecesError, Stored, as_pieces, share_of, write_pieces
+
+
+def by_ranks(directory: Path, size: int, step: int = 2) -> Path:
+    """The checkpoint that `size` ranks of DDP would write."""
+    one = trained(step)
+    whole = snapshot(one, step)
+    work = checkpoint.unfinished(directory, step)
+    checkpoint.start(work)
+    sums: dict[str, str] = {}
+    for rank in range(size):
+        kinds = {kind: getattr(whole.engine, kind) for kind in ("model", "optimizer", "ema")}
+        part = {kind: share_of(dict(tensors), rank, size) for kind, tensors in kinds.items()}
+        sums |= checkpoint.write_part(work, part, rank, size)
+    return checkpoint.commit(work, whole, CONFIG, corpus().tokenizer, sums)
+
+
+@pytest.mark.parametrize("size", [1, 3])
+def test_weights_are_whole_and_averaged(
+    size: int, tmp_path: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    by_ranks(tmp_path / "run/checkpoints", size)
+    one = trained()
+    assert one.ema
+    assert main([str(tmp_path / "run"), "--output", str(tmp_path / "out")]) == 0
+    assert "averaged weights of step 2" in capsys.readouterr().out
+    found = load_file(tmp_path / "out/model.safetensors")
+    assert found.keys() == dict(one.model.named_parameters()).keys()
+    assert all(torch.equal(found[name], weight) for name, weight in one.ema.weights.items())
+    assert (tmp_path / "out/tokenizer.model").read_bytes() == corpus().tokenizer.read_bytes()
+
+    assert main([str(tmp_path / "run"), "--output", str(tmp_path / "out"), "--raw", "--dtype", "bf16"]) == 0
+    found = load_file(tmp_path / "out/model.safetensors")
+    assert all(torch.equal(found[name], p.bfloat16()) for name, p in one.model.named_parameters())
+    assert sorted(path.name for path in (tmp_path / "out").iterdir()) == [
+        "model.safetensors",
+        "tokenizer.model",
+    ]
+
+
+def test_sharded_and_whole_checkpoints_read_alike(tmp_path: Path) -> None:
+    a, b = (checkpoint.read(by_ranks(tmp_path / str(size), size))[0] for size in (1, 4))
+    for kind in ("model", "optimizer", "ema"):
+        one, other = getattr(a.engine, kind), getattr(b.engine, kind)
+        assert set(one) == set(other) and all(torch.equal(one[name], other[name]) for name in one)
+    loaded = [checkpoint.load_model(tmp_path / size) for size in ("1", "4")]
+    states = [one.model.state_dict() for one in loaded]
+    assert all(torch.equal(states[0][name], states[1][name]) for name in states[0])
+
+
+@pytest.mark.parametrize("damage", ["flip", "truncate", "remove"])
+def test_a_damaged_part_is_named_and_the_one_before_is_taken(
+    damage: str, tmp_path: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    by_ranks(tmp_path / "checkpoints", 2, step=1)
+    file = by_ranks(tmp_path / "checkpoints", 2, step=2) / "optimizer-00002-of-00002.safetensors"
+    data = bytearray(file.read_bytes())
+    data[len(data) // 2] ^= 0x01
+    match damage:
+        case "flip":
+            file.write_bytes(data)
+        case "truncate":
+            file.write_bytes(data[:-8])
+        case _:
+            file.unlink()
+    assert main([str(tmp_path), "--output", str(tmp_path / "out")]) == 0
+    said = capsys.readouterr()
+    assert "step-000002 is damaged: optimizer-00002-of-00002.safetensors" in said.err
+    assert "weights of step 1" in said.out
+    with pytest.raises(CheckpointError, match="optimizer-00002-of-00002"):
+        checkpoint.read(file.parent)
+
+
+def test_a_run_without_checkpoints_is_said(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
+    assert main([str(tmp_path), "--output", str(tmp_path / "out")]) == 2
+    assert "has no finished checkpoint" in capsys.readouterr().err
+
+
+def test_files_are_safetensors(tmp_path: Path) -> None:
+    """The library reads what is written here: every dtype, no dimension, no numbers."""
+    tensors = {
+        "a": torch.randn(3, 5), "b": torch.randn(7).bfloat16(), "c": torch.tensor(3.5),
+        "d": torch.arange(5, dtype=torch.uint8), "e": torch.zeros(0, 4), "f": torch.tensor([True, False]),
+        "g": torch.arange(6).view(2, 3).T,
+    }  # fmt: skip
+    digest = write_pieces(tmp_path / "x.safetensors", as_pieces(tensors))
+    assert digest == checkpoint.sha256(tmp_path / "x.safetensors")
+    found = load_file(tmp_path / "x.safetensors")
+    assert found.keys() == tensors.keys()
+    assert all(
+        torch.equal(found[name], tensor) and found[name].shape == tensor.shape
+        for name, tensor in tensors.items()
+    )
+
+
+@pytest.mark.parametrize("size", [1, 2, 3, 7, 40])
+def test_shares_are_all_of_it_once(size: int, tmp_path: Path) -> None:
+    tensors = {
+        "a": torch.randn(3, 5),
+        "b": torch.randn(7).bfloat16(),
+        "c": torch.tensor(3.5),
+        "e": torch.zeros(0, 4),
+    }
+    files = [tmp_path / f"{rank}" for rank in range(size)]
+    for rank, file in enumerate(files):
+        write_pieces(file, share_of(tensors, rank, size))
+    found = Stored(files)
+    assert all(torch.equal(found[name], tensor) for name, tensor in tensors.items()) and len(found) == 4
+    assert torch.equal(found.part("a", 4, 11), tensors["a"].flatten()[4:11])
+
+
+@pytest.mark.parametrize(
+    "pieces, said",
+    [
+        ([(0, 4), (6, 4)], "numbers 4 to 6 are missing"),
+        ([(0, 6), (4, 6)], "numbers 4 to 6 are there twice"),
+        ([(0, 4)], "4 of its 10 numbers are there"),
+    ],
+)
+def test_parts_that_do_not_fit_are_refused(pieces: list[tuple[int, int]], said: str, tmp_path: Path) -> None:
+    for i, (start, length) in enumerate(pieces):
+        write_pieces(tmp_path / str(i), {"a": Piece(torch.zeros(length), start, (2, 5))})
+    with pytest.raises(PiecesError, match=f"a: .*{said}"):
+        Stored([tmp_path / str(i) for i in range(len(pieces))])
+
+
+def test_old_checkpoints_go_but_for_every_nth(tmp_path: Path) -> None:
+    for step in range(1, 8):
+        (tmp_path / f"step-{step:06d}").mkdir()
+    checkpoint.prune(tmp_path, keep=2, every=3)
+    assert [checkpoint.step_of(path) for path in checkpoint.step_directories(tmp_path)] == [7, 6, 3]
