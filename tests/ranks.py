@@ -32,6 +32,10 @@ def _rank(
 ) -> None:
     os.environ.update(environment)
     rank = int(environment["RANK"])
+    if output := environment.get("RANKS_OUTPUT"):
+        file = os.open(f"{output}-{rank}.txt", os.O_WRONLY | os.O_CREAT | os.O_APPEND, 0o644)
+        os.dup2(file, 1)
+        os.dup2(file, 2)
     try:
         results.put((rank, True, function(*arguments)))
     except BaseException:
@@ -40,7 +44,8 @@ def _rank(
 
 
 class Launch:
-    """`size` ranks that call function(*arguments); both must be picklable."""
+    """`size` ranks that call function(*arguments); both must be picklable. RANKS_OUTPUT="path" sends what rank N prints to
+    path-N.txt."""
 
     def __init__(self, size: int, function: Callable[..., Any], *arguments: Any, **environment: str) -> None:
         context = multiprocessing.get_context("forkserver")
@@ -57,7 +62,7 @@ class Launch:
         for process in self.processes:
             process.start()
 
-    def join(self, seconds: float = 120) -> list[int | None]:
+    def join(self, seconds: float = 280) -> list[int | None]:
         """Wait for all; returns their exit codes. What does not end is killed."""
         end = time.monotonic() + seconds
         for process in self.processes:
@@ -66,7 +71,7 @@ class Launch:
         self.kill()
         return codes
 
-    def results(self, seconds: float = 120) -> list[Any]:
+    def results(self, seconds: float = 280) -> list[Any]:
         """What each rank returned. Raises AssertionError with the traceback of one that failed."""
         found: dict[int, Any] = {}
         end = time.monotonic() + seconds

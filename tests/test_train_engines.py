@@ -141,8 +141,8 @@ def four(out: Path) -> dict[Case, Any]:
 
 
 def compare(found: Any, wanted: Any, precision: str) -> None:
-    """The gates: fp32 1e-5 of every loss, bf16 2e-3 of their weighted sum. (In bf16 the contrastive loss of a few random pictures
-    moves by several thousandths with the order of summation, DDP's too.)"""
+    """The gates: fp32 1e-5 of every loss, bf16 2e-3 of their weighted sum. (In bf16 the contrastive loss of a few random
+    pictures moves by several thousandths with the order of summation, DDP's too.)"""
     weights = BASE.objectives.weights()
     for (losses, norm), (expected, exact_norm) in zip(found, wanted, strict=True):
         assert losses.keys() == expected.keys() and len(losses) == 4

@@ -1,0 +1,367 @@
+"""Faults as they happen: killed and stopped processes, lost nodes, full disks, hung ranks. Each is really done, and the run
+that goes on afterwards is compared with one that nothing happened to."""
+
+from __future__ import annotations
+
+import contextlib
+import ctypes
+import json
+import os
+import random
+import re
+import resource
+import signal
+import subprocess
+import sys
+import time
+from collections import Counter
+from collections.abc import Callable
+from pathlib import Path
+from typing import Any
+
+import pytest
+import torch
+from micro import ROOT, arguments, losses
+from ranks import Launch, free_port
+
+from train import checkpoint
+from train.engine import StepResult, TorchEngine
+from train.pretrain import main
+
+# Dropout differs between numbers of ranks; everything else must not.
+STILL = (
+    "--model.decoder-dropout",
+    "0",
+    "--batch-size",
+    "32",
+    "--accumulation",
+    "2",
+    "--steps",
+    "9",
+    "--optim.lr",
+    "3e-4",
+)
+Act = Callable[[int], None]  # called with the number of the step that begins
+
+
+def run(typed: list[str], act: Act | None = None, keys: Path | None = None) -> int:
+    """`python -m train.pretrain` in this process; `act` happens in the forward pass of each step, and the keys of what is
+    trained on go into a file."""
+    forward, concluded, step = TorchEngine.losses, TorchEngine.concluded, [0, 0]
+
+    def watched(self: TorchEngine, micro: Any, *rest: Any) -> Any:
+        if keys is not None:
+            with keys.with_name(f"{keys.name}-{self.ranks.rank}").open("a") as file:
+                file.write("".join(f"{key}\n" for key in micro.batch.keys))
+        if act is not None and step[1] == 0:
+            act(step[0])
+        step[1] += 1
+        return forward(self, micro, *rest)
+
+    def counted(self: TorchEngine, *results: Any) -> StepResult:
+        step[:] = [step[0] + 1, 0]
+        return concluded(self, *results)
+
+    TorchEngine.losses, TorchEngine.concluded = watched, counted  # type: ignore[method-assign]
+    try:
+        return main(typed)
+    finally:
+        TorchEngine.losses, TorchEngine.concluded = forward, concluded  # type: ignore[method-assign]
+
+
+class Terminate:
+    """SIGTERM to one rank, in the step with this number (counted since the start of the process)."""
+
+    def __init__(self, at: int, rank: int) -> None:
+        self.at, self.rank = at, rank
+
+    def __call__(self, step: int) -> None:
+        if step == self.at and os.environ["RANK"] == str(self.rank):
+            os.kill(os.getpid(), signal.SIGTERM)
+
+
+class Sleep(Terminate):
+    """A rank that does not go on."""
+
+    def __call__(self, step: int) -> None:
+        if step == self.at and os.environ["RANK"] == str(self.rank):
+            time.sleep(1000)
+
+
+class NoRoom(Terminate):
+    """A rank may not write files of any size, from one step on to another."""
+
+    def __init__(self, at: int, rank: int, until: int) -> None:
+        super().__init__(at, rank)
+        self.until = until
+
+    def __call__(self, step: int) -> None:
+        if os.environ["RANK"] == str(self.rank):
+            limit = 20_000 if self.at <= step < self.until else resource.RLIM_INFINITY
+            resource.setrlimit(resource.RLIMIT_FSIZE, (limit, resource.RLIM_INFINITY))
+
+
+@pytest.fixture(scope="module")
+def straight(tmp_path_factory: pytest.TempPathFactory) -> Path:
+    """Nine steps in one process, to which nothing happens."""
+    out = tmp_path_factory.mktemp("straight") / "run"
+    assert run(arguments(out, *STILL), keys=out.parent / "keys") == 0
+    return out
+
+
+def same_losses(out: Path, wanted: Path) -> None:
+    found, expected = losses(out), losses(wanted)
+    assert found.keys() == expected.keys()
+    for step, parts in expected.items():
+        assert found[step] == pytest.approx(parts, rel=2e-5, abs=2e-6), step
+
+
+def same_weights(a: Path, b: Path, step: int = 9) -> bool:
+    one, other = (checkpoint.read(out / f"checkpoints/step-{step:06d}")[0].engine for out in (a, b))
+    pairs = ((one.model, other.model), (one.optimizer, other.optimizer))
+    return all(set(x) == set(y) and all(torch.equal(x[name], y[name]) for name in x) for x, y in pairs)
+
+
+def test_other_ranks_and_engines_take_over_and_no_sample_is_lost(straight: Path, tmp_path: Path) -> None:
+    """Four ranks of FSDP2 until SIGTERM reaches one of them, two of DeepSpeed until it reaches another, then one process.
+    Each sample of the first epoch is seen once; the losses are those of the run in one process."""
+    pytest.importorskip("deepspeed")
+    out, keys = tmp_path / "run", tmp_path / "keys"
+    typed = [*arguments(out, *STILL), "--save-every", "0"]
+    on = ["--resume", "auto"]
+    ranks = Launch(
+        4, run, [*typed, "--engine", "fsdp2"], Terminate(1, 3), keys, RANKS_OUTPUT=str(tmp_path / "a")
+    ).results()
+    assert ranks == [143] * 4 or ranks == [143, 143, 143, 143]
+    assert "after step 2 of 9" in (tmp_path / "a-0.txt").read_text()
+    ranks = Launch(
+        2,
+        run,
+        [*typed, *on, "--engine", "deepspeed"],
+        Terminate(1, 0),
+        keys,
+        RANKS_OUTPUT=str(tmp_path / "b"),
+    ).results()
+    assert ranks == [143] * 2
+    assert "after step 4 of 9" in (said := (tmp_path / "b-0.txt").read_text())
+    assert "engine was 'fsdp2' in the checkpoint; from now on 'deepspeed'" in said
+    assert run([*typed, *on, "--engine", "single"], keys=keys) == 0
+    same_losses(out, straight)
+
+    seen = Counter(line for file in tmp_path.glob("keys-*") for line in file.read_text().split())
+    assert seen == Counter((straight.parent / "keys-0").read_text().split())
+    # 9 steps of 24 captioned and 8 uncaptioned pictures, of 80 and 40: two epochs and 56 of the third, one and 32 of the second
+    assert Counter(seen.values()) == {3: 56, 2: 24 + 32, 1: 8}
+
+
+@pytest.fixture(scope="module")
+def two_ranks(tmp_path_factory: pytest.TempPathFactory) -> Path:
+    """The run that is killed below, left alone. With dropout."""
+    out = tmp_path_factory.mktemp("two") / "run"
+    assert Launch(2, run, arguments(out, "--engine", "fsdp2", "--steps", "9")).results() == [0, 0]
+    return out
+
+
+def test_all_ranks_killed_at_a_random_moment(two_ranks: Path, tmp_path: Path) -> None:
+    """SIGKILL, wherever they are; the run that goes on ends with the same bits."""
+    out = tmp_path / "run"
+    seconds = random.Random().uniform(0, 0.3)
+    print(f"killed {seconds} s after a step")
+    ranks = Launch(2, run, [*arguments(out, "--engine", "fsdp2", "--steps", "9")])
+    wait_for_step(out, random.Random().choice([2, 3, 4, 5]))
+    time.sleep(seconds)
+    ranks.kill()
+    again = Launch(2, run, [*arguments(out, "--engine", "fsdp2", "--steps", "9", "--resume", "auto")])
+    assert again.results() == [0, 0]
+    assert same_weights(out, two_ranks) and losses(out) == losses(two_ranks)
+    assert not list((out / "checkpoints").glob(".unfinished*"))
+
+
+def wait_for_step(out: Path, step: int, seconds: float = 200) -> None:
+    end = time.monotonic() + seconds
+    while time.monotonic() < end:
+        if (out / "metrics.jsonl").is_file() and f'"step": {step},' in (out / "metrics.jsonl").read_text():
+            return
+        time.sleep(0.02)
+    raise AssertionError(f"step {step} did not come")
+
+
+def children(pid: int) -> list[int]:
+    """Processes that a process has started."""
+    found = Path(f"/proc/{pid}/task/{pid}/children").read_text().split()
+    return [int(word) for word in found]
+
+
+def torchrun(out: Path, *launcher: str, more: tuple[str, ...] = ()) -> subprocess.Popen[str]:
+    typed = [*arguments(out, *STILL), *more]
+    return subprocess.Popen(
+        [sys.executable, "-m", "torch.distributed.run", *launcher, "-m", "train.pretrain", *typed],
+        cwd=ROOT, stdout=subprocess.PIPE, stderr=subprocess.STDOUT, text=True, start_new_session=True,
+    )  # fmt: skip
+
+
+def ended(*processes: subprocess.Popen[str], seconds: float = 250) -> str:
+    """Wait, kill what stays (whole sessions, which these processes were started in), and return what the last one said."""
+    said = ""
+    try:
+        for process in processes:
+            said = process.communicate(timeout=seconds)[0]
+    finally:
+        for process in processes:
+            with contextlib.suppress(ProcessLookupError):
+                os.killpg(process.pid, signal.SIGKILL)
+    return said
+
+
+def test_torchrun_starts_a_killed_rank_again(straight: Path, tmp_path: Path) -> None:
+    """--max-restarts: one rank gets SIGKILL at a random moment; the same command goes on from the newest checkpoint."""
+    out = tmp_path / "run"
+    agent = torchrun(out, "--standalone", "--nproc-per-node", "2", "--max-restarts", "1")
+    try:
+        wait_for_step(out, random.Random().choice([4, 5, 6]))
+        os.kill(random.Random().choice(children(agent.pid)), signal.SIGKILL)
+    finally:
+        said = ended(agent)
+    assert agent.returncode == 0, said
+    assert re.search(r"checkpoints/step-00000[36]: going on after step [36] of 9", said), said
+    same_losses(out, straight)
+
+
+def test_a_lost_node_is_done_without(straight: Path, tmp_path: Path) -> None:
+    """Two nodes of one process, --nnodes 1:2. One is lost with all that runs on it: the other meets alone and goes on."""
+    out = tmp_path / "run"
+    launcher = (
+        *("--nnodes", "1:2", "--nproc-per-node", "1", "--max-restarts", "3", "--rdzv-backend", "c10d"),
+        *("--rdzv-endpoint", f"127.0.0.1:{free_port()}", "--rdzv-id", "x", "--local-addr", "127.0.0.1"),
+        *(
+            "--rdzv-conf",
+            "last_call_timeout=3,keep_alive_interval=1,keep_alive_max_attempt=2,join_timeout=120",
+        ),
+    )
+    nodes = [torchrun(out, *launcher, more=("--resume", "auto")) for _ in range(2)]
+    try:
+        wait_for_step(out, 4)
+        lost = next(node for node in nodes if not writes(node.pid, out))
+        for pid in (*children(lost.pid), lost.pid):
+            os.kill(pid, signal.SIGKILL)
+        kept = next(node for node in nodes if node is not lost)
+    finally:
+        said = ended(*sorted(nodes, key=lambda node: node is kept))
+    assert kept.returncode == 0, said
+    assert "2 processes" in said and "engine      single: one process" in said
+    same_losses(out, straight)
+
+
+def writes(agent: int, out: Path) -> bool:
+    """Whether rank 0 is on this node: it holds metrics.jsonl open. (Its node keeps the meeting point, too.)"""
+    files = [Path(f"/proc/{pid}/fd") for pid in children(agent)]
+    return any(os.readlink(fd) == str(out / "metrics.jsonl") for folder in files for fd in folder.iterdir())
+
+
+def test_a_hung_rank_is_named(tmp_path: Path) -> None:
+    out = tmp_path / "run"
+    ranks = Launch(
+        2, run, [*arguments(out, "--hang-timeout", "4")], Sleep(2, 1), RANKS_OUTPUT=str(tmp_path / "said")
+    )
+    assert ranks.join() == [1, 1]
+    for rank in (0, 1):
+        said = (tmp_path / f"said-{rank}.txt").read_text()
+        assert re.search(r"rank 1 hangs at: step 3: micro-step 1 of 1 \(process \d+ on .*\)", said), said
+        assert "time.sleep(1000)" in said, "the line where it hangs"
+        assert "rank 0 hangs" not in said
+
+
+def test_a_stopped_process_is_named(tmp_path: Path) -> None:
+    """SIGSTOP, as a machine that freezes: it cannot say anything itself."""
+    out = tmp_path / "run"
+    ranks = Launch(2, run, [*arguments(out, "--hang-timeout", "4")], RANKS_OUTPUT=str(tmp_path / "said"))
+    wait_for_step(out, 2)
+    pid = ranks.processes[1].pid
+    assert pid
+    os.kill(pid, signal.SIGSTOP)
+    ranks.processes[0].join(100)
+    ranks.kill()
+    assert ranks.processes[0].exitcode == 1
+    assert re.search(
+        rf"rank 1 hangs: it gives no sign of life, .*process {pid} on", (tmp_path / "said-0.txt").read_text()
+    )
+
+
+def test_a_rank_without_room_fails_one_checkpoint_not_the_run(tmp_path: Path) -> None:
+    out = tmp_path / "run"
+    typed = arguments(out, "--engine", "fsdp2", "--save-every", "2", "--steps", "6")
+    assert Launch(2, run, typed, NoRoom(3, 1, 5), RANKS_OUTPUT=str(tmp_path / "said")).results() == [0, 0]
+    said = (tmp_path / "said-0.txt").read_text()
+    assert re.search(
+        r"could not save .*step-000004: rank 1: .*File too large.*the newest is .*step-000002", said
+    ), said
+    assert [path.name for path in checkpoint.find(out)] == ["step-000006", "step-000002"]
+    assert not list((out / "checkpoints").glob(".unfinished*"))
+    checkpoint.verify(out / "checkpoints/step-000006")
+
+
+NEW_NAMESPACES = 0x10000000 | 0x00020000  # CLONE_NEWUSER, CLONE_NEWNS
+
+
+def on_a_small_disk(folder: Path, size: str) -> tuple[int, list[str], str] | str:
+    """A run on a file system of its own that gets full. Returns its exit code, the checkpoints, and what is missing."""
+    libc = ctypes.CDLL(None, use_errno=True)
+    if libc.unshare(NEW_NAMESPACES):
+        return f"no namespaces here: {os.strerror(ctypes.get_errno())}"
+    if libc.mount(b"tmpfs", str(folder).encode(), b"tmpfs", 0, f"size={size}".encode()):
+        return f"no tmpfs here: {os.strerror(ctypes.get_errno())}"
+    out = folder / "run"
+    code = main(arguments(out, "--steps", "6", "--save-every", "2"))
+    found = checkpoint.find(out)
+    for path in found:
+        checkpoint.verify(path)
+    last = json.loads((out / "metrics.jsonl").read_text().splitlines()[-1])
+    return (
+        code,
+        [path.name for path in found],
+        f"{last['step']} steps, {len(list((out / 'checkpoints').glob('.un*')))} left",
+    )
+
+
+def test_a_full_disk_leaves_the_checkpoint_before(tmp_path: Path) -> None:
+    """A real one, of a few megabytes: one checkpoint fits, the next does not; the last one fails the run, and says so."""
+    (tmp_path / "disk").mkdir()
+    (found,) = Launch(
+        1, on_a_small_disk, tmp_path / "disk", size_of_one_and_a_half(), RANKS_OUTPUT=str(tmp_path / "said")
+    ).results()
+    if isinstance(found, str):
+        pytest.skip(found)
+    code, names, rest = found
+    said = (tmp_path / "said-0.txt").read_text()
+    assert re.search(
+        r"could not save .*step-000004: rank 0: .*No space left on device .*training goes on", said
+    ), said
+    assert re.search(r"error: could not save .*step-000006: .*No space left on device", said), said
+    assert (code, names, rest) == (1, ["step-000002"], "6 steps, 0 left")
+
+
+def size_of_one_and_a_half() -> str:
+    """Bytes of a checkpoint of the small model, times 1.5: weights and two moments."""
+    from micro import MODEL
+
+    from models import Aurora
+
+    return str(int(1.5 * 3 * 4 * sum(p.numel() for p in Aurora(MODEL).parameters())))
+
+
+def test_the_deepspeed_launcher(tmp_path: Path, straight: Path) -> None:
+    """`deepspeed` instead of torchrun: it passes --local_rank."""
+    pytest.importorskip("deepspeed")
+    out = tmp_path / "run"
+    program = Path(sys.executable).with_name("deepspeed")
+    typed = [*arguments(out, *STILL), "--steps", "9", "--engine", "deepspeed", "--zero-stage", "1"]
+    done = subprocess.run(
+        [
+            *(str(program), "--num_gpus", "2", "--master_port", str(free_port()), "--module", "train.pretrain"),
+            *typed,
+        ],
+        cwd=ROOT, env={**os.environ, "LOCAL_SIZE": "2"}, capture_output=True, text=True, timeout=280,
+    )  # fmt: skip
+    assert done.returncode == 0, done.stdout + done.stderr
+    assert "ZeRO-1: optimizer in 2 shards" in done.stdout
+    same_losses(out, straight)
