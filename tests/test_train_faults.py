@@ -300,14 +300,25 @@ def test_a_rank_without_room_fails_one_checkpoint_not_the_run(tmp_path: Path) ->
     checkpoint.verify(out / "checkpoints/step-000006")
 
 
-NEW_NAMESPACES = 0x10000000 | 0x00020000  # CLONE_NEWUSER, CLONE_NEWNS
+NEW_MOUNTS, NEW_USER, PRIVATE = (
+    0x00020000,
+    0x10000000,
+    0x4000 | 0x40000,
+)  # CLONE_NEWNS, CLONE_NEWUSER, MS_REC | MS_PRIVATE
 
 
 def on_a_small_disk(folder: Path, size: str) -> tuple[int, list[str], str] | str:
     """A run on a file system of its own that gets full. Returns its exit code, the checkpoints, and what is missing."""
     libc = ctypes.CDLL(None, use_errno=True)
-    if libc.unshare(NEW_NAMESPACES):
-        return f"no namespaces here: {os.strerror(ctypes.get_errno())}"
+    user, group = os.getuid(), os.getgid()
+    if libc.unshare(NEW_MOUNTS):  # not as root: as root of a namespace, then
+        if libc.unshare(NEW_MOUNTS | NEW_USER):
+            return f"no namespaces here: {os.strerror(ctypes.get_errno())}"
+        Path("/proc/self/setgroups").write_text("deny")
+        Path("/proc/self/uid_map").write_text(f"0 {user} 1")
+        Path("/proc/self/gid_map").write_text(f"0 {group} 1")
+    if libc.mount(b"none", b"/", None, PRIVATE, None):
+        return f"no mounts of one's own here: {os.strerror(ctypes.get_errno())}"
     if libc.mount(b"tmpfs", str(folder).encode(), b"tmpfs", 0, f"size={size}".encode()):
         return f"no tmpfs here: {os.strerror(ctypes.get_errno())}"
     out = folder / "run"

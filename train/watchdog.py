@@ -9,6 +9,7 @@ from __future__ import annotations
 
 import json
 import os
+import re
 import socket
 import sys
 import threading
@@ -26,6 +27,9 @@ from train.engine import Ranks
 
 EXIT_CODE = 1
 ANSWER = timedelta(seconds=20)  # the store has to
+WAITING = re.compile(
+    r"[/\\]torch[/\\]distributed[/\\]|[/\\]deepspeed[/\\]comm[/\\]"
+)  # files of code that waits for other ranks
 SILENT = 4  # looks without a sign of life: stopped, or its machine is gone
 
 
@@ -121,7 +125,7 @@ class Watchdog:
     def _publish(self, store: Any, look: int, stuck: bool) -> None:
         note = {
             "look": look, "count": self._count, "place": self._place, "patient": self._patient > 0,
-            "host": socket.gethostname(), "pid": os.getpid(), "stack": self._stack() if stuck else "",
+            "host": socket.gethostname(), "pid": os.getpid(), "stack": self._stack() if stuck else "", "waits": stuck and self._waits(),
         }  # fmt: skip
         store.set(str(self.ranks.rank), json.dumps(note))
 
@@ -151,6 +155,11 @@ class Watchdog:
         frame = sys._current_frames().get(self._main)
         return "".join(traceback.format_stack(frame)[-3:]) if frame else ""
 
+    def _waits(self) -> bool:
+        """Whether the main thread is in a collective, or in a backward pass, where gradients are reduced."""
+        found = traceback.extract_stack(sys._current_frames().get(self._main))
+        return any(WAITING.search(frame.filename) or frame.name == "_engine_run_backward" for frame in found)
+
     def _leave(self, found: list[str], seconds: float) -> None:
         lines = [
             f"error: rank {self.ranks.rank}: no progress for {seconds:.0f} s (hang_timeout) at: {self._place}",
@@ -172,7 +181,9 @@ def culprits(seen: Mapping[int, Seen], silent: set[int]) -> list[str]:
         ]
     least, most = (pick(one.note["count"] for one in seen.values()) for pick in (min, max))
     behind = [rank for rank, one in sorted(seen.items()) if one.note["count"] == least]
-    if least == most:
+    if least == most:  # in the same micro-step, then: some of them wait there for those that do not
+        behind = [rank for rank in behind if not seen[rank].note["waits"]] or behind
+    if least == most and len(behind) == len(seen):
         head = "all ranks stand at the same place; where each is:"
         return [
             head,
