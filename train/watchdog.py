@@ -125,7 +125,8 @@ class Watchdog:
     def _publish(self, store: Any, look: int, stuck: bool) -> None:
         note = {
             "look": look, "count": self._count, "place": self._place, "patient": self._patient > 0,
-            "host": socket.gethostname(), "pid": os.getpid(), "stack": self._stack() if stuck else "", "waits": stuck and self._waits(),
+            "host": socket.gethostname(), "pid": os.getpid(), "stack": self._stack() if stuck else "",
+            "waits": stuck and self._waits(),
         }  # fmt: skip
         store.set(str(self.ranks.rank), json.dumps(note))
 
