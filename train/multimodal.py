@@ -59,6 +59,9 @@ class MultimodalDataConfig:
     """Masked language modelling: share of the words that is asked for."""
     tokenizer_sampling: float = 0.0
     """SentencePiece sampling of token boundaries (alpha; 0.1 is usual). 0: off."""
+    exclude: tuple[str, ...] = ()
+    """Files that list training samples to leave out: a run's broken.jsonl, or what dataload.verify and dataload.stats wrote.
+    """
     workers: int = 2
     """Decoding threads per process."""
     prefetch: int = 4

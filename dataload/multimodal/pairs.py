@@ -72,6 +72,11 @@ class PairSet:
     def __len__(self) -> int:
         return len(self._samples)
 
+    @property
+    def manifest(self) -> str:
+        """Hash of what the shards hold."""
+        return str(self._origin.index.manifest["hash"])
+
     def __iter__(self) -> Iterator[PairBatch]:
         return self.first(len(self))
 
