@@ -334,3 +334,33 @@ def test_the_readme_adds_a_modality_and_a_task(monkeypatch: pytest.MonkeyPatch) 
         assert all(p.grad is not None for n, p in build(name).named_parameters() if not n.endswith(still)), (
             name
         )
+
+
+def test_embeddings_of_different_inputs_differ_from_the_start() -> None:
+    """A model whose latents see the mean of all patches, and more of itself than of its input, gives all pictures one
+    embedding (a mean cosine of 0.93 here): contrast then begins a hundred steps late."""
+    torch.manual_seed(0)
+    model = PerceiverIO(PERCEIVER_SIZES["tiny"]).eval()
+    colors = torch.rand(12, 3, 4, 4)
+    pictures = torch.nn.functional.interpolate(colors, size=64, mode="bilinear")
+    rows = torch.arange(12)
+    with torch.no_grad():
+        latents = model.encode({"image": Piece((pictures - 0.45) / 0.25, rows)}, 12)
+        found = model.embedding(latents, "image")
+    alike = (found @ found.T)[~torch.eye(12, dtype=torch.bool)]
+    assert alike.mean() < 0.6
+
+
+def test_word_dropout_hides_words_from_the_contrast_alone() -> None:
+    model, given = tiny(text_pooling="words"), batch()
+    loss = {}
+    for share in (0.0, 0.5, 1.0):
+        torch.manual_seed(1)  # the same patches are hidden
+        loss[share] = model(**given, objectives=replace(ALL, word_dropout=share))
+    for name in set(loss[0.0]) - {"itc", "vtc", "atc"}:
+        assert torch.equal(loss[0.0][name], loss[0.5][name]), name
+    assert not torch.equal(loss[0.0]["itc"], loss[0.5]["itc"])
+    # Without a word all texts are alike: no logit but the bias is left, for 3 pictures and 3 texts.
+    bias = model.logit_bias
+    expected = (torch.nn.functional.softplus(bias) * 6 + torch.nn.functional.softplus(-bias) * 3) / 3
+    torch.testing.assert_close(loss[1.0]["itc"], expected)

@@ -173,7 +173,10 @@ def test_evaluate_says_what_does_not_fit(
     asked = ["retrieval", "--checkpoint", str(straight)]
     for more, words in (
         (["--data", *several], "hold samples for video-text and audio-text; say which with --pairs"),
-        (["--data", str(data.heldout_sounds[0]), "--pairs", "image-text"], "none of its 12 samples has image and text"),
+        (
+            ["--data", str(data.heldout_sounds[0]), "--pairs", "image-text"],
+            "none of its 12 samples has image and text",
+        ),
         (["--split", "x"], "no shards of split 'x'"),
     ):
         assert evaluate([*asked, *more]) == 2
@@ -280,7 +283,7 @@ def test_xl_is_the_specified_recipe() -> None:
     assert xl.data.mixture == "mm-align"
 
 
-@pytest.mark.parametrize("size", ["tiny", "small", "base", "large", "xl"])
+@pytest.mark.parametrize("size", ["tiny", "real", "small", "base", "large", "xl"])
 def test_presets_resolve_and_say_what_they_lack(size: str) -> None:
     config = preset(f"perceiver-{size}")
     assert json.loads(json.dumps(to_dict(config)))["name"] == f"perceiver-{size}"

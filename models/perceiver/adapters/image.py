@@ -5,6 +5,8 @@ Letters: P images, H W patches in each direction, E width, h heads, d head width
 
 from __future__ import annotations
 
+import math
+
 import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
@@ -124,8 +126,16 @@ class ConvStem(nn.Sequential):
         widths = [3, *(max(dim >> (steps - 1 - i), 16) for i in range(steps))]
         layers: list[nn.Module] = []
         for before, after in zip(widths, widths[1:], strict=False):
-            layers += [nn.Conv2d(before, after, 3, 2, 1, bias=False), nn.GroupNorm(8, after), nn.ReLU()]
+            layers += [nn.Conv2d(before, after, 3, 2, 1, bias=False), nn.GroupNorm(8, after), CentredReLU()]
         super().__init__(*layers, nn.Conv2d(widths[-1], dim, 1))
+
+
+class CentredReLU(nn.Module):
+    """ReLU less its mean over a standard normal, 1 / sqrt(2 pi): what comes out has no part that all pictures share. With
+    one, their embeddings start alike (a mean cosine of 0.8 instead of 0.3 over photographs), and contrast learns late."""
+
+    def forward(self, x: Tensor) -> Tensor:
+        return F.relu(x) - (2 * math.pi) ** -0.5
 
 
 def normalized_size(images: Tensor) -> tuple[int, int]:
