@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import itertools
 import re
 from collections.abc import Callable
 from dataclasses import replace
@@ -364,3 +365,28 @@ def test_word_dropout_hides_words_from_the_contrast_alone() -> None:
     bias = model.logit_bias
     expected = (torch.nn.functional.softplus(bias) * 6 + torch.nn.functional.softplus(-bias) * 3) / 3
     torch.testing.assert_close(loss[1.0]["itc"], expected)
+
+
+def test_contrast_is_with_as_many_texts_as_every_sample_has() -> None:
+    model, given = tiny(), batch()
+    pieces = {name: given["pieces"][name] for name in ("image", "text")}
+    words = [pieces["text"].data[a:b] for a, b in itertools.pairwise(pieces["text"].offsets.tolist())]
+    texts = [one for i in (0, 1, 4) for one in (words[i], words[(i + 1) % 6])]
+    twice = packed(texts, [0, 0, 1, 1, 4, 4])
+    objectives = PerceiverObjectives(
+        caption=0.0, mlm=0.0, mim=0.0, mvm=0.0, mam=0.0, contrastive_kind="softmax"
+    )
+
+    def itc(text: Piece) -> Tensor:
+        none = torch.full_like(text.data, IGNORE)
+        return model(pieces | {"text": text}, 6, text.data, none, objectives=objectives)["itc"]
+
+    image = model.embedding(model.encode({"image": pieces["image"]}, 6), "image")[[0, 1, 4]]
+    logits = model.logit_scale.exp() * image @ model.text_embedding(twice).T  # [3, 6]
+    own = torch.arange(6) // 2
+    finding = torch.nn.functional.cross_entropy(logits.T, own)
+    naming = -logits.log_softmax(1)[own, torch.arange(6)].view(3, 2).mean(1).mean()
+    torch.testing.assert_close(itc(twice), (finding + naming) / 2, atol=1e-5, rtol=1e-5)
+    # One sample has a single text: the first of each counts.
+    uneven = packed(texts[:5], [0, 0, 1, 1, 4])
+    torch.testing.assert_close(itc(uneven), itc(packed(texts[::2], [0, 1, 4])))

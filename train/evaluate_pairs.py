@@ -32,8 +32,7 @@ def evaluate_pairs(
     args: argparse.Namespace, loaded: LoadedModel, output: Path, command: Sequence[str]
 ) -> int:
     """Score, write and say. Raises OSError or ValueError where something is missing or does not fit."""
-    config = loaded.config
-    assert isinstance(config, PerceiverPretrainConfig)
+    config = config_of(loaded)
     heldout = heldout_pairs(args, loaded)
     for kind in heldout:
         if args.task == "retrieval" and not config.objectives.weights()[CONTRASTS[kind]]:
@@ -80,9 +79,15 @@ def evaluate_pairs(
     return 0
 
 
+def config_of(loaded: LoadedModel) -> PerceiverPretrainConfig:
+    """What the checkpoint's run was."""
+    assert isinstance(loaded.config, PerceiverPretrainConfig)
+    return loaded.config
+
+
 def heldout_pairs(args: argparse.Namespace, loaded: LoadedModel) -> dict[str, Sequence[shards.Address]]:
     """The shards to score on, by the kind of pair: those named, of the kind that --pairs says; or the run's own."""
-    data = loaded.config.data
+    data = config_of(loaded).data
     if args.data:
         paths = shards.expand(args.data)
         folder = any(Path(d).expanduser().is_dir() for d in args.data)
@@ -117,7 +122,7 @@ def _kind_of(paths: Sequence[shards.Address]) -> str:
 
 def training_pairs(args: argparse.Namespace, loaded: LoadedModel, kinds: Sequence[str]) -> Addresses:
     """The shards that give the word frequencies of each kind; none, and a line that says so, where the run's are gone."""
-    data = loaded.config.data
+    data = config_of(loaded).data
     if args.unigram_from:
         return dict.fromkeys(kinds, shards.expand(args.unigram_from))
     if not any(pair.train for pair in data.pairs().values()):
@@ -132,7 +137,7 @@ def training_pairs(args: argparse.Namespace, loaded: LoadedModel, kinds: Sequenc
 
 
 def _builtin(loaded: LoadedModel) -> PairSources:
-    config = loaded.config
+    config = config_of(loaded)
     return find_pairs(config.data, config.model.image_size, lambda line: print(line, file=sys.stderr))
 
 
@@ -140,7 +145,8 @@ def describe(
     args: argparse.Namespace, loaded: LoadedModel, sets: Mapping[str, PairSet], result: EvalResult
 ) -> dict[str, Any]:
     """The JSON record: scores with their baselines, and what is needed to measure them again."""
-    model = loaded.config.model
+    config = config_of(loaded)
+    model = config.model
     return {
         "task": args.task,
         **result.to_json(),
@@ -152,7 +158,7 @@ def describe(
             "image_size": model.image_size,
             "audio_seconds": model.audio_seconds,
             "video_frames": model.video_frames,
-            "video_seconds": loaded.config.data.video_seconds,
+            "video_seconds": config.data.video_seconds,
             "text_length": model.text_length,
             "broken_left_out": {kind: len(pairs.broken) for kind, pairs in sets.items()},
         },

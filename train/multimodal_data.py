@@ -101,7 +101,9 @@ def views(
         ),
         audio=AudioConfig(model.audio_seconds),
         video=VideoConfig(model.video_frames, data.video_seconds, model.video_size, **crops),  # type: ignore[arg-type]
-        text=TextConfig(model.text_length, data.tokenizer_sampling, data.mlm_probability),
+        text=TextConfig(
+            model.text_length, data.tokenizer_sampling, data.mlm_probability, data.captions_per_sample
+        ),
         seed=config.seed,
         workers=data.workers,
         prefetch=data.prefetch,

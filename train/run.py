@@ -176,6 +176,7 @@ class Run:
     ) -> EvalResult:
         """`train.pairs.score_pairs` with this run's device, precision and averaged weights, for the objectives it trains.
         Hidden words are asked of one caption of a sample."""
+        assert isinstance(self.config, PerceiverPretrainConfig)
         trained = self.config.objectives
         weights = trained.weights()
         sets = {kind: pairs for kind, pairs in self.data.heldout.items() if weights[CONTRASTS[kind]]}

@@ -92,7 +92,7 @@ class PerceiverIO(nn.Module):
 
         Args:
             pieces: "image", "audio", "video", "text" -> Piece; a modality that the batch lacks may be left out, and
-                within a modality `sample` rises. Contrast is with the first text of a sample.
+                within a modality `sample` rises. Contrast is with the first K texts of a sample, where each has K or more.
             samples: B.
             mlm_tokens, mlm_targets: int64 [N], packed as the text is: its tokens with hidden words, and those words
                 (-100 elsewhere).

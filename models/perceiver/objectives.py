@@ -171,6 +171,17 @@ def first_pieces(sample: Tensor) -> Tensor:
     return torch.cat((sample[:1] >= 0, sample[1:] != sample[:-1]))
 
 
+def first_texts(sample: Tensor) -> Tensor:
+    """bool [S]: whether a text is among the first K of its sample, where K is what every sample with texts has."""
+    first = first_pieces(sample)
+    begin = first.nonzero()[:, 0]
+    each = torch.cat((begin, begin.new_tensor([len(sample)]))).diff()
+    if not len(each):
+        return first
+    place = torch.arange(len(sample), device=sample.device) - begin.repeat_interleave(each)
+    return place < each.min()
+
+
 def pretraining_losses(
     model: PerceiverIO,
     pieces: Mapping[str, Piece],
@@ -195,7 +206,7 @@ def pretraining_losses(
         assert isinstance(adapter, Adapter)
         tokens, reading, asked[name] = read_pieces(adapter, pieces[name], readings, config)
         parts.append((tokens, reading))
-    wanted = (readings.whole[text.sample] >= 0) & first_pieces(text.sample)
+    wanted = (readings.whole[text.sample] >= 0) & first_texts(text.sample)
     contrasted = text.select(wanted.nonzero()[:, 0], text.sample[wanted])
     if config.word_dropout:
         dropped = torch.rand(contrasted.data.shape, device=contrasted.data.device) < config.word_dropout
@@ -267,12 +278,13 @@ def read_pieces(
 def aligned(
     found: Tensor, texts: Tensor, text_sample: Tensor, sample: Tensor, readings: Readings, samples: int, name: str
 ) -> tuple[Tensor, Tensor]:  # fmt: skip
-    """Embeddings [Q, E] of the samples that have both this modality and a text, and of that text."""
+    """Embeddings [Q, E] of the samples that have both this modality and texts, and of those texts [Q*K, E]."""
     from models.perceiver.queries.embeddings import NAMES
 
     has = torch.zeros(samples, dtype=torch.bool, device=sample.device).index_fill(0, sample, True)
     pair = has[text_sample]
-    image = F.normalize(found[readings.whole[text_sample[pair]], NAMES.index(name)].float(), dim=-1)
+    owners = text_sample[pair & first_pieces(text_sample)]
+    image = F.normalize(found[readings.whole[owners], NAMES.index(name)].float(), dim=-1)
     return image, texts[pair]
 
 
