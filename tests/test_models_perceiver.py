@@ -377,9 +377,9 @@ def test_contrast_is_with_as_many_texts_as_every_sample_has() -> None:
         caption=0.0, mlm=0.0, mim=0.0, mvm=0.0, mam=0.0, contrastive_kind="softmax"
     )
 
-    def itc(text: Piece) -> Tensor:
-        none = torch.full_like(text.data, IGNORE)
-        return model(pieces | {"text": text}, 6, text.data, none, objectives=objectives)["itc"]
+    def itc(text: Piece, agreement: float = 0.0) -> Tensor:
+        none, wanted = torch.full_like(text.data, IGNORE), replace(objectives, agreement=agreement)
+        return model(pieces | {"text": text}, 6, text.data, none, objectives=wanted)["itc"]
 
     image = model.embedding(model.encode({"image": pieces["image"]}, 6), "image")[[0, 1, 4]]
     logits = model.logit_scale.exp() * image @ model.text_embedding(twice).T  # [3, 6]
@@ -387,6 +387,10 @@ def test_contrast_is_with_as_many_texts_as_every_sample_has() -> None:
     finding = torch.nn.functional.cross_entropy(logits.T, own)
     naming = -logits.log_softmax(1)[own, torch.arange(6)].view(3, 2).mean(1).mean()
     torch.testing.assert_close(itc(twice), (finding + naming) / 2, atol=1e-5, rtol=1e-5)
+    of = model.text_embedding(twice).view(3, 2, -1)
+    alike = model.logit_scale.exp() * of[:, 0] @ of[:, 1].T
+    agreed = sum(torch.nn.functional.cross_entropy(x, torch.arange(3)) for x in (alike, alike.T)) / 2
+    torch.testing.assert_close(itc(twice, 0.5) - itc(twice), 0.5 * agreed, atol=1e-5, rtol=1e-5)
     # One sample has a single text: the first of each counts.
     uneven = packed(texts[:5], [0, 0, 1, 1, 4])
     torch.testing.assert_close(itc(uneven), itc(packed(texts[::2], [0, 1, 4])))

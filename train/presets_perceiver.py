@@ -41,8 +41,8 @@ def perceiver_real() -> PerceiverPretrainConfig:
     return replace(
         tiny,
         name="perceiver-real",
-        # So few photographs are soon learned by heart. Convolutions in front and a bag of words behind need fewer of them;
-        # the latents are few, and two blocks deep.
+        # So few photographs are soon learned by heart. Convolutions in front and a bag of words behind need fewer of them,
+        # and all captions of a picture are read at each visit.
         model=replace(
             tiny.model,
             image_stem="conv",
@@ -51,11 +51,21 @@ def perceiver_real() -> PerceiverPretrainConfig:
             text_length=32,
             text_pooling="words",
             embedding_width=256,
-            latents=16,
-            latent_layers=2,
+            encoder_layers=0,
+            latents=8,
+            latent_width=192,
+            latent_layers=1,
+            layer_scale_init=0.1,
         ),
         objectives=PerceiverObjectives(
-            contrastive_kind="softmax", word_dropout=0.3, caption=0.0, mlm=0.0, mim=0.0, mvm=0.0, mam=0.0
+            contrastive_kind="softmax",
+            word_dropout=0.3,
+            agreement=0.5,
+            caption=0.0,
+            mlm=0.0,
+            mim=0.0,
+            mvm=0.0,
+            mam=0.0,
         ),
         data=MultimodalDataConfig(
             # 96, 30 and 2 of a batch: a contrast is as good as it has negatives, and of labels there are few.
@@ -63,6 +73,7 @@ def perceiver_real() -> PerceiverPretrainConfig:
             video_text=PairConfig(weight=1.0),
             audio_text=PairConfig(weight=15.0),
             builtin=False,
+            captions_per_sample=5,
             crop_scale=(0.4, 1.0),
             color_jitter=0.3,
             interpolation="bilinear",
@@ -70,9 +81,10 @@ def perceiver_real() -> PerceiverPretrainConfig:
         ),
         optim=replace(tiny.optim, weight_decay=0.2),
         batch_size=128,
-        steps=150,
-        eval_every=50,
-        save_every=50,
+        steps=300,
+        ema_decay=0.98,
+        eval_every=100,
+        save_every=100,
     )
 
 

@@ -61,6 +61,9 @@ class PerceiverObjectives:
     word_dropout: float = 0.0
     """Chance of each token of a text to be hidden from the contrastive losses, drawn anew at each step (0.3 to 0.5 keeps a
     small data set from being learned by heart)."""
+    agreement: float = 0.0
+    """Weight, within the contrastive losses, of a contrast between the texts of one sample, where each has 2 or more: what
+    they share is what a picture can tell."""
     masked_share: float = 1.0
     """Share of the samples, evenly spread over the micro-batch, that are read with hidden parts."""
     masked_twice: bool = True
@@ -78,7 +81,7 @@ class PerceiverObjectives:
     """Weight of log(Z)^2 in the token losses."""
 
     def __post_init__(self) -> None:
-        for name in (*self.weights(), "z_loss"):
+        for name in (*self.weights(), "z_loss", "agreement"):
             if getattr(self, name) < 0:
                 raise ValueError(
                     f"PerceiverObjectives.{name} = {getattr(self, name)}; weights are 0 (off) or positive"
@@ -234,9 +237,7 @@ def pretraining_losses(
             )
             losses[loss] = (image.sum() + other.sum()) * 0 + nothing
             if len(image):
-                losses[loss] = losses[loss] + contrastive_loss(
-                    image, other, model.logit_scale, model.logit_bias, kind=config.contrastive_kind
-                )
+                losses[loss] = losses[loss] + alignment(model, image, other, config)
             else:
                 losses[loss] = losses[loss] + 0 * (model.logit_scale + model.logit_bias)
     if config.label and labels is not None and label_sample is not None:
@@ -286,6 +287,21 @@ def aligned(
     owners = text_sample[pair & first_pieces(text_sample)]
     image = F.normalize(found[readings.whole[owners], NAMES.index(name)].float(), dim=-1)
     return image, texts[pair]
+
+
+def alignment(model: PerceiverIO, samples: Tensor, texts: Tensor, config: PerceiverObjectives) -> Tensor:
+    """The contrastive loss of samples [Q, E] and their texts [Q*K, E]; with `agreement`, also that of each text and the next
+    one of the same sample."""
+
+    def loss(one: Tensor, other: Tensor) -> Tensor:
+        return contrastive_loss(one, other, model.logit_scale, model.logit_bias, kind=config.contrastive_kind)
+
+    found, each = loss(samples, texts), len(texts) // len(samples)
+    if config.agreement and each > 1:
+        of = texts.unflatten(0, (len(samples), each))
+        pairs = [loss(of[:, i], of[:, i - 1]) for i in range(each)]
+        found = found + config.agreement * torch.stack(pairs).mean()
+    return found
 
 
 def caption_loss(
