@@ -91,7 +91,7 @@ def pieces(clips: Sequence[Clip], device: torch.device) -> dict[str, Piece]:
         have = [i for i, clip in enumerate(clips) if getattr(clip, field) is not None]
         if not have:
             continue
-        arrays = [torch.from_numpy(getattr(clips[i], field)) for i in have]
+        arrays = [torch.tensor(getattr(clips[i], field)) for i in have]
         sample = torch.tensor(have, device=device)
         if name == "image":
             found[name] = Piece(torch.stack(arrays).to(device), sample)
