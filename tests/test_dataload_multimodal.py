@@ -182,6 +182,33 @@ def test_mirrored_pictures_and_videos_have_mirrored_words(data: Path, tokenizer:
     assert seen == {True, False}
 
 
+def test_several_captions_of_a_sample(tmp_path: Path, tokenizer: Tokenizer) -> None:
+    many = [f"picture {n} on the left" for n in range(4)]
+    write_tar(
+        tmp_path / "p.tar",
+        {
+            "0": {"png": png(0), "json": captions(*many)},
+            "1": {"png": png(1), "json": captions("one picture")},
+        },
+    )
+    plain = MixtureConfig(
+        {"image-text": SourceConfig((str(tmp_path / "p.tar"),), needs=("image", "text"))},
+        batch_size=4,
+        image=ImageConfig(32, flip=0.0),
+        text=TextConfig(16, captions=3),
+    )
+    drawn = set()
+    for batch in take(MixtureLoader(plain, tokenizer), 6):
+        assert batch.text_sample.tolist() == [i for i in range(4) for _ in range(3)]
+        texts = [tokenizer.decode(one.tolist()) for one in batch.text]
+        for i, key in enumerate(batch.keys):
+            of = texts[3 * i : 3 * i + 3]
+            assert of == ["one picture"] * 3 if key == "p/1" else len(set(of)) == 3 and set(of) <= set(many)
+            drawn |= set(of)
+        assert len(batch.mlm_targets) == len(batch.text.values)
+    assert drawn == {*many, "one picture"}
+
+
 def test_shares_and_counters(data: Path, tokenizer: Tokenizer) -> None:
     with MixtureLoader(config(data), tokenizer) as loader:
         sources = torch.cat([batch.sources for batch in itertools.islice(loader, 9)])  # 108 = 3 periods of 36

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import itertools
 import re
 from collections.abc import Callable
 from dataclasses import replace
@@ -334,3 +335,62 @@ def test_the_readme_adds_a_modality_and_a_task(monkeypatch: pytest.MonkeyPatch) 
         assert all(p.grad is not None for n, p in build(name).named_parameters() if not n.endswith(still)), (
             name
         )
+
+
+def test_embeddings_of_different_inputs_differ_from_the_start() -> None:
+    """A model whose latents see the mean of all patches, and more of itself than of its input, gives all pictures one
+    embedding (a mean cosine of 0.93 here): contrast then begins a hundred steps late."""
+    torch.manual_seed(0)
+    model = PerceiverIO(PERCEIVER_SIZES["tiny"]).eval()
+    colors = torch.rand(12, 3, 4, 4)
+    pictures = torch.nn.functional.interpolate(colors, size=64, mode="bilinear")
+    rows = torch.arange(12)
+    with torch.no_grad():
+        latents = model.encode({"image": Piece((pictures - 0.45) / 0.25, rows)}, 12)
+        found = model.embedding(latents, "image")
+    alike = (found @ found.T)[~torch.eye(12, dtype=torch.bool)]
+    assert alike.mean() < 0.6
+
+
+def test_word_dropout_hides_words_from_the_contrast_alone() -> None:
+    model, given = tiny(text_pooling="words"), batch()
+    loss = {}
+    for share in (0.0, 0.5, 1.0):
+        torch.manual_seed(1)  # the same patches are hidden
+        loss[share] = model(**given, objectives=replace(ALL, word_dropout=share))
+    for name in set(loss[0.0]) - {"itc", "vtc", "atc"}:
+        assert torch.equal(loss[0.0][name], loss[0.5][name]), name
+    assert not torch.equal(loss[0.0]["itc"], loss[0.5]["itc"])
+    # Without a word all texts are alike: no logit but the bias is left, for 3 pictures and 3 texts.
+    bias = model.logit_bias
+    expected = (torch.nn.functional.softplus(bias) * 6 + torch.nn.functional.softplus(-bias) * 3) / 3
+    torch.testing.assert_close(loss[1.0]["itc"], expected)
+
+
+def test_contrast_is_with_as_many_texts_as_every_sample_has() -> None:
+    model, given = tiny(), batch()
+    pieces = {name: given["pieces"][name] for name in ("image", "text")}
+    words = [pieces["text"].data[a:b] for a, b in itertools.pairwise(pieces["text"].offsets.tolist())]
+    texts = [one for i in (0, 1, 4) for one in (words[i], words[(i + 1) % 6])]
+    twice = packed(texts, [0, 0, 1, 1, 4, 4])
+    objectives = PerceiverObjectives(
+        caption=0.0, mlm=0.0, mim=0.0, mvm=0.0, mam=0.0, contrastive_kind="softmax"
+    )
+
+    def itc(text: Piece, agreement: float = 0.0) -> Tensor:
+        none, wanted = torch.full_like(text.data, IGNORE), replace(objectives, agreement=agreement)
+        return model(pieces | {"text": text}, 6, text.data, none, objectives=wanted)["itc"]
+
+    image = model.embedding(model.encode({"image": pieces["image"]}, 6), "image")[[0, 1, 4]]
+    logits = model.logit_scale.exp() * image @ model.text_embedding(twice).T  # [3, 6]
+    own = torch.arange(6) // 2
+    finding = torch.nn.functional.cross_entropy(logits.T, own)
+    naming = -logits.log_softmax(1)[own, torch.arange(6)].view(3, 2).mean(1).mean()
+    torch.testing.assert_close(itc(twice), (finding + naming) / 2, atol=1e-5, rtol=1e-5)
+    of = model.text_embedding(twice).view(3, 2, -1)
+    alike = model.logit_scale.exp() * of[:, 0] @ of[:, 1].T
+    agreed = sum(torch.nn.functional.cross_entropy(x, torch.arange(3)) for x in (alike, alike.T)) / 2
+    torch.testing.assert_close(itc(twice, 0.5) - itc(twice), 0.5 * agreed, atol=1e-5, rtol=1e-5)
+    # One sample has a single text: the first of each counts.
+    uneven = packed(texts[:5], [0, 0, 1, 1, 4])
+    torch.testing.assert_close(itc(uneven), itc(packed(texts[::2], [0, 1, 4])))

@@ -2,13 +2,13 @@
 
 from __future__ import annotations
 
-import importlib
 import json
 import os
 import shutil
 import signal
 import subprocess
 import sys
+import tarfile
 from pathlib import Path
 from typing import Any
 
@@ -21,9 +21,14 @@ from safetensors.torch import load_file
 from dataload import scenes_media
 from dataload.multimodal import MIXTURES, PAIRS, ImageConfig, MixtureConfig, PairSet, SourceConfig, mixture
 from dataload.tokenizer import Tokenizer
+from models.perceiver import PerceiverObjectives, Piece
+from train import cli
 from train.checkpoint import load_model
 from train.config import ConfigError, problems, to_dict
+from train.evaluate import main as evaluate
+from train.generate import main as generate
 from train.multimodal import PerceiverPretrainConfig
+from train.multimodal_data import find_pairs, open_pairs
 from train.presets import preset
 from train.pretrain import main
 
@@ -87,11 +92,13 @@ def test_every_modality_is_trained_scored_and_reported(straight: Path) -> None:
     assert {f"{way}/R@{k}" for way in WAYS for k in (1, 5, 10)} <= set(scores)
     summary = json.loads((straight / "summary.json").read_text())
     assert summary["model"]["family"] == "PerceiverIO"
-    assert summary["evaluation"]["counts"] == {
-        name: value
-        for many in ("images", "videos", "sounds")
-        for name, value in ((many, 12), (f"captions_of_{many}", 60))
-    }
+    counts = summary["evaluation"]["counts"]
+    for many in ("images", "videos", "sounds"):
+        assert (counts[many], counts[f"captions_of_{many}"], counts[f"generated_of_{many}"]) == (12, 60, 12)
+        assert counts[f"masked_tokens_of_{many}"] >= 12
+    perplexity = summary["evaluation"]["scores"]["perplexity"]
+    assert set(perplexity) == {"perplexity", "perplexity_of_videos", "perplexity_of_sounds"}
+    assert set(perplexity["perplexity"]) == {"value", "shuffled", "unigram"}
     retrieval = summary["evaluation"]["scores"]["retrieval"]
     assert retrieval["text_to_video/R@5"]["chance"] == pytest.approx(5 / 12)
     assert set(retrieval["audio_to_text/R@1"]) == {"value", "chance", "shuffled"}
@@ -138,14 +145,100 @@ def test_a_checkpoint_loads_with_its_tied_embedding(straight: Path) -> None:
     assert torch.equal(saved["text.embedding.weight"], loaded.model.text.embedding.weight)
 
 
-@pytest.mark.parametrize("command", ["evaluate", "generate"])
-def test_commands_that_read_auroras_say_so(
-    straight: Path, tmp_path: Path, capsys: pytest.CaptureFixture[str], command: str
+def test_evaluate_scores_what_the_run_scored(
+    straight: Path, data: scenes_media.MediaPaths, tmp_path: Path, capsys: pytest.CaptureFixture[str]
 ) -> None:
-    arguments = {"evaluate": ["retrieval", "--data", "x.tar"], "generate": ["x.jpg"]}[command]
-    module = importlib.import_module(f"train.{command}")
-    assert module.main([*arguments, "--checkpoint", str(straight)]) == 2
-    assert f"checkpoint; train.{command} reads Aurora's alone as yet" in capsys.readouterr().err
+    out = tmp_path / "scores.json"
+    asked = ["--checkpoint", str(straight), "--output", str(out)]
+    assert evaluate(["retrieval", *asked]) == 0
+    record = json.loads(out.read_text())
+    summary = json.loads((straight / "summary.json").read_text())
+    assert record["scores"]["retrieval"] == summary["evaluation"]["scores"]["retrieval"]
+    assert set(record["data"]["shards"]) == set(PAIRS)
+    assert "12 images with 60 captions, 12 videos with 60 captions" in capsys.readouterr().out
+
+    sounds = [str(path) for path in data.heldout_sounds]
+    assert evaluate(["perplexity", *asked, "--data", *sounds, "--unigram-from", *sounds]) == 0
+    record = json.loads(out.read_text())
+    assert list(record["data"]["shards"]) == ["audio-text"]
+    words = record["scores"]["perplexity"]["perplexity_of_sounds"]
+    assert set(words) == {"value", "shuffled", "unigram"} and 1 < words["value"] < 2048
+    assert record["counts"]["masked_tokens_of_sounds"] >= 60  # a word or more of each caption
+
+
+def test_evaluate_says_what_does_not_fit(
+    straight: Path, data: scenes_media.MediaPaths, capsys: pytest.CaptureFixture[str]
+) -> None:
+    several = [str(data.heldout_sounds[0]), str(data.heldout_clips[0])]
+    asked = ["retrieval", "--checkpoint", str(straight)]
+    for more, words in (
+        (["--data", *several], "hold samples for video-text and audio-text; say which with --pairs"),
+        (
+            ["--data", str(data.heldout_sounds[0]), "--pairs", "image-text"],
+            "none of its 12 samples has image and text",
+        ),
+        (["--split", "x"], "no shards of split 'x'"),
+    ):
+        assert evaluate([*asked, *more]) == 2
+        assert words in capsys.readouterr().err
+
+
+def test_generate_describes_pictures_sounds_and_videos(
+    straight: Path, data: scenes_media.MediaPaths, tmp_path: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    files = []
+    for tar, suffix in (
+        (data.pictures.heldout, "png"),
+        (data.heldout_clips, "mp4"),
+        (data.heldout_sounds, "wav"),
+    ):
+        with tarfile.open(tar[0]) as archive:
+            name = next(one for one in archive.getnames() if one.endswith(suffix))
+            files.append(tmp_path / f"file.{suffix}")
+            member = archive.extractfile(name)
+            assert member
+            files[-1].write_bytes(member.read())
+    files.insert(1, tmp_path / "broken.wav")
+    files[1].write_bytes(b"RIFF and nothing else")
+    assert generate(["--checkpoint", str(straight), "--json", *map(str, files)]) == 1
+    said = [json.loads(line) for line in capsys.readouterr().out.splitlines()]
+    assert [one["image"] for one in said] == [str(path) for path in files]
+    assert [len(one.get("captions", [])) for one in said] == [1, 0, 1, 1]
+    assert "can be read" in said[1]["error"]
+
+
+def test_word_logits_are_those_of_training(straight: Path) -> None:
+    """Nothing but text hidden, the losses' own masked-word loss comes from the same logits."""
+    model = load_model(straight).model.eval()
+    generator = torch.Generator().manual_seed(0)
+    images = torch.randint(0, 256, (2, 64, 64, 3), dtype=torch.uint8, generator=generator)
+    hidden = torch.tensor([2, 9, 4, 11, 3, 2, 4, 8, 3])  # BOS 2, EOS 3, MASK 4
+    targets = torch.tensor([-100, -100, 10, -100, -100, -100, 7, -100, -100])
+    true = torch.where(targets >= 0, targets, hidden)
+    offsets = torch.tensor([0, 5, 9], dtype=torch.int32)
+    sample = torch.arange(2)
+    pieces = {"image": Piece(images, sample, mask=torch.zeros(2, 2, 2, dtype=torch.bool))}
+    objectives = PerceiverObjectives(
+        itc=0.0, vtc=0.0, atc=0.0, caption=0.0, mim=0.0, mvm=0.0, mam=0.0, z_loss=0.0
+    )
+    loss = model(pieces | {"text": Piece(true, sample, offsets)}, 2, hidden, targets, objectives=objectives)
+    logits = model.word_logits(pieces, Piece(hidden, sample, offsets), 2)
+    expected = torch.nn.functional.cross_entropy(logits[[0, 1], [2, 1]], torch.tensor([10, 7]))
+    torch.testing.assert_close(loss["mlm"], expected, atol=1e-5, rtol=1e-5)
+
+
+def test_excluded_samples_are_left_out(data: scenes_media.MediaPaths, tmp_path: Path) -> None:
+    with tarfile.open(data.sounds[0]) as archive:
+        keys = sorted({Path(name).stem for name in archive.getnames()})
+    (tmp_path / "leave.txt").write_text("\n".join(f"{data.sounds[0].stem}/{key}" for key in keys[:3]))
+    config = cli.parse(arguments(data, tmp_path / "run", "--data.exclude", str(tmp_path / "leave.txt")))
+    assert isinstance(config, PerceiverPretrainConfig)
+    opened = open_pairs(config, find_pairs(config.data, 64, print), 0, 1)
+    try:
+        assert opened.loader.counters["audio-text"]["samples"] == 20 - 3
+        assert opened.loader.counters["image-text"]["samples"] == 60
+    finally:
+        opened.loader.close()
 
 
 def test_control_c_saves_and_says_how_to_go_on(
@@ -190,7 +283,7 @@ def test_xl_is_the_specified_recipe() -> None:
     assert xl.data.mixture == "mm-align"
 
 
-@pytest.mark.parametrize("size", ["tiny", "small", "base", "large", "xl"])
+@pytest.mark.parametrize("size", ["tiny", "real", "small", "base", "large", "xl"])
 def test_presets_resolve_and_say_what_they_lack(size: str) -> None:
     config = preset(f"perceiver-{size}")
     assert json.loads(json.dumps(to_dict(config)))["name"] == f"perceiver-{size}"

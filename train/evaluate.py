@@ -25,11 +25,13 @@ from typing import Any
 import torch
 
 from dataload import shards
+from dataload.multimodal import PAIRS
 from dataload.pipeline import EvalSet
 from train.checkpoint import LoadedModel, load_model
 from train.data import Sources, find_sources
 from train.machine import choose_device, choose_precision
 from train.measure import evaluate_model, unigram_counts
+from train.multimodal import PerceiverPretrainConfig
 from train.result import EvalResult, Score
 
 __all__ = ["EvalResult", "Score", "evaluate_model", "main", "unigram_counts"]
@@ -52,6 +54,10 @@ def parser() -> argparse.ArgumentParser:
     shared.add_argument(
         "--data", nargs="+", default=[], metavar="SHARDS",
         help="tar shards: files, a folder, globs, ranges (default: the run's own held-out shards)",
+    )  # fmt: skip
+    shared.add_argument(
+        "--pairs", choices=tuple(PAIRS),
+        help="of a model of several modalities: what to score (default: all that the run held out; of --data: what it holds)",
     )  # fmt: skip
     shared.add_argument("--split", default="", help="only the shards named SPLIT-*.tar")
     shared.add_argument(
@@ -88,9 +94,14 @@ def main(arguments: Sequence[str] | None = None) -> int:
     args = parser().parse_args(given)
     try:
         loaded = load_model(args.checkpoint)
-        loaded.must_be_aurora("train.evaluate")
         output = args.output or loaded.path / f"{args.task}.json"
         _check(args, loaded, output)
+        if isinstance(loaded.config, PerceiverPretrainConfig):
+            from train.evaluate_pairs import evaluate_pairs  # it is built on this module
+
+            return evaluate_pairs(args, loaded, output, given)
+        if args.pairs not in (None, "image-text"):
+            raise ValueError(f"{loaded.path} is a model of pictures: --pairs {args.pairs} is not for it")
         model, paths = loaded.config.model, heldout_shards(args, loaded)
         names = [str(path) for path in paths]
         eval_set = EvalSet(

@@ -83,9 +83,17 @@ def final_scores(run: Run, stop: Stop, model: Any) -> EvalResult:
 
 
 def final_pair_scores(run: Run, stop: Stop, model: Any) -> EvalResult:
-    """Retrieval on all held-out pairs of every kind."""
+    """Everything at once, on all held-out pairs of every kind."""
     run.say("scoring all held-out pairs ...")
-    result = run.score_pairs(stop, model, keep_images=True)
+    sources, counters = run.data.sources, run.data.loader.counters
+    unigram = {
+        kind: unigram_counts([str(path) for path in paths], run.data.tokenizer)
+        for kind, paths in sources.train.items()
+        if counters[kind]["samples"] <= UNIGRAM_CAPTIONS and run.config.objectives.mlm
+    }
+    result = run.score_pairs(
+        stop, model, generate=GENERATED, keep_images=True, unigram=unigram, scenes=sources.builtin
+    )
     run.record_scores(result)
     said = ", ".join(f"{result.counts[many]:,} {many}" for _, many in NAMES.values() if many in result.counts)
     run.say(f"held out, all of {said or 'nothing'}, after step {run.step}:")

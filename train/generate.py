@@ -1,4 +1,5 @@
-"""Captions for pictures: `python -m train.generate --checkpoint C a.jpg ...` prints "a.jpg: caption".
+"""Captions for pictures: `python -m train.generate --checkpoint C a.jpg ...` prints "a.jpg: caption". A PerceiverIO checkpoint
+describes sounds and videos too.
 
 A picture that cannot be read is named on stderr, the others are still done, and the exit code is 1.
 """
@@ -20,8 +21,10 @@ from dataload.tokenizer import Tokenizer
 from models import Aurora
 from models.aurora.decoder import DecodingState
 from models.generation import generate
+from models.perceiver import PerceiverIO
 from train.checkpoint import LoadedModel, load_model
 from train.machine import choose_device
+from train.multimodal import PerceiverPretrainConfig
 
 BATCH = 16
 
@@ -37,7 +40,13 @@ def parser() -> argparse.ArgumentParser:
         type=Path,
         help="a run (its newest checkpoint) or one checkpoint directory",
     )
-    p.add_argument("images", nargs="+", type=Path, metavar="IMAGE", help="picture files")
+    p.add_argument(
+        "images",
+        nargs="+",
+        type=Path,
+        metavar="IMAGE",
+        help="picture files; for PerceiverIO sounds and videos too",
+    )
     p.add_argument("--method", choices=("greedy", "beam", "sample"), default="greedy", help="default: greedy")
     p.add_argument("--beams", type=int, default=4, help="beam: hypotheses kept (default: 4)")
     p.add_argument(
@@ -79,12 +88,14 @@ def main(arguments: Sequence[str] | None = None) -> int:
         _check(args)
         device = choose_device(args.device)
         loaded = load_model(args.checkpoint, device)
-        loaded.must_be_aurora("train.generate")
         _check_objective(loaded)
         _check_length(args, loaded)
         generator = torch.Generator(device).manual_seed(args.seed)
+        read = caption_files
+        if isinstance(loaded.config, PerceiverPretrainConfig):
+            from train.generate_media import caption_media as read  # it is built on this module
         for group in (args.images[i : i + BATCH] for i in range(0, len(args.images), BATCH)):
-            for path, captions, error in caption_files(loaded, group, args, generator):
+            for path, captions, error in read(loaded, group, args, generator):
                 failed |= bool(error)
                 _print(path, captions, error, args.json)
     except (OSError, ValueError) as error:  # CheckpointError and ConfigError are ValueErrors
@@ -167,7 +178,7 @@ class KnownPieces:
     The embedding may have more rows than there are pieces; training never reaches them, but a sample can.
     """
 
-    def __init__(self, model: Aurora, tokenizer: Tokenizer) -> None:
+    def __init__(self, model: Aurora | PerceiverIO, tokenizer: Tokenizer) -> None:
         self.model, self.pieces = model, tokenizer.vocab_size
 
     def start(self, memory: Tensor) -> DecodingState:

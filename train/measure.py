@@ -138,7 +138,7 @@ def _result(collector: Collector, unigram: Tensor | None, scenes: bool) -> EvalR
         scores["perplexity"] = {"perplexity": Score(collector.true.value, baselines)}
         counts["masked_tokens"] = collector.true.tokens
     if scenes:
-        scores["scenes"] = _scenes(material, wanted.seed)
+        scores["scenes"] = scenes_found(material, wanted.seed)
     if collector.generated:
         counts["generated"] = len(collector.generated)
     if collector.error:
@@ -160,7 +160,8 @@ def retrieval(material: Material, seed: int) -> dict[str, Score]:
     }
 
 
-def _scenes(material: Material, seed: int) -> dict[str, Score]:
+def scenes_found(material: Material, seed: int) -> dict[str, Score]:
+    """Color and shape words of the generated captions, beside what other pictures' captions give."""
     said, true = material.generated, material.captions[: len(material.generated)]
     other = derangement(len(true), seed).tolist()
     shuffled = scene_scores(said, [true[i] for i in other], words_of)

@@ -59,6 +59,11 @@ class MultimodalDataConfig:
     """Masked language modelling: share of the words that is asked for."""
     tokenizer_sampling: float = 0.0
     """SentencePiece sampling of token boundaries (alpha; 0.1 is usual). 0: off."""
+    captions_per_sample: int = 1
+    """Captions drawn of each sample at each visit (its reading is shared by them)."""
+    exclude: tuple[str, ...] = ()
+    """Files that list training samples to leave out: a run's broken.jsonl, or what dataload.verify and dataload.stats wrote.
+    """
     workers: int = 2
     """Decoding threads per process."""
     prefetch: int = 4
@@ -90,6 +95,8 @@ class PerceiverPretrainConfig(PretrainConfig):
         for name in ("flip", "mlm_probability", "max_broken", "color_jitter"):
             if not 0 <= getattr(data, name) <= 1:
                 found.append(f"data.{name} is {getattr(data, name):g}; it must be in [0, 1]")
+        if data.captions_per_sample < 1:
+            found.append(f"data.captions_per_sample is {data.captions_per_sample}; it must be 1 or more")
         if data.video_seconds <= 0:
             found.append(f"data.video_seconds is {data.video_seconds:g}; it must be positive")
         weights = self.objectives.weights()

@@ -2,8 +2,8 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable, Mapping
-from dataclasses import dataclass
+from collections.abc import Callable, Mapping, Sequence
+from dataclasses import dataclass, replace
 from pathlib import Path
 
 from dataload import scenes, scenes_media, shards
@@ -74,13 +74,23 @@ def find_pairs(config: MultimodalDataConfig, image_size: int, say: Callable[[str
 
 def mixture_config(config: PerceiverPretrainConfig, sources: PairSources, world_size: int) -> MixtureConfig:
     """The training pipeline of one rank."""
-    data, model = config.data, config.model
+    data = config.data
     weights = {kind: pair.weight for kind, pair in data.pairs().items() if pair.weight is not None}
     named = {kind: tuple(str(path) for path in paths) for kind, paths in sources.train.items()}
+    mixed = mixture(data.mixture, named, weights)
+    mixed = {kind: replace(source, exclude=data.exclude) for kind, source in mixed.items()}
+    return views(config, mixed, micro_batch(config, world_size))
+
+
+def views(
+    config: PerceiverPretrainConfig, sources: Mapping[str, SourceConfig], batch_size: int
+) -> MixtureConfig:
+    """How samples of these sources are made into what the model reads."""
+    data, model = config.data, config.model
     crops = {"crop_scale": data.crop_scale, "crop_ratio": data.crop_ratio, "flip": data.flip}
     return MixtureConfig(
-        mixture(data.mixture, named, weights),
-        batch_size=micro_batch(config, world_size),
+        sources,
+        batch_size=batch_size,
         image=ImageConfig(
             model.image_size,
             data.interpolation,
@@ -91,7 +101,9 @@ def mixture_config(config: PerceiverPretrainConfig, sources: PairSources, world_
         ),
         audio=AudioConfig(model.audio_seconds),
         video=VideoConfig(model.video_frames, data.video_seconds, model.video_size, **crops),  # type: ignore[arg-type]
-        text=TextConfig(model.text_length, data.tokenizer_sampling, data.mlm_probability),
+        text=TextConfig(
+            model.text_length, data.tokenizer_sampling, data.mlm_probability, data.captions_per_sample
+        ),
         seed=config.seed,
         workers=data.workers,
         prefetch=data.prefetch,
@@ -107,13 +119,30 @@ def open_pairs(
     tokenizer = load_tokenizer(sources.tokenizer, config.model.vocabulary)
     settings = mixture_config(config, sources, world_size)
     loader = MixtureLoader(settings, tokenizer, rank=rank, world_size=world_size)
-    heldout = {
-        kind: PairSet(
-            kind,
-            SourceConfig(tuple(map(str, paths)), modalities=PAIRS[kind], needs=(PAIRS[kind][0], "text")),
-            settings,
-            tokenizer,
-        )
-        for kind, paths in sources.heldout.items()
-    }
+    heldout = {kind: pair_set(kind, paths, settings, tokenizer) for kind, paths in sources.heldout.items()}
     return MultimodalData(sources, tokenizer, loader, heldout or None)
+
+
+def pair_set(
+    kind: str,
+    paths: Sequence[shards.Address],
+    settings: MixtureConfig,
+    tokenizer: Tokenizer,
+    batch_size: int = 32,
+) -> PairSet:
+    """The held-out pairs of one kind."""
+    needs = (PAIRS[kind][0], "text")
+    source = SourceConfig(tuple(map(str, paths)), modalities=PAIRS[kind], needs=needs)
+    return PairSet(kind, source, settings, tokenizer, batch_size)
+
+
+def evaluation_sets(
+    config: PerceiverPretrainConfig,
+    heldout: Mapping[str, Sequence[shards.Address]],
+    tokenizer: Tokenizer,
+    batch_size: int,
+) -> dict[str, PairSet]:
+    """Held-out pairs by their kind, without a training run around them."""
+    sources = {kind: SourceConfig(tuple(map(str, paths))) for kind, paths in heldout.items()}
+    settings = views(config, sources, batch_size)
+    return {kind: pair_set(kind, paths, settings, tokenizer, batch_size) for kind, paths in heldout.items()}

@@ -1,23 +1,25 @@
-"""Retrieval of a model that knows several modalities: each kind of held-out pair among its own, both ways.
+"""Scores of a model that knows several modalities: each kind of held-out pair among its own.
 
-A sample is read as training reads it, all but its text: a clip with its sound. Scores are named "text_to_video/R@5" and so on.
+A sample is read as training reads it, all but its text: a clip with its sound. Retrieval both ways is named
+"text_to_video/R@5" and so on; "naming" is there for sets whose captions are labels; perplexity is that of hidden words.
 """
 
 from __future__ import annotations
 
-from collections.abc import Mapping
+from collections.abc import Collection, Mapping
 
-import numpy as np
 import torch
 from torch import Tensor
 
-from dataload.audio import log_mel
-from dataload.multimodal import PairBatch, PairSet
-from models.perceiver import PerceiverIO, Piece
-from train.collect import thumbnails
-from train.families import pieces_of
-from train.measure import retrieval
+from dataload.multimodal import PairSet
+from dataload.tokenizer import Tokenizer
+from models.perceiver import PerceiverIO
+from train.collect_pairs import PairCollector, PairsWanted
+from train.measure import retrieval, scenes_found
 from train.result import NOTHING, EvalResult, Material, Score
+from train.scores.naming import labels_of, naming_chance, naming_scores
+from train.scores.perplexity import unigram_perplexity
+from train.scores.shuffle import derangement
 
 NAMES = {
     "image-text": ("image", "images"),
@@ -25,23 +27,39 @@ NAMES = {
     "audio-text": ("audio", "sounds"),
 }
 """Of each kind of pair: the modality, and what many are called."""
+TASKS = ("retrieval", "perplexity")
 
 
 def score_pairs(
     model: PerceiverIO,
     sets: Mapping[str, PairSet],
+    tokenizer: Tokenizer,
     *,
     device: torch.device | str = "cpu",
     autocast: torch.dtype | None = None,
     most: int | None = None,
+    tasks: Collection[str] = ("retrieval",),
+    generate: int = 0,
     keep_images: bool = False,
+    unigram: Mapping[str, Tensor] | None = None,
+    scenes: bool = False,
+    captions: str = "all",
+    asked: int | None = None,
+    blind_mlm: bool = False,
     seed: int = 0,
 ) -> EvalResult:
-    """Score `model` on the first `most` samples of each set; keep_images: small pictures of them, for the report.
+    """Score `model` on the first `most` samples of each set.
+
+    tasks: "retrieval" (and naming, where captions are labels), "perplexity". generate: how many samples of each kind are
+    captioned. keep_images: small pictures of them, for the report. unigram: token counts of the training captions by the
+    kind of pair. scenes, captions, asked: as in `train.measure.evaluate_model`. blind_mlm: as in training.
 
     The model is in eval mode meanwhile and back in its former mode afterwards. Raises ValueError for a set of fewer than two.
     """
-    scores: dict[str, Score] = {}
+    if unknown := sorted(set(tasks) - set(TASKS)):
+        raise ValueError(f"unknown tasks {unknown}; supported: {', '.join(TASKS)}")
+    wanted = PairsWanted(frozenset(tasks), generate, keep_images, asked, captions, blind_mlm, seed)
+    scores: dict[str, dict[str, Score]] = {}
     counts: dict[str, int] = {}
     materials: dict[str, Material] = {}
     device = torch.device(device)
@@ -50,74 +68,70 @@ def score_pairs(
     try:
         with torch.no_grad(), torch.autocast(device.type, dtype=autocast, enabled=autocast is not None):
             for kind, pairs in sets.items():
-                modality, many = NAMES[kind]
-                found = embed_pairs(model, pairs, modality, device, most or len(pairs), keep_images)
-                if len(found.keys) < 2:
+                collector = PairCollector(model, tokenizer, NAMES[kind][0], device, wanted)
+                for batch in pairs.first(most or len(pairs)):
+                    collector.add(batch)
+                if len(collector.keys) < 2:
                     raise ValueError(
-                        f"{kind}: retrieval needs 2 held-out samples or more; got {len(found.keys)}"
+                        f"{kind}: scores need 2 held-out samples or more; got {len(collector.keys)}"
                     )
-                materials[kind] = found
-                scores |= {name.replace("image", modality): s for name, s in retrieval(found, seed).items()}
-                counts[many] = len(found.keys)
-                counts[f"captions_of_{many}"] = sum(map(len, found.captions))
+                materials[kind] = collector.material()
+                found = of_kind(collector, kind, materials[kind], (unigram or {}).get(kind), counts)
+                found |= naming(collector, materials[kind])
+                for task, part in found.items():
+                    scores.setdefault(task, {}).update(part)
     finally:
         model.train(was_training)
-    return EvalResult({"retrieval": scores}, counts, materials.get("image-text", NOTHING), materials)
+    pictures = materials.get("image-text", NOTHING)
+    if scenes and pictures.generated:
+        scores["scenes"] = scenes_found(pictures, seed)
+    return EvalResult(scores, counts, pictures, materials)
 
 
-def embed_pairs(
-    model: PerceiverIO, pairs: PairSet, modality: str, device: torch.device, most: int, keep: bool
-) -> Material:
-    """Embeddings of the first samples of a set and of all their captions."""
-    keys: list[str] = []
-    captions: list[list[str]] = []
-    media, texts, owners, small = [], [], [], []
-    for batch in pairs.first(most):
-        on_device = batch.media.to(device)
-        latents = model.encode(pieces_of(on_device, text=False), len(on_device))
-        media.append(model.embedding(latents, modality).float().cpu())
-        packed = batch.texts.to(device)
-        piece = Piece(packed.values, batch.sample_of_text.to(device), packed.cu_seqlens)
-        texts.append(model.text_embedding(piece).float().cpu())
-        owners.append(batch.sample_of_text + len(keys))
-        keys += batch.media.keys
-        captions += batch.captions
-        if keep:
-            small.append(thumbnails(look(batch, modality)))
-    none = torch.empty(0)
-    return Material(
-        keys=keys,
-        captions=captions,
-        image_embeddings=torch.cat(media or [none]),
-        text_embeddings=torch.cat(texts or [none]),
-        image_of_text=torch.cat(owners or [none.long()]),
-        generated=[],
-        thumbnails=torch.cat(small) if small else None,
-        masks=none.bool(),
-        restored=none.byte(),
-    )
+def of_kind(
+    collector: PairCollector, kind: str, material: Material, unigram: Tensor | None, counts: dict[str, int]
+) -> dict[str, dict[str, Score]]:
+    """Retrieval and perplexity of one kind of pair; what they were measured on is added to `counts`."""
+    modality, many = NAMES[kind]
+    scores: dict[str, dict[str, Score]] = {}
+    counts[many] = len(collector.keys)
+    counts[f"captions_of_{many}"] = sum(map(len, collector.captions))
+    if "retrieval" in collector.wanted.tasks:
+        found = retrieval(material, collector.wanted.seed)
+        scores["retrieval"] = {name.replace("image", modality): score for name, score in found.items()}
+    if "perplexity" in collector.wanted.tasks and collector.true.tokens:
+        baselines = {"shuffled": collector.shuffled.value}
+        if unigram is not None:
+            baselines["unigram"] = unigram_perplexity(unigram, torch.cat(collector.targets))
+        name = "perplexity" if kind == "image-text" else f"perplexity_of_{many}"
+        scores["perplexity"] = {name: Score(collector.true.value, baselines)}
+        counts[f"masked_tokens_of_{many}"] = collector.true.tokens
+    if collector.generated:
+        counts[f"generated_of_{many}"] = len(collector.generated)
+    return scores
 
 
-def look(batch: PairBatch, modality: str) -> Tensor:
-    """uint8 [B, H, W, 3]: the picture, the first frame, or the spectrogram of each sample."""
-    media = batch.media
-    if modality == "image":
-        return media.images
-    if modality == "video":
-        return torch.stack([frames[0] for frames in media.video])
-    return torch.stack([spectrogram(sound) for sound in media.audio])
-
-
-def spectrogram(sound: Tensor, height: int = 64, width: int = 96) -> Tensor:
-    """uint8 [height, width, 3]: log-mel energy of a waveform [S], time to the right, pitch upwards, loud is bright."""
-    wave = torch.nn.functional.pad(sound, (0, max(0, 1024 - len(sound))))
-    mel = log_mel(wave[None], height)[:, None]  # [1, 1, height, frames]
-    mel = torch.nn.functional.interpolate(mel, size=(height, width), mode="bilinear")[0, 0].flip(0)
-    share = ((mel - mel.max() + 8) / 8).clamp(0, 1).numpy()
-    anchors = np.array([[13, 16, 45], [87, 32, 110], [203, 71, 79], [249, 160, 63], [252, 244, 180]])
-    at = np.linspace(0, 1, len(anchors))
-    colors = np.stack([np.interp(share, at, anchors[:, c]) for c in range(3)], axis=-1)
-    return torch.from_numpy(colors.round().astype(np.uint8))
+def naming(collector: PairCollector, material: Material) -> dict[str, dict[str, Score]]:
+    """Where captions are labels: how many samples are closest to their own among all of them. Shuffled: the embedding of
+    another sample stands in for each."""
+    labels = labels_of(material.captions) if len(material.text_embeddings) else None
+    if labels is None:
+        return {}
+    number = {label: i for i, label in enumerate(labels)}
+    own = torch.tensor([number[texts[0]] for texts in material.captions])
+    first = [own.tolist().index(i) for i in range(len(labels))]
+    texts = material.text_embeddings[first]  # equal texts have equal embeddings
+    values = naming_scores(material.image_embeddings, texts, own)
+    other = derangement(len(own), collector.wanted.seed)
+    shuffled = naming_scores(material.image_embeddings[other], texts, own)
+    chance = naming_chance(own, len(labels))
+    modality = collector.modality
+    return {
+        "naming": {
+            f"{modality}/{name}": Score(value, {"chance": chance[name], "shuffled": shuffled[name]})
+            for name, value in values.items()
+        }
+    }
 
 
 def summarize_pairs(step: int, result: EvalResult) -> str:
@@ -132,6 +146,13 @@ def summarize_pairs(step: int, result: EvalResult) -> str:
                 for way in (f"text_to_{modality}", f"{modality}_to_text")
             )
             said.append(f"{ways} of {result.counts[many]} {many}")
-    return f"held out at step {step}: " + (
-        "R@1/5/10 " + "; ".join(said) if said else "no contrast is trained, nothing to score"
-    )
+    parts = ["R@1/5/10 " + "; ".join(said)] if said else []
+    for modality, many in NAMES.values():
+        if (right := scores.get(f"naming/{modality}/accuracy")) is not None:
+            parts.append(f"{100 * right:.1f}% of the {many} named right")
+    if "perplexity" in scores:
+        parts.append(
+            f"masked-word perplexity {scores['perplexity']:.1f} "
+            f"({scores['perplexity/shuffled']:.1f} with shuffled pictures)"
+        )
+    return f"held out at step {step}: " + ("; ".join(parts) or "no contrast is trained, nothing to score")

@@ -60,7 +60,7 @@ class EvalResult:
         for name, score in self.scores.get("perplexity", {}).items():
             flat[name] = score.value
             flat.update({f"{name}/{which}": value for which, value in score.baselines.items()})
-        for task in ("scenes", "mim"):
+        for task in ("naming", "scenes", "mim"):
             flat.update({f"{task}/{name}": score.value for name, score in self.scores.get(task, {}).items()})
         return flat
 
@@ -73,7 +73,7 @@ class EvalResult:
         rows = []
         for task, part in self.scores.items():
             for name, score in part.items():
-                text = _percent if "R@" in name or name.endswith("f1") else _plain
+                text = _percent if "R@" in name or name.endswith(("f1", "accuracy", "recall")) else _plain
                 against = ", ".join(f"{which} {text(value)}" for which, value in score.baselines.items())
                 rows.append((task, name, text(score.value), f"  ({against})" if against else ""))
         return [f"{task:<11} {name:<26} {value:>9}{against}" for task, name, value, against in rows]

@@ -156,7 +156,7 @@ class Run:
     def _evaluate(self, stop: Stop, model: Any) -> None:
         several = isinstance(self.config, PerceiverPretrainConfig)
         if several:
-            result = self.score_pairs(stop, model, most=self.config.eval_images)
+            result = self.score_pairs(stop, model, most=self.config.eval_images, generate=SHOWN_CAPTIONS)
         else:
             result = self.score(stop, model, max_images=self.config.eval_images, generate=SHOWN_CAPTIONS)
         self.record_scores(result)
@@ -200,9 +200,14 @@ class Run:
         self.evaluation_seconds.append(time.monotonic() - started)
         return result
 
-    def score_pairs(self, stop: Stop, model: Any, **options: Any) -> EvalResult:
-        """`train.pairs.score_pairs` with this run's device and precision, for the contrasts it trains."""
-        weights = self.config.objectives.weights()
+    def score_pairs(
+        self, stop: Stop, model: Any, *, generate: int = 0, scenes: bool = False, **options: Any
+    ) -> EvalResult:
+        """`train.pairs.score_pairs` with this run's device and precision, for the objectives it trains.
+        Hidden words are asked of one caption of a sample."""
+        assert isinstance(self.config, PerceiverPretrainConfig)
+        trained = self.config.objectives
+        weights = trained.weights()
         sets = {kind: pairs for kind, pairs in self.data.heldout.items() if weights[CONTRASTS[kind]]}
         if not sets:
             return EvalResult({}, {}, NOTHING)
@@ -211,6 +216,12 @@ class Run:
             result = score_pairs(
                 model,
                 sets,
+                self.data.tokenizer,
+                tasks=["retrieval", *(["perplexity"] if trained.mlm else [])],
+                generate=generate if trained.caption else 0,
+                scenes=scenes and trained.caption > 0,
+                asked=1,
+                blind_mlm=trained.blind_mlm,
                 device=self.engine.device,
                 autocast=self.engine.precision.autocast,
                 seed=self.config.seed,

@@ -125,7 +125,7 @@ class VideoConfig:
 
 @dataclass(frozen=True)
 class TextConfig:
-    """Text: one caption of the sample's, without padding."""
+    """Text: captions of the sample's, without padding."""
 
     length: int = 77
     """tokens at most, BOS and EOS included; longer captions are cut"""
@@ -133,9 +133,12 @@ class TextConfig:
     """alpha of SentencePiece's random segmentation (0.1 to 0.5 is usual); 0 = off"""
     mlm_probability: float = 0.15
     """share of the tokens that masked language modelling asks for"""
+    captions: int = 1
+    """captions drawn at each visit, different ones as far as there are"""
 
     def __post_init__(self) -> None:
         _check(self, "length", self.length >= 3, "3 or more (BOS, one token, EOS)")
+        _check(self, "captions", self.captions >= 1, "1 or more")
         for name in ("sampling", "mlm_probability"):
             _check(self, name, 0 <= getattr(self, name) <= 1, "0 to 1")
 

@@ -53,7 +53,7 @@ class PairSet:
             config,
             image=replace(config.image, color_jitter=0.0, **whole),  # type: ignore[arg-type]
             video=replace(config.video, **whole),  # type: ignore[arg-type]
-            text=replace(config.text, sampling=0.0),
+            text=replace(config.text, sampling=0.0, captions=1),
         )
         self.name, self._tokenizer, self._batch_size = name, tokenizer, batch_size
         self._origin = Origin(name, source, config.seed, 0)
@@ -71,6 +71,11 @@ class PairSet:
 
     def __len__(self) -> int:
         return len(self._samples)
+
+    @property
+    def manifest(self) -> str:
+        """Hash of what the shards hold."""
+        return str(self._origin.index.manifest["hash"])
 
     def __iter__(self) -> Iterator[PairBatch]:
         return self.first(len(self))

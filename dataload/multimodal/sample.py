@@ -5,7 +5,7 @@ from __future__ import annotations
 
 from collections.abc import Sequence
 from dataclasses import dataclass, field
-from typing import TYPE_CHECKING
+from typing import TYPE_CHECKING, Any
 
 import numpy as np
 import torch
@@ -46,8 +46,8 @@ class Clip:
     """uint8 [F, H, W, 3]"""
     times: np.ndarray | None = None
     """float32 [F], seconds"""
-    text: np.ndarray | None = None
-    """int64 [3, T]: tokens, mlm_tokens, mlm_targets"""
+    text: list[np.ndarray] | None = None
+    """of each caption int64 [3, T]: tokens, mlm_tokens, mlm_targets"""
     broken: list[Broken] = field(default_factory=list)
     """what was tried before, and what is missing of this one"""
     notes: list[str] = field(default_factory=list)
@@ -168,25 +168,31 @@ class ClipMaker:
             clip.notes.append(f"the video is not whole: {found.problem}")
         return flipped
 
-    def _text(self, captions: list[str], rng: np.random.Generator, flipped: bool) -> np.ndarray:
-        """int64 [3, T]: tokens, mlm_tokens, mlm_targets."""
+    def _text(self, captions: list[str], rng: np.random.Generator, flipped: bool) -> list[np.ndarray]:
+        """Of each caption that is drawn int64 [3, T]: tokens, mlm_tokens, mlm_targets. Fewer captions than asked for are
+        repeated in turn."""
         config, tokenizer = self._config.text, self._tokenizer
-        caption = captions[int(rng.integers(len(captions)))]
-        if flipped:
-            caption = images.mirror_caption(caption)
-        if config.sampling:
-            ids = tokenizer.sample(caption, config.sampling, int(rng.integers(2**31)))
-        else:
-            ids = tokenizer.encode(caption)
-        tokens = np.array([BOS, *ids[: config.length - 2], EOS], dtype=np.int64)
-        masked, targets = mlm_mask(tokens, rng, tokenizer.word_starts, config.mlm_probability)
-        return np.stack([tokens, masked, targets])
+        count = config.captions
+        picks = [int(rng.integers(len(captions)))] if count == 1 else rng.permutation(len(captions)).tolist()
+        rows = []
+        for i in range(count):
+            caption = captions[picks[i % len(picks)]]
+            if flipped:
+                caption = images.mirror_caption(caption)
+            if config.sampling:
+                ids = tokenizer.sample(caption, config.sampling, int(rng.integers(2**31)))
+            else:
+                ids = tokenizer.encode(caption)
+            tokens = np.array([BOS, *ids[: config.length - 2], EOS], dtype=np.int64)
+            masked, targets = mlm_mask(tokens, rng, tokenizer.word_starts, config.mlm_probability)
+            rows.append(np.stack([tokens, masked, targets]))
+        return rows
 
 
 def collate(config: MixtureConfig, clips: Sequence[Clip], keys: tuple[str, ...]) -> MultimodalBatch:
     """One batch of B samples, in their order, without padding."""
 
-    def of(name: str) -> tuple[list[np.ndarray], torch.Tensor]:
+    def of(name: str) -> tuple[list[Any], torch.Tensor]:
         """What the samples have of it, and which samples these are."""
         have = [i for i, clip in enumerate(clips) if getattr(clip, name) is not None]
         return [getattr(clips[i], name) for i in have], torch.tensor(have, dtype=torch.int64)
@@ -197,7 +203,9 @@ def collate(config: MixtureConfig, clips: Sequence[Clip], keys: tuple[str, ...])
     sounds, audio_sample = of("audio")
     frames, video_sample = of("frames")
     times, _ = of("times")
-    texts, text_sample = of("text")
+    of_samples, owners = of("text")
+    texts = [text for of_sample in of_samples for text in of_sample]
+    text_sample = owners.repeat_interleave(torch.tensor([len(one) for one in of_samples], dtype=torch.int64))
     side = config.video.size
     tokens, masked, targets = (
         pack([text[i] for text in texts], like=torch.zeros(0, dtype=torch.int64)) for i in range(3)

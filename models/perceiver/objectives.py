@@ -19,10 +19,11 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor
 
+from models.layers import WordBag
 from models.objectives import ObjectiveConfig, contrastive_loss, token_loss
 from models.perceiver.adapters import Adapter
 from models.perceiver.pieces import Piece, Tokens, join, padded, together, visible
-from models.tokens import IGNORE, MASK, PAD
+from models.tokens import IGNORE, MASK, PAD, SPECIAL
 
 if TYPE_CHECKING:
     from models.perceiver.model import PerceiverIO
@@ -57,6 +58,12 @@ class PerceiverObjectives:
     """Classes of a sample (multi-label)."""
     contrastive_kind: Literal["sigmoid", "softmax"] = "sigmoid"
     """Sigmoid (SigLIP) or softmax (CLIP) contrastive losses."""
+    word_dropout: float = 0.0
+    """Chance of each token of a text to be hidden from the contrastive losses, drawn anew at each step (0.3 to 0.5 keeps a
+    small data set from being learned by heart)."""
+    agreement: float = 0.0
+    """Weight, within the contrastive losses, of a contrast between the texts of one sample, where each has 2 or more: what
+    they share is what a picture can tell."""
     masked_share: float = 1.0
     """Share of the samples, evenly spread over the micro-batch, that are read with hidden parts."""
     masked_twice: bool = True
@@ -74,12 +81,12 @@ class PerceiverObjectives:
     """Weight of log(Z)^2 in the token losses."""
 
     def __post_init__(self) -> None:
-        for name in (*self.weights(), "z_loss"):
+        for name in (*self.weights(), "z_loss", "agreement"):
             if getattr(self, name) < 0:
                 raise ValueError(
                     f"PerceiverObjectives.{name} = {getattr(self, name)}; weights are 0 (off) or positive"
                 )
-        for name in ("masked_share", "mask_ratio", "parallel_caption", "label_smoothing"):
+        for name in ("word_dropout", "masked_share", "mask_ratio", "parallel_caption", "label_smoothing"):
             if not 0 <= getattr(self, name) <= 1:
                 raise ValueError(f"PerceiverObjectives.{name} = {getattr(self, name)}; it is a share, 0 to 1")
         if self.contrastive_kind not in ("sigmoid", "softmax"):
@@ -167,6 +174,17 @@ def first_pieces(sample: Tensor) -> Tensor:
     return torch.cat((sample[:1] >= 0, sample[1:] != sample[:-1]))
 
 
+def first_texts(sample: Tensor) -> Tensor:
+    """bool [S]: whether a text is among the first K of its sample, where K is what every sample with texts has."""
+    first = first_pieces(sample)
+    begin = first.nonzero()[:, 0]
+    each = torch.cat((begin, begin.new_tensor([len(sample)]))).diff()
+    if not len(each):
+        return first
+    place = torch.arange(len(sample), device=sample.device) - begin.repeat_interleave(each)
+    return place < each.min()
+
+
 def pretraining_losses(
     model: PerceiverIO,
     pieces: Mapping[str, Piece],
@@ -191,12 +209,18 @@ def pretraining_losses(
         assert isinstance(adapter, Adapter)
         tokens, reading, asked[name] = read_pieces(adapter, pieces[name], readings, config)
         parts.append((tokens, reading))
-    wanted = (readings.whole[text.sample] >= 0) & first_pieces(text.sample)
+    wanted = (readings.whole[text.sample] >= 0) & first_texts(text.sample)
     contrasted = text.select(wanted.nonzero()[:, 0], text.sample[wanted])
+    if config.word_dropout:
+        dropped = torch.rand(contrasted.data.shape, device=contrasted.data.device) < config.word_dropout
+        data = torch.where(dropped & (contrasted.data >= SPECIAL), MASK, contrasted.data)
+        contrasted = contrasted._replace(data=data)
     masked_rows = (readings.hidden[text.sample] >= 0).nonzero()[:, 0]
     masked = text._replace(data=mlm_tokens).select(masked_rows, readings.hidden[text.sample[masked_rows]])
-    states = model.text.read(together(contrasted, masked))
-    n = len(contrasted.sample)
+    # A bag of words reads the words themselves: only the masked texts need the encoder.
+    bag = isinstance(model.text_pool, WordBag)
+    states = model.text.read(masked if bag else together(contrasted, masked))
+    n = 0 if bag else len(contrasted.sample)
     parts.append((model.text.inputs(Tokens(states.values[n:], states.lengths[n:])), masked.sample))
     latents = model.latent(*join(parts, readings.number))
 
@@ -204,17 +228,16 @@ def pretraining_losses(
     whole, nothing = latents[: readings.number_whole], latents.sum() * 0
     if any(weights[name] for name in CONTRASTS) or (config.label and labels is not None):
         found = model.embeddings(whole)
+    if any(weights[name] for name in CONTRASTS):
+        texts = model.pool_text(contrasted, Tokens(states.values[:n], states.lengths[:n]))
     for loss, name in CONTRASTS.items():
         if weights[loss]:
-            texts = model.pool_text(contrasted, Tokens(states.values[:n], states.lengths[:n]))
             image, other = aligned(
                 found, texts, contrasted.sample, pieces[name].sample, readings, samples, name
             )
             losses[loss] = (image.sum() + other.sum()) * 0 + nothing
             if len(image):
-                losses[loss] = losses[loss] + contrastive_loss(
-                    image, other, model.logit_scale, model.logit_bias, kind=config.contrastive_kind
-                )
+                losses[loss] = losses[loss] + alignment(model, image, other, config)
             else:
                 losses[loss] = losses[loss] + 0 * (model.logit_scale + model.logit_bias)
     if config.label and labels is not None and label_sample is not None:
@@ -256,13 +279,29 @@ def read_pieces(
 def aligned(
     found: Tensor, texts: Tensor, text_sample: Tensor, sample: Tensor, readings: Readings, samples: int, name: str
 ) -> tuple[Tensor, Tensor]:  # fmt: skip
-    """Embeddings [Q, E] of the samples that have both this modality and a text, and of that text."""
+    """Embeddings [Q, E] of the samples that have both this modality and texts, and of those texts [Q*K, E]."""
     from models.perceiver.queries.embeddings import NAMES
 
     has = torch.zeros(samples, dtype=torch.bool, device=sample.device).index_fill(0, sample, True)
     pair = has[text_sample]
-    image = F.normalize(found[readings.whole[text_sample[pair]], NAMES.index(name)].float(), dim=-1)
+    owners = text_sample[pair & first_pieces(text_sample)]
+    image = F.normalize(found[readings.whole[owners], NAMES.index(name)].float(), dim=-1)
     return image, texts[pair]
+
+
+def alignment(model: PerceiverIO, samples: Tensor, texts: Tensor, config: PerceiverObjectives) -> Tensor:
+    """The contrastive loss of samples [Q, E] and their texts [Q*K, E]; with `agreement`, also that of each text and the next
+    one of the same sample."""
+
+    def loss(one: Tensor, other: Tensor) -> Tensor:
+        return contrastive_loss(one, other, model.logit_scale, model.logit_bias, kind=config.contrastive_kind)
+
+    found, each = loss(samples, texts), len(texts) // len(samples)
+    if config.agreement and each > 1:
+        of = texts.unflatten(0, (len(samples), each))
+        pairs = [loss(of[:, i], of[:, i - 1]) for i in range(each)]
+        found = found + config.agreement * torch.stack(pairs).mean()
+    return found
 
 
 def caption_loss(

@@ -43,6 +43,12 @@ WAYS = {
     ),
 }
 
+PERPLEXITIES = {
+    "perplexity": "Perplexity",
+    "perplexity_of_videos": "Of videos",
+    "perplexity_of_sounds": "Of sounds",
+}
+
 
 def write_report(run_dir: Path | str) -> Path:
     """Write RUN/report.html and return its path. What the run lacks is left out, and the page says so.
@@ -115,6 +121,7 @@ def score_groups(evaluation: Mapping[str, Any]) -> list[dict[str, Any]]:
         if rows:
             text = f"{text.format(**counts)} R@5: how often a right one is among the first 5."
             groups.append({"title": title, "rows": rows, "text": text, "lower": False})
+    groups += _named(scores.get("naming", {}))
     if scenes := scores.get("scenes"):
         rows = [
             _row(name.removesuffix("_f1").capitalize() if name != "f1" else "F1", s, 1.0, percent)
@@ -122,10 +129,13 @@ def score_groups(evaluation: Mapping[str, Any]) -> list[dict[str, Any]]:
         ]
         text = "Color and shape words of the generated captions against what is in the picture (F1)."
         groups.append({"title": "Naming what is there", "rows": rows, "text": text, "lower": False})
-    if perplexity := scores.get("perplexity", {}).get("perplexity"):
-        row = _row("Perplexity", perplexity, max(perplexity.values()), plain)
+    if perplexity := scores.get("perplexity", {}):
+        rows = [
+            _row(PERPLEXITIES.get(name, name), score, max(score.values()), plain)
+            for name, score in perplexity.items()
+        ]
         text = "Between how many words the model wavers when it fills in a hidden one. Lower is better."
-        groups.append({"title": "Filling in words", "rows": [row], "text": text, "lower": True})
+        groups.append({"title": "Filling in words", "rows": rows, "text": text, "lower": True})
     if mim := scores.get("mim", {}).get("error"):
         text = "Mean absolute error in the hidden parts, in standard deviations. Lower is better."
         groups.append(
@@ -136,6 +146,21 @@ def score_groups(evaluation: Mapping[str, Any]) -> list[dict[str, Any]]:
                 "lower": True,
             }
         )
+    return groups
+
+
+def _named(naming: Mapping[str, Any]) -> list[dict[str, Any]]:
+    """Of each modality whose captions are labels, how many samples are closest to their own."""
+    groups = []
+    for modality, many in (("image", "pictures"), ("video", "videos"), ("audio", "sounds")):
+        rows = [
+            _row(title, naming[f"{modality}/{name}"], 1.0, percent)
+            for name, title in (("accuracy", "Right"), ("mean_recall", "Mean over labels"))
+            if f"{modality}/{name}" in naming
+        ]
+        if rows:
+            text = f"How many of the {many} are closest to their own label's text among all labels."
+            groups.append({"title": f"Naming the {many}", "rows": rows, "text": text, "lower": False})
     return groups
 
 
@@ -194,6 +219,12 @@ def make_charts(metrics: Mapping[str, list[dict[str, Any]]]) -> list[Chart]:
         Chart("Right one first (R@1)", recall, "held-out pictures", percent=True),
         Chart("Right one in the first ten (R@10)", wide, "held-out pictures", percent=True),
         *other,
+        Chart(
+            "Sounds named right",
+            [scored("accuracy", "naming/audio/accuracy", "accent")],
+            "held-out sounds",
+            percent=True,
+        ),
         Chart("Masked-word perplexity", words, "held-out captions"),
     ]
     charts += [
@@ -224,6 +255,7 @@ def _history(evaluations: list[dict[str, Any]]) -> dict[str, Any]:
             "video_to_text/R@10",
             "text_to_audio/R@10",
             "audio_to_text/R@10",
+            "naming/audio/accuracy",
             "perplexity",
             "scenes/f1",
         )
