@@ -383,6 +383,9 @@ OPTIONAL = {
     "soundfile": "data",
     "soxr": "data",
     "aiohttp": "cloud",
+    "pycocoevalcap": "eval",
+    "pycocotools": "eval",
+    "pyarrow": "",  # reads img2dataset's tables of metadata where somebody has it
     "nvidia": "gpu",
     "flash_attn": "flash",
     "flash_attn_interface": "flash",
@@ -428,7 +431,18 @@ for package in {sorted(PACKAGES)}:
 
 def test_extras() -> None:
     extras = {name: set(requirements(name)) for name in PROJECT["project"]["optional-dependencies"]}
-    assert set(extras) == {"data", "cloud", "gpu", "flash", "deepspeed", "liger", "torchao", "test", "dev"}
+    assert set(extras) == {
+        "data",
+        "cloud",
+        "eval",
+        "gpu",
+        "flash",
+        "deepspeed",
+        "liger",
+        "torchao",
+        "test",
+        "dev",
+    }
     assert extras["gpu"] == {"nvidia-dali-cuda130"}
     assert set(OPTIONAL.values()) - {""} <= set(extras)
     assert [name for name, needs in extras.items() if "flash-attn" in needs] == ["flash"]
