@@ -20,6 +20,9 @@ from train.multimodal import CONTRASTS, PerceiverPretrainConfig
 from train.pairs import score_pairs, summarize_pairs
 from train.result import NOTHING, EvalResult
 from train.signals import Interrupted, Stop
+from train.tasks.base import TaskResult
+from train.tasks.config import FinetuneConfig
+from train.tasks.running import evaluate_task, say_task
 
 SHOWN_CAPTIONS = 3  # generated captions printed at an evaluation during the run
 
@@ -131,6 +134,10 @@ class Run:
         if self.ranks.first and self.data.heldout is not None:
             several = isinstance(self.config, PerceiverPretrainConfig)
             try:
+                if isinstance(self.config, FinetuneConfig):
+                    scored = evaluate_task(self, stop, self.config.eval_images)
+                    self.record_scores(scored)
+                    return say_task(self, scored)
                 if several:
                     result = self.score_pairs(stop, most=self.config.eval_images)
                 else:
@@ -190,7 +197,7 @@ class Run:
         self.evaluation_seconds.append(time.monotonic() - started)
         return result
 
-    def record_scores(self, result: EvalResult) -> None:
+    def record_scores(self, result: EvalResult | TaskResult) -> None:
         """Into metrics.jsonl and TensorBoard."""
         scores = result.scalars()
         assert self.metrics and self.board
