@@ -37,11 +37,8 @@ TOKENIZERS = ("auto", "ptb", "regex", "none")
 NOT_PTB = "regex (not PTB)"
 ImageId = int | str
 
-# Words with what may stand inside them; the parts that PTB cuts off; then any sign of its own.
-_TOKEN = re.compile(
-    r"n't\b|'(?:s|m|d|ll|re|ve)\b|[^\W_]+?(?=n't\b)|[^\W_]+(?:[-.,/&][^\W_]+)*(?:(?=')|\.(?=\S))?|\S",
-    re.UNICODE,
-)
+# The parts that PTB cuts off; words, with what may stand inside them; any other sign of its own.
+_TOKEN = re.compile(r"n't\b|'(?:s|m|d|ll|re|ve)\b|[^\W_]+?(?=n't\b)|[^\W_]+(?:[-.,/&][^\W_]+)*|\S")
 
 
 @dataclass(frozen=True)
