@@ -98,6 +98,8 @@ class Task(Protocol):
     needs: tuple[str, ...]
     ragged: tuple[str, ...]
     """arrays of a view that vary in length"""
+    fresh: tuple[str, ...]
+    """parts of the pre-trained model that pre-training does not reach, and that are never frozen"""
 
     def parts(self, one: Annotations) -> int:
         """Items of a sample."""

@@ -54,7 +54,7 @@ class TuneConfig:
     """Parts of the pre-trained model that keep their weights: encoder, decoder, encoder.stages.0 ...; all: everything but the
     task's head."""
     lora_rank: int = 0
-    """Rank of LoRA's matrices (arXiv:2106.09685, extra `tune`); the pre-trained weights then keep their values. 0: off."""
+    """Rank of LoRA's matrices (arXiv:2106.09685, models/lora.py); the pre-trained weights then keep their values. 0: off."""
     lora_alpha: float = 16.0
     """LoRA's matrices count alpha / rank times."""
     lora_dropout: float = 0.0

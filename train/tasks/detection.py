@@ -19,6 +19,7 @@ from models.aurora.detection import NOTHING, Detector, assign
 from models.boxes import iou
 from train.config import ConfigError
 from train.result import Score
+from train.scores.detection import score_detections, truth_of
 from train.tasks.base import Drawn, Example, Prediction, TaskResult, item_of
 from train.tasks.config import FinetuneConfig, TaskConfig
 from train.tasks.data import classes_beside
@@ -32,6 +33,7 @@ class Detection:
     name, family, media = "detection", "Aurora", "image"
     needs: tuple[str, ...] = ("objects",)
     ragged: tuple[str, ...] = ()
+    fresh: tuple[str, ...] = ("pyramid",)
 
     def parts(self, one: Annotations) -> int:
         return 1
@@ -89,27 +91,34 @@ class Detection:
     def score(
         self, predictions: Sequence[Prediction], items: Items, config: FinetuneConfig, tokenizer: Tokenizer
     ) -> TaskResult:
-        from train.tasks.coco import score_boxes
-
         task = config.task
-        ids = [int(number) for number in task.class_ids]
+        names = {int(number): name for number, name in zip(task.class_ids, task.classes, strict=True)}
+        ids = list(names)
         truth = [items.annotations(item_of(items, one)) for one in predictions]
         found = [
-            [(int(ids[c]), box.tolist(), float(s)) for box, s, c in zip(*one.value, strict=True)]
+            [(ids[int(c)], box.tolist(), float(s)) for box, s, c in zip(*one.value, strict=True)]
             for one in predictions
         ]
-        scores, per_class = score_boxes(truth, found, dict(zip(ids, task.classes, strict=True)))
+        detections = [
+            {"image_id": known.key if known.image_id is None else known.image_id, "category_id": number,
+             "bbox": [x0, y0, x1 - x0, y1 - y0], "score": score}
+            for known, boxes in zip(truth, found, strict=True)
+            for number, (x0, y0, x1, y1), score in boxes
+        ]  # fmt: skip
+        scored = score_detections(detections, truth_of(truth, names))
         examples = [
-            example(one.item, known, boxes, dict(zip(ids, task.classes, strict=True)))
+            example(one.item, known, boxes, names)
             for one, known, boxes in zip(predictions, truth, found, strict=True)
         ]
-        counts = {"pictures": len(predictions), "objects": sum(len(one.objects) for one in truth)}
+        absent = {name: "the truth has nothing of that size" for name, v in scored.scores.items() if v is None}
         return TaskResult(
             self.name,
-            {name: Score(value) for name, value in scores.items()},
-            counts,
+            {name: Score(value) for name, value in scored.scores.items() if value is not None},
+            dict(scored.counts),
             sorted(examples, key=lambda one: one.score),
-            per_class,
+            scored.per_category,
+            {"not_scored": absent, "absent_classes": list(scored.absent)},
+            {"detection_results.json": detections},
         )
 
 

@@ -9,10 +9,11 @@ from typing import Any
 from torch import Tensor, nn
 
 from dataload.annotated import TaskBatch
+from models.lora import merge_lora
 from train.config import PretrainConfig
 from train.tasks.config import FinetuneConfig
 from train.tasks.registry import task_of
-from train.tasks.tuning import load_base, merge_lora, prepare
+from train.tasks.tuning import load_base, prepare
 
 OPTIONAL = ("embeddings.classes.",)
 """Beginnings of the names of a pre-trained model that depend on the data's classes."""
@@ -27,7 +28,7 @@ class TaskFamily:
 
     def model(self, config: PretrainConfig) -> nn.Module:
         assert isinstance(config, FinetuneConfig)
-        return prepare(self.task.model(config), config.tune)
+        return prepare(self.task.model(config), config.tune, self.task.fresh)
 
     def begin(self, model: nn.Module, config: PretrainConfig) -> list[str]:
         """Take over the weights of the run's checkpoint; lines that say so."""

@@ -11,13 +11,13 @@ from importlib import metadata
 from typing import TYPE_CHECKING, Any
 
 import torch
-import torch.distributed as dist
 
 from dataload.annotated import TaskSet
 from dataload.tokenizer import Tokenizer
 from train.engine import Ranks
 from train.machine import Precision, device_name, peak_memory
 from train.optimizers import in_words
+from train.scores.gather import gather_samples
 from train.signals import Stop
 from train.tasks.base import Prediction, TaskResult
 from train.tasks.config import FinetuneConfig
@@ -84,26 +84,14 @@ def score_task(
                 predictions += task.predict(model, batch.to(device), heldout.items, config, tokenizer)
     finally:
         model.train(was_training)
-    predictions = gather(predictions, ranks)
-    if not ranks.first:
+    gathered = gather_samples({one.item: one.value for one in predictions})
+    if gathered is None:
         return None
-    result = task.score(predictions, heldout.items, config, tokenizer)
+    ordered = [Prediction(int(item), value) for item, value in gathered.items()]
+    result = task.score(ordered, heldout.items, config, tokenizer)
     if heldout.broken:
         result.counts["broken_left_out"] = len(heldout.broken)
     return result
-
-
-def gather(predictions: Sequence[Prediction], ranks: Ranks) -> list[Prediction]:
-    """All ranks' predictions in the order of the items, on rank 0. Raises ValueError where an item came twice."""
-    found = list(predictions)
-    if ranks.size > 1:
-        parts: list[Any] = [None] * ranks.size
-        dist.all_gather_object(parts, found)
-        found = [one for part in parts for one in part]
-    found.sort(key=lambda one: one.item)
-    if any(a.item == b.item for a, b in zip(found, found[1:], strict=False)):
-        raise ValueError("an item was scored twice")
-    return found
 
 
 def evaluate_task(run: Run, stop: Stop, most: int | None) -> TaskResult:

@@ -19,6 +19,7 @@ from dataload.views import paint, training_view, whole_view
 from models.aurora.segmentation import Segmenter
 from train.config import ConfigError
 from train.result import Score
+from train.scores.segmentation import ConfusionMatrix, pair_counts
 from train.tasks.base import Example, Prediction, TaskResult, item_of
 from train.tasks.config import FinetuneConfig, TaskConfig
 from train.tasks.data import classes_beside
@@ -33,6 +34,7 @@ class Segmentation:
     name, family, media = "segmentation", "Aurora", "image"
     needs: tuple[str, ...] = ()
     ragged: tuple[str, ...] = ()
+    fresh: tuple[str, ...] = ("pyramid",)
 
     def parts(self, one: Annotations) -> int:
         return 1 if one.has & {"segmentation", "objects"} else 0
@@ -89,8 +91,8 @@ class Segmentation:
     def predict(
         self, model: Any, batch: TaskBatch, items: Items, config: FinetuneConfig, tokenizer: Tokenizer
     ) -> list[Prediction]:
-        """Label maps of the stored pictures' size. What is scored is the confusion matrix of each, so that ranks send each
-        other little."""
+        """Label maps of the stored pictures' size. What is kept is which pairs of classes each has, so that ranks send each other
+        little."""
         logits = model.logits(normalize(batch["images"])).float()
         truth = Truth(config.task)
         predictions = []
@@ -101,22 +103,27 @@ class Segmentation:
             large = F.interpolate(seen, size=(height, width), mode="bilinear", align_corners=False)
             found = large[0].argmax(0).to(torch.uint8).cpu().numpy()
             known = items.annotations(items.items[number], label_map=True)
-            matrix = confusion(truth(known, width, height), found, len(config.task.classes))
-            predictions.append(Prediction(number, (matrix, shrink(found))))
+            pairs = pair_counts(found, truth(known, width, height), len(config.task.classes))
+            predictions.append(Prediction(number, (pairs, shrink(found))))
         return predictions
 
     def score(
         self, predictions: Sequence[Prediction], items: Items, config: FinetuneConfig, tokenizer: Tokenizer
     ) -> TaskResult:
         classes, truth = config.task.classes, Truth(config.task)
-        total = np.sum([one.value[0] for one in predictions], axis=0)
-        per_class = overlaps(total)
-        there = ~np.isnan(per_class)
-        table = {name: float(value) for name, value in zip(classes, per_class, strict=True) if value == value}
-        single = [(float(np.nanmean(overlaps(one.value[0]))), one) for one in predictions]
-        single.sort(key=lambda one: one[0])
+        matrix, alone = ConfusionMatrix(classes), []
+        for one in predictions:
+            matrix.add_counts(one.value[0])
+            single = ConfusionMatrix(classes)
+            single.add_counts(one.value[0])
+            alone.append((single.scores().mIoU if single.pixels.any() else 1.0, one))
+        scored = matrix.scores()
+        common = ConfusionMatrix(classes)  # every pixel the most common class
+        common.pixels[:, matrix.pixels.sum(1).argmax()] = matrix.pixels.sum(1)
+        constant = common.scores()
+        alone.sort(key=lambda one: one[0])
         examples = []
-        for value, one in single[:24]:
+        for value, one in alone[:24]:
             known = items.annotations(item_of(items, one), label_map=True)
             width, height = known.width, known.height
             if not width:
@@ -128,20 +135,15 @@ class Segmentation:
             examples.append(
                 Example(one.item, value, [("found", said), ("true", true)], maps=(stored, one.value[1]))
             )
-        common = np.zeros_like(total)
-        common[:, int(total.sum(1).argmax())] = total.sum(1)  # every pixel the most common class
+        baseline = f"all pixels {classes[int(matrix.pixels.sum(1).argmax())]}"
         scores = {
-            "mIoU": Score(
-                float(per_class[there].mean()), {"all pixels one class": float(np.nanmean(overlaps(common)))}
-            ),
-            "pixel accuracy": Score(
-                float(np.trace(total) / max(total.sum(), 1)),
-                {"all pixels one class": float(total.sum(1).max() / max(total.sum(), 1))},
-            ),
+            "mIoU": Score(scored.mIoU, {baseline: constant.mIoU}),
+            "pixel accuracy": Score(scored.pixel_accuracy, {baseline: constant.pixel_accuracy}),
+            "mean accuracy": Score(scored.mean_accuracy),
+            "frequency-weighted IoU": Score(scored.frequency_weighted_IoU),
         }
-        counts = {"pictures": len(predictions), "pixels": int(total.sum()), "classes": int(there.sum())}
-        about = {"absent_classes": [name for name, there_ in zip(classes, there, strict=True) if not there_]}
-        return TaskResult(self.name, scores, counts, examples, table, about)
+        about = {"absent_classes": list(scored.absent)}
+        return TaskResult(self.name, scores, dict(scored.counts), examples, scored.per_class, about)
 
 
 class Truth:
@@ -159,20 +161,6 @@ class Truth:
     def __call__(self, known: Annotations, width: int, height: int) -> np.ndarray:
         stored = paint(known, self.numbers, width, height)
         return stored if self.objects else self.table[stored]
-
-
-def confusion(true: np.ndarray, found: np.ndarray, classes: int) -> np.ndarray:
-    """int64 [C, C]: pixels of each true class (rows) by the class that was found."""
-    asked = true != IGNORE
-    pairs = classes * true[asked].astype(np.int64) + found[asked]
-    return np.bincount(pairs, minlength=classes * classes).reshape(classes, classes)
-
-
-def overlaps(matrix: np.ndarray) -> np.ndarray:
-    """IoU of each class [C]; NaN where neither the truth nor the model has a pixel of it."""
-    hits = np.diag(matrix).astype(float)
-    union = matrix.sum(0) + matrix.sum(1) - hits
-    return np.divide(hits, union, out=np.full(len(hits), np.nan), where=union > 0)
 
 
 def shrink(label_map: np.ndarray, most: int = 160) -> np.ndarray:

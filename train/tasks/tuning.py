@@ -1,22 +1,25 @@
-"""Which weights learn: frozen parts, LoRA (peft, extra `tune`), and the way from a pre-trained checkpoint into a task's model."""
+"""Which weights learn: frozen parts, LoRA, and the way from a pre-trained checkpoint into a task's model."""
 
 from __future__ import annotations
 
 from collections.abc import Collection, Mapping
-from typing import Any
 
 import torch
 from torch import Tensor, nn
 
+from models.lora import add_lora
 from train.config import ConfigError
 from train.tasks.config import TuneConfig
 
 
-def prepare(model: nn.Module, tune: TuneConfig) -> nn.Module:
-    """Put LoRA's matrices into `model.base` and freeze what is to be frozen, in place. Raises ConfigError for a part that the
-    model lacks, ImportError without peft."""
+def prepare(model: nn.Module, tune: TuneConfig, fresh: Collection[str] = ()) -> nn.Module:
+    """Put LoRA's matrices into `model.base` and freeze what is to be frozen, in place. `fresh`: parts of `base` that
+    pre-training leaves as they were initialised, and that always learn. Raises ConfigError for a part that the model lacks."""
     if tune.lora_rank:
-        add_lora(model, tune)
+        try:
+            add_lora(_base(model), tune.lora_layers, tune.lora_rank, tune.lora_alpha, tune.lora_dropout)
+        except ValueError as error:
+            raise ConfigError(f"tune.lora_layers: {error}") from error
     for part in tune.freeze:
         prefix = "base." if part == "all" else f"base.{part}."
         found = False
@@ -28,36 +31,8 @@ def prepare(model: nn.Module, tune: TuneConfig) -> nn.Module:
         if not found:
             parts = ", ".join(name for name, _ in _base(model).named_children())
             raise ConfigError(f"tune.freeze {part}: the model has no such part; it has {parts}")
-    return model
-
-
-def add_lora(model: nn.Module, tune: TuneConfig) -> None:
-    """LoRA's matrices beside the chosen linear layers of `model.base`; only they and the task's head then learn."""
-    peft = _peft()
-    base = _base(model)
-    names = [
-        name
-        for name, module in base.named_modules()
-        if isinstance(module, nn.Linear) and name.rpartition(".")[2] in tune.lora_layers
-    ]
-    if not names:
-        raise ConfigError(f"tune.lora_layers {tune.lora_layers}: the model has no such linear layer")
-    settings = peft.LoraConfig(
-        r=tune.lora_rank, lora_alpha=tune.lora_alpha, lora_dropout=tune.lora_dropout, target_modules=names
-    )
-    peft.inject_adapter_in_model(settings, base)
-    for name, parameter in base.named_parameters():
-        parameter.requires_grad_(".lora_" in name)
-
-
-def merge_lora(model: nn.Module) -> nn.Module:
-    """The same model with LoRA's matrices added to the weights beside which they stand, in place."""
-    for name, module in list(model.named_modules()):
-        if hasattr(module, "lora_A") and hasattr(module, "merge"):
-            layer: Any = module
-            layer.merge()
-            owner, _, last = name.rpartition(".")
-            setattr(model.get_submodule(owner), last, layer.get_base_layer())
+    for part in fresh:
+        _base(model).get_submodule(part).requires_grad_(True)
     return model
 
 
@@ -96,11 +71,3 @@ def _base(model: nn.Module) -> nn.Module:
     base = model.base
     assert isinstance(base, nn.Module)
     return base
-
-
-def _peft() -> Any:
-    try:
-        import peft
-    except ImportError as error:
-        raise ImportError(f"LoRA needs peft: pip install 'auroraio[tune]' ({error})") from error
-    return peft

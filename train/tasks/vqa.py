@@ -37,6 +37,7 @@ class QuestionAnswering:
     name, family, media = "vqa", "Aurora", "image"
     needs: tuple[str, ...] = ("questions",)
     ragged: tuple[str, ...] = ()
+    fresh: tuple[str, ...] = ()
 
     def parts(self, one: Annotations) -> int:
         return len(one.questions)
