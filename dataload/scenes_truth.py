@@ -25,7 +25,9 @@ CLASSES: dict[str, list[dict[str, Any]]] = {
 """What classes.json beside the shards says."""
 
 
-def annotate(scene: Scene, masks: Sequence[NDArray[np.bool_]], number: int, words: random.Random) -> dict[str, Any]:
+def annotate(
+    scene: Scene, masks: Sequence[NDArray[np.bool_]], number: int, words: random.Random
+) -> dict[str, Any]:
     """Facts of picture `number`: "image_id", "width", "height", "objects", "questions"."""
     height, width = masks[0].shape
     objects = [
@@ -110,7 +112,16 @@ def question_texts() -> list[str]:
     """Words of questions and answers, for the tokenizer."""
     first = SceneObject("circle", "red", "solid", "small", "center")
     scene, rng = Scene("gray", (first,)), random.Random(0)
-    kinds = ("how many", "background", "what color", "where", "what size", "what texture", "what shape", "is there")
+    kinds = (
+        "how many",
+        "background",
+        "what color",
+        "where",
+        "what size",
+        "what texture",
+        "what shape",
+        "is there",
+    )
     texts = [_question(kind, scene, first, rng)[0] for kind in kinds]
     answers = (*BACKGROUNDS, *COLORS, *SHAPES, *SIZES, *TEXTURES, *PLACES, "1", "2", "yes", "no")
     return [*texts, *answers]

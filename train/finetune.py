@@ -44,9 +44,7 @@ def parse(argv: Sequence[str]) -> FinetuneConfig:
     kind = args.pop(0)
     start = _start(args)
     default = task_preset(kind, start)
-    config = tyro.cli(
-        type(default), default=default, args=args, prog=f"{PROG} {kind}", description=__doc__
-    )
+    config = tyro.cli(type(default), default=default, args=args, prog=f"{PROG} {kind}", description=__doc__)
     if config.model.image_size != start.model.image_size and task_of(kind).family == "Aurora":
         sized = at_size(replace(config.model, image_size=start.model.image_size), config.model.image_size)
         config = replace(config, model=sized)

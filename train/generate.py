@@ -22,6 +22,7 @@ from models.aurora.decoder import DecodingState
 from models.generation import generate
 from train.checkpoint import LoadedModel, load_model
 from train.machine import choose_device
+from train.tasks.config import FinetuneConfig
 
 BATCH = 16
 
@@ -38,6 +39,7 @@ def parser() -> argparse.ArgumentParser:
         help="a run (its newest checkpoint) or one checkpoint directory",
     )
     p.add_argument("images", nargs="+", type=Path, metavar="IMAGE", help="picture files")
+    p.add_argument("--question", help="ask this of each picture; the checkpoint is one of train.finetune vqa")
     p.add_argument("--method", choices=("greedy", "beam", "sample"), default="greedy", help="default: greedy")
     p.add_argument("--beams", type=int, default=4, help="beam: hypotheses kept (default: 4)")
     p.add_argument(
@@ -79,6 +81,10 @@ def main(arguments: Sequence[str] | None = None) -> int:
         _check(args)
         device = choose_device(args.device)
         loaded = load_model(args.checkpoint, device)
+        if args.question or isinstance(loaded.config, FinetuneConfig):
+            from train.tasks.telling import tell  # it is built on this module
+
+            return tell(loaded, args)
         loaded.must_be_aurora("train.generate")
         _check_objective(loaded)
         _check_length(args, loaded)

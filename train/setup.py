@@ -205,9 +205,7 @@ def _command(typed: Sequence[str], ranks: Ranks, program: str = "train.pretrain"
     return shlex.join([*launcher.split(), program, *typed])
 
 
-def _resume_command(
-    typed: Sequence[str], out: Path, ranks: Ranks, program: str = "train.pretrain"
-) -> str:
+def _resume_command(typed: Sequence[str], out: Path, ranks: Ranks, program: str = "train.pretrain") -> str:
     """The command as typed, with --out and --resume auto in place of what was said about them."""
     kept = []
     skip = False

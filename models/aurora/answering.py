@@ -42,9 +42,7 @@ class Writer(nn.Module):
         memory = base.memory(base.encode_image(images))
         if len(tokens) > len(images):
             memory = memory.repeat_interleave(len(tokens) // len(images), dim=0)
-        x = base.decoder.read_image(
-            base.decoder.read_text(tokens[:, :-1], causal=True), memory, causal=True
-        )
+        x = base.decoder.read_image(base.decoder.read_text(tokens[:, :-1], causal=True), memory, causal=True)
         config = ObjectiveConfig(label_smoothing=label_smoothing)
         loss = objectives.token_loss(x, base.decoder.embedding.weight, targets[:, 1:], config)
         asked = float((targets[:, 1:] != IGNORE).sum())

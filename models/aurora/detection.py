@@ -104,7 +104,11 @@ class DetectionHead(nn.Module):
         def tower() -> nn.Sequential:
             layers: list[nn.Module] = []
             for _ in range(depth):
-                layers += [nn.Conv2d(width, width, 3, padding=1), nn.GroupNorm(groups(width), width), nn.SiLU()]
+                layers += [
+                    nn.Conv2d(width, width, 3, padding=1),
+                    nn.GroupNorm(groups(width), width),
+                    nn.SiLU(),
+                ]
             return nn.Sequential(*layers)
 
         self.class_tower, self.box_tower = tower(), tower()
@@ -188,7 +192,9 @@ def assign(boxes: Tensor, classes: Tensor, height: int, width: int) -> tuple[Ten
     fits = near & (sides.amin(-1) > 0) & (largest > lower) & (largest <= upper)
     lonely = ~fits.any(0)
     if lonely.any():
-        distance = (points[:, None] - middles[None, lonely]).norm(dim=-1) + 1e3 * (strides != STRIDES[0])[:, None]
+        distance = (points[:, None] - middles[None, lonely]).norm(dim=-1) + 1e3 * (strides != STRIDES[0])[
+            :, None
+        ]
         fits[distance.argmin(0), lonely.nonzero()[:, 0]] = True
     size = (boxes[:, 2:] - boxes[:, :2]).prod(-1)
     smallest = torch.where(fits, size[None], math.inf)

@@ -35,9 +35,7 @@ def write_task_page(
 ) -> Path:
     """Write the page and return its path. record: the JSON of the result, with "command", "name" and "checkpoint"; run: the
     directory of a training run, whose curves are then shown."""
-    rows = [
-        {"name": name, "bars": _bars(score.to_json(), name)} for name, score in result.scores.items()
-    ]
+    rows = [{"name": name, "bars": _bars(score.to_json(), name)} for name, score in result.scores.items()]
     table = sorted(result.table.items(), key=lambda one: one[1])[:40]
     reasons = result.about.get("not_scored", {})
     notes = [f"{name} is not scored: {reason}" for name, reason in reasons.items()]
@@ -78,7 +76,9 @@ def draw_boxes(picture: Image.Image, boxes: list[Drawn], scale: float) -> None:
 def palette(label_map: np.ndarray) -> np.ndarray:
     """uint8 [H, W] -> uint8 [H, W, 3]: a color per class, light grey for class 0, black for what is not asked for."""
     numbers = np.arange(256)
-    colors = np.stack([(numbers * 67 + 40) % 216 + 30, (numbers * 149 + 90) % 216 + 30, (numbers * 97) % 216 + 30], 1)
+    colors = np.stack(
+        [(numbers * 67 + 40) % 216 + 30, (numbers * 149 + 90) % 216 + 30, (numbers * 97) % 216 + 30], 1
+    )
     colors[0], colors[255] = 225, 0
     return colors.astype(np.uint8)[label_map]
 
@@ -102,7 +102,9 @@ def _pictures(stored: Image.Image, example: Example) -> list[Image.Image]:
     size = (max(1, round(stored.width * scale)), max(1, round(stored.height * scale)))
     picture = stored.convert("RGB").resize(size)
     draw_boxes(picture, example.boxes, scale)
-    maps = [Image.fromarray(palette(one)).resize(size, Image.Resampling.NEAREST) for one in example.maps or ()]
+    maps = [
+        Image.fromarray(palette(one)).resize(size, Image.Resampling.NEAREST) for one in example.maps or ()
+    ]
     return [picture, *maps]
 
 

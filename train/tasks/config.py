@@ -73,6 +73,8 @@ class TaskDataConfig:
     """Held-out shards, scored during and after the run. Empty: the built-in corpus' own, or none with your own data."""
     most: int | None = None
     """Train on the first so many samples only."""
+    tokenizer: str = ""
+    """Another tokenizer.model than the checkpoint's; the embeddings of its pieces are then new. Empty: the checkpoint's."""
     cache: str = ""
     """Where the built-in corpus is put the first time. Empty: $XDG_CACHE_HOME/auroraio or ~/.cache/auroraio."""
     crop_scale: tuple[float, float] = (0.5, 1.0)

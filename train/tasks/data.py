@@ -40,13 +40,19 @@ def find_task_sources(config: FinetuneConfig, say: Callable[[str], None]) -> Tas
     """Expand the shards; makes the built-in corpus first where none are named. Raises ValueError or OSError where something
     named is not there."""
     data = config.data
-    tokenizer = find_tokenizer(config.checkpoint)
+    tokenizer = Path(data.tokenizer) if data.tokenizer else find_tokenizer(config.checkpoint)
+    if not tokenizer.is_file():
+        raise ConfigError(
+            f"data.tokenizer {tokenizer} does not exist; make one with python -m dataload.tokenizer"
+        )
     if data.train:
         train = tuple(str(path) for path in shards.expand(data.train))
         heldout = tuple(str(path) for path in shards.expand(data.heldout)) if data.heldout else ()
         return TaskSources(train, heldout, tokenizer, builtin=False)
     directory = Path(data.cache).expanduser() if data.cache else scenes.default_directory()
-    say(f"data        the built-in corpus, in {directory} (drawn the first time; --data.train takes your own)")
+    say(
+        f"data        the built-in corpus, in {directory} (drawn the first time; --data.train takes your own)"
+    )
     if task_of(config.task.kind).media == "audio":
         from dataload import scenes_media
 

@@ -110,7 +110,9 @@ class Detection:
             example(one.item, known, boxes, names)
             for one, known, boxes in zip(predictions, truth, found, strict=True)
         ]
-        absent = {name: "the truth has nothing of that size" for name, v in scored.scores.items() if v is None}
+        absent = {
+            name: "the truth has nothing of that size" for name, v in scored.scores.items() if v is None
+        }
         return TaskResult(
             self.name,
             {name: Score(value) for name, value in scored.scores.items() if value is not None},

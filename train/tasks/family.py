@@ -15,6 +15,8 @@ from train.tasks.config import FinetuneConfig
 from train.tasks.registry import task_of
 from train.tasks.tuning import load_base, prepare
 
+WORDS = ("decoder.embedding.", "text.embedding.", "text_pool.embedding.")
+"""... and on its tokenizer."""
 OPTIONAL = ("embeddings.classes.",)
 """Beginnings of the names of a pre-trained model that depend on the data's classes."""
 
@@ -38,7 +40,12 @@ class TaskFamily:
         if not config.checkpoint:
             return ["start       no checkpoint: all weights are new"]
         loaded = load_model(config.checkpoint)
-        kept = load_base(model, base_of(loaded.model).state_dict(), OPTIONAL)
+        weights = base_of(loaded.model).state_dict()
+        optional: tuple[str, ...] = OPTIONAL
+        if config.data.tokenizer:  # a row stands for another piece now
+            optional = (*OPTIONAL, *WORDS)
+            weights = {name: tensor for name, tensor in weights.items() if not name.startswith(WORDS)}
+        kept = load_base(model, weights, optional)
         new = f"; new: {', '.join(kept)}" if kept else ""
         return [f"start       {loaded.path}, step {loaded.step}{new}"]
 
@@ -68,5 +75,3 @@ def as_task(config: PretrainConfig, kind: str) -> FinetuneConfig:
         return config
     default = task_preset(kind, config)
     return replace(default, task=replace(default.task, rerank=0))
-
-

@@ -37,8 +37,6 @@ def task_preset(kind: str, start: PretrainConfig) -> FinetuneConfig:
     return replace(made, name=f"{kind}-{start.name}")
 
 
-
-
 def at_size(model: AuroraConfig, size: int) -> AuroraConfig:
     """The same model for images of another size: windows keep their places' meaning (`bias_windows`)."""
     if size == model.image_size:
@@ -102,7 +100,9 @@ def detection(base: FinetuneConfig) -> FinetuneConfig:
 
 def segmentation(base: FinetuneConfig) -> FinetuneConfig:
     """Pictures with label maps or masks."""
-    return replace(detection(base), task=TaskConfig("segmentation"), objectives=TaskObjectives("segmentation"))
+    return replace(
+        detection(base), task=TaskConfig("segmentation"), objectives=TaskObjectives("segmentation")
+    )
 
 
 def sounds(base: FinetuneConfig) -> FinetuneConfig:

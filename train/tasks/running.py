@@ -5,7 +5,6 @@ from __future__ import annotations
 import json
 import platform
 import time
-from collections.abc import Sequence
 from datetime import UTC, datetime
 from importlib import metadata
 from typing import TYPE_CHECKING, Any
@@ -19,7 +18,7 @@ from train.machine import Precision, device_name, peak_memory
 from train.optimizers import in_words
 from train.scores.gather import gather_samples
 from train.signals import Stop
-from train.tasks.base import Prediction, TaskResult
+from train.tasks.base import Prediction, Task, TaskResult
 from train.tasks.config import FinetuneConfig
 from train.tasks.data import TaskData
 from train.tasks.registry import task_of
@@ -56,7 +55,9 @@ def greet_task(
             5, f"data        {items.lacking:,} training samples lack what the task needs, and are left out"
         )
     if items.broken:
-        lines.insert(5, f"data        {len(items.broken):,} have annotations that cannot be read: {items.broken[0]}")
+        lines.insert(
+            5, f"data        {len(items.broken):,} have annotations that cannot be read: {items.broken[0]}"
+        )
     return lines
 
 
@@ -71,10 +72,11 @@ def score_task(
     autocast: torch.dtype | None = None,
     most: int | None = None,
     ranks: Ranks = ALONE,
+    task: Task | None = None,
 ) -> TaskResult | None:
     """Score `model` on the first `most` items. Every rank takes its own batches; what they found is gathered once, and rank 0
     alone scores it, once (the others get None). The figures do not depend on the number of ranks."""
-    task = task_of(config.task.kind)
+    task = task or task_of(config.task.kind)
     was_training = model.training
     model.eval()
     predictions: list[Prediction] = []
