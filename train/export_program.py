@@ -67,10 +67,11 @@ def encoder_of(loaded: LoadedModel) -> nn.Module:
     return (AuroraEncoder(base) if isinstance(base, Aurora) else PerceiverEncoder(base)).eval()
 
 
+@torch.no_grad()
 def export_encoder(
     loaded: LoadedModel, folder: Path, formats: Sequence[str] = ("torch",), batch: int = 2
 ) -> list[Program]:
-    """Write encoder.pt2 (torch.export, for batches of `batch` images) and encoder.onnx, as asked for, and run each beside the
+    """Write encoder.pt2 (torch.export, for batches of `batch` images, to be run under torch.no_grad) and encoder.onnx, as asked for, and run each beside the
     model. Raises ValueError for an unknown format and where the numbers differ, ImportError where onnx is missing."""
     if unknown := set(formats) - set(FORMATS):
         raise ValueError(f"unknown formats {sorted(unknown)}; supported: {', '.join(FORMATS)}")
@@ -78,9 +79,8 @@ def export_encoder(
     size = loaded.config.model.image_size
     images = torch.randn(batch, 3, size, size, generator=torch.Generator().manual_seed(0))
     folder.mkdir(parents=True, exist_ok=True)
-    with torch.no_grad():
-        wanted = encoder(images)
-        program = torch.export.export(encoder, (images,), strict=False)
+    wanted = encoder(images)
+    program = torch.export.export(encoder, (images,), strict=False)
     made = []
     for kind in formats:
         path = folder / ("encoder.pt2" if kind == "torch" else "encoder.onnx")

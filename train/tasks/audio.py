@@ -20,10 +20,13 @@ from train.config import ConfigError
 from train.result import Score
 from train.scores.audio import accuracy_scores, label_scores
 from train.tasks.base import Example, Prediction, TaskResult, item_of
-from train.tasks.config import FinetuneConfig, TaskConfig
+from train.tasks.config import FinetuneConfig, TaskConfig, TaskDataConfig
 from train.tasks.data import classes_beside
 
-GAIN = 0.5  # in training a sound is made louder or softer by up to this, as a power of e
+LOUDNESS = 0.05  # root mean square that every sound is brought to
+GAIN = 0.3  # deviation of the loudness in training, as a power of e
+SHIFT = 0.15  # in training a sound begins so much later at most, in shares of the longest
+MIX = 0.4  # of the beta distribution of what a sound counts that is mixed with another
 
 
 class AudioClassification:
@@ -62,20 +65,31 @@ class AudioClassification:
         numbers = {name: i for i, name in enumerate(config.task.classes)}
 
         def make(items: Items, item: Item, rng: np.random.Generator | None) -> dict[str, np.ndarray]:
+            sound, labels = read(items, item, rng)
+            if rng is not None and rng.random() < data.mix_sounds:
+                other, theirs = read(items, items.items[int(rng.integers(len(items)))], rng)
+                share = np.float32(rng.beta(MIX, MIX))
+                length = min(len(sound), len(other))
+                sound = share * sound
+                sound[:length] += (1 - share) * other[:length]
+                both = np.maximum(labels, theirs) if config.task.several_labels else labels * share
+                labels = both if config.task.several_labels else both + (1 - share) * theirs
+            return {"audio": sound.astype(np.float32), "labels": labels.astype(np.float32)}
+
+        def read(items: Items, item: Item, rng: np.random.Generator | None) -> tuple[np.ndarray, np.ndarray]:
             encoded = items.index.media(item.sample, "audio")
             factor = 1.0 if rng is None else 1 + data.speed * (2 * rng.random() - 1)
             place = 0.5 if rng is None else rng.random()
             found = audio.decode(
                 encoded, seconds=seconds * max(factor, 1.0), place=place, sandbox=sandbox.shared(1)
             )
-            sound = found.samples
+            sound = equally_loud(found.samples)
             if rng is not None:
-                sound = varied(sound, factor, data.noise, rng)
-            sound = sound[: round(seconds * audio.RATE)]
+                sound = varied(sound, factor, data, seconds, rng)
             known = [numbers[label] for label in items.annotations(item).labels if label in numbers]
             labels = np.zeros(len(numbers), np.float32)
             labels[known] = 1
-            return {"audio": sound.astype(np.float32), "labels": labels}
+            return sound[: round(seconds * audio.RATE)], labels
 
         return make
 
@@ -88,7 +102,6 @@ class AudioClassification:
         losses: dict[str, Tensor] = module(
             batch["audio"], offsets(batch), batch["labels"], shares[0],
             several=config.task.several_labels, smoothing=config.objectives.label_smoothing,
-            hide=config.data.hide_sound, mix=config.data.mix_sounds,
         )  # fmt: skip
         return losses
 
@@ -139,13 +152,35 @@ def offsets(batch: TaskBatch) -> Tensor:
     return torch.cat((lengths.new_zeros(1), lengths.cumsum(0))).to(torch.int32)
 
 
-def varied(sound: np.ndarray, factor: float, noise: float, rng: np.random.Generator) -> np.ndarray:
-    """A sound [S] as it may also have been: played `factor` times as fast (and higher), softer or louder, with noise."""
+def equally_loud(sound: np.ndarray) -> np.ndarray:
+    """A sound [S] at the loudness of all: recordings differ in it, classes do not."""
+    loudness = np.sqrt(np.mean(np.square(sound, dtype=np.float64)))
+    return sound * np.float32(LOUDNESS / (loudness + 1e-5))
+
+
+def varied(
+    sound: np.ndarray, factor: float, data: TaskDataConfig, seconds: float, rng: np.random.Generator
+) -> np.ndarray:
+    """A sound [S] as it may also have been: played `factor` times as fast (and higher), with a band and a moment missing, softer
+    or louder, with noise, a little later."""
     if factor != 1.0:
         places = np.arange(0, len(sound) - 1, factor)
         sound = np.interp(places, np.arange(len(sound)), sound).astype(np.float32)
-    sound = sound * np.float32(np.exp(GAIN * (2 * rng.random() - 1)))
-    if noise:
-        level = noise * rng.random() * float(sound.std())
-        sound = sound + level * rng.standard_normal(len(sound)).astype(np.float32)
-    return sound.clip(-1, 1).astype(np.float32)
+    if data.hide_sound and len(sound) > 1:
+        spectrum = np.fft.rfft(sound)
+        _gap(spectrum, data.hide_sound / 2, rng)
+        sound = np.fft.irfft(spectrum, len(sound)).astype(np.float32)
+        _gap(sound, data.hide_sound, rng)
+    sound = equally_loud(sound) * np.float32(np.exp(GAIN * rng.standard_normal()))
+    level = np.float32(data.noise * rng.random() * LOUDNESS)
+    sound = sound + level * rng.standard_normal(len(sound), dtype=np.float32)
+    spare = min(round(SHIFT * seconds * audio.RATE), max(round(seconds * audio.RATE) - len(sound), 0))
+    before = level * rng.standard_normal(int(rng.integers(spare + 1)), dtype=np.float32)
+    return np.concatenate([before, sound])
+
+
+def _gap(values: np.ndarray, most: float, rng: np.random.Generator) -> None:
+    """Set a random stretch of at most this share to 0, in place."""
+    width = int(len(values) * most * rng.random())
+    start = int(rng.integers(len(values) - width + 1))
+    values[start : start + width] = 0

@@ -111,9 +111,9 @@ def sounds(base: FinetuneConfig) -> FinetuneConfig:
         base,
         task=TaskConfig("audio"),
         objectives=TaskObjectives("audio", label_smoothing=0.1),
-        data=TaskDataConfig(speed=0.15, noise=0.05, hide_sound=0.3, mix_sounds=0.3),
+        data=TaskDataConfig(speed=0.15, noise=0.1, hide_sound=0.3, mix_sounds=0.3),
         optim=OptimConfig(lr=1e-3, final_lr=1e-5, warmup=40, weight_decay=0.1),
-        batch_size=64,
+        batch_size=32,
         steps=600,
-        ema_decay=0.99,
+        ema_decay=0.98,
     )
