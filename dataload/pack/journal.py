@@ -35,7 +35,11 @@ def describe(source: Source, options: Mapping[str, Any]) -> dict[str, Any]:
     listed, files = hashlib.sha256(), hashlib.sha256()
     for one in source.pictures:
         listed.update(json.dumps([one.name, one.split, one.captions, one.facts], sort_keys=True).encode())
-        for path in one.paths:
+        maps: tuple[Path, ...] = ()
+        if one.label_map is not None:
+            listed.update(json.dumps(one.label_map.told()).encode())
+            maps = one.label_map.paths
+        for path in (*one.paths, *maps):
             files.update(f"{path.name}\0{_state(path)}\n".encode("utf-8", "surrogateescape"))
     return {
         "version": _VERSION,
@@ -103,9 +107,9 @@ class Journal:
         self._write({"split": split, "shard": name, "size": size, "samples": samples, "outcomes": told})
         self.lines.append((split, samples, list(outcomes)))
 
-    def publish(self, listing: bytes) -> None:
-        """Removes what is to be replaced, moves the shards to their place, writes dataset.json last. An
-        interruption anywhere leaves what the next call needs."""
+    def publish(self, listing: bytes, beside: Mapping[str, bytes] | None = None) -> None:
+        """Removes what is to be replaced, moves the shards to their place, writes the files `beside` them and
+        dataset.json last. An interruption anywhere leaves what the next call needs."""
         if not self.removed:
             for name in self.replaces:
                 (self.output / name).unlink(missing_ok=True)
@@ -114,9 +118,10 @@ class Journal:
             for name in names:
                 if (self.folder / name).exists():
                     (self.folder / name).rename(self.output / name)
-        part = self.folder / LISTING
-        part.write_bytes(listing)
-        part.rename(self.output / LISTING)
+        for name, data in {**(beside or {}), LISTING: listing}.items():
+            part = self.folder / name
+            part.write_bytes(data)
+            part.rename(self.output / name)
         self._close(keep=False)
 
     def __enter__(self) -> Journal:
@@ -222,6 +227,8 @@ def _to_replace(output: Path, overwrite: bool) -> list[str]:
                 "--overwrite does not touch them; choose another folder"
             )
         return []
-    splits = json.loads(listing.read_text("utf-8"))["splits"].values()
+    earlier = json.loads(listing.read_text("utf-8"))
+    splits = earlier["splits"].values()
     shards = [Path(name).name for split in splits for name in split["shards"]]  # names, whatever it says
-    return [LISTING, *(f"{name}{end}" for name in shards for end in ("", *BESIDE))]
+    beside = [Path(name).name for name in earlier.get("beside", ())]
+    return [LISTING, *beside, *(f"{name}{end}" for name in shards for end in ("", *BESIDE))]

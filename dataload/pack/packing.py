@@ -7,13 +7,16 @@ import os
 import random
 import re
 from collections import deque
-from collections.abc import Iterator
+from collections.abc import Iterator, Mapping
 from concurrent.futures import Future, ThreadPoolExecutor
 from dataclasses import asdict
 from functools import partial
 from hashlib import blake2b
 from pathlib import Path
+from typing import Any
 
+from dataload.annotations import CLASSES, SEGMENTATION
+from dataload.pack.geometry import map_bytes, scaled
 from dataload.pack.journal import Journal, PackError, describe
 from dataload.pack.kinds import kind_of, suffix_of
 from dataload.pack.pictures import Prepared, prepare
@@ -22,6 +25,9 @@ from dataload.pack.source import Picture, Source
 from dataload.pack.summary import Outcome, Summary
 from dataload.pack.writer import ShardWriter
 from dataload.progress import Progress
+
+MAP = "map"
+"""kind of a label map among a sample's files"""
 
 
 def pack(
@@ -35,6 +41,7 @@ def pack(
     shuffle_seed: int | None = None,
     overwrite: bool = False,
     restart: bool = False,
+    require_all: bool = False,
     workers: int | None = None,
 ) -> Summary:
     """Writes output/<split>-%06d.tar for every split of `source`, and output/dataset.json.
@@ -46,9 +53,15 @@ def pack(
     is there. `overwrite` replaces what an earlier packing put into `output` (and nothing else there).
     `workers`: threads that read and check files (None = one per core).
 
+    Before any work it looks whether the files are there; `require_all`: one that is missing ends it.
+
     Raises PackError when `output` is not empty, holds another interrupted packing, a split's name cannot be
-    part of a file name, or nothing could be packed.
+    part of a file name, a file is missing that is required, or nothing could be packed.
     """
+    if (absent := missing(source)) and (require_all or len(absent) == len(source.pictures)):
+        raise PackError(
+            _nothing(source) if len(absent) == len(source.pictures) else missing_said(source, absent)
+        )
     splits: dict[str, list[Picture]] = {}
     for picture in source.pictures:
         splits.setdefault(picture.split, []).append(picture)
@@ -79,8 +92,12 @@ def pack(
             split.shards = journal.shards[name]
         if not summary.splits:
             raise PackError(_nothing(source, summary))
+        beside = {}
+        if source.classes:
+            beside[CLASSES] = (json.dumps(source.classes, ensure_ascii=False, indent=1) + "\n").encode()
+            summary.beside = list(beside)
         listing = json.dumps(asdict(summary), ensure_ascii=False, indent=1) + "\n"
-        journal.publish(listing.encode())
+        journal.publish(listing.encode(), beside)
     return summary
 
 
@@ -120,9 +137,8 @@ def _write_split(
             outcome = _outcome(prepared)
             if prepared and not outcome.broken:
                 # May finish the shard before, without this sample: `done` and `waiting` do not have it yet.
-                writer.write_files(
-                    f"{number:08d}", {p.suffix: p.data for p in prepared}, picture.captions, picture.facts
-                )
+                files = {one.suffix: one.data for one in prepared}
+                writer.write_files(f"{number:08d}", files, picture.captions, _facts(picture, prepared))
                 number += 1
             done += 1
             waiting.append(outcome)
@@ -137,11 +153,20 @@ def _outcome(prepared: list[Prepared] | None) -> Outcome:
         return Outcome(missing=True)
     if broken := next((one.broken for one in prepared if one.broken), ""):
         return Outcome(broken=broken)
-    digests = [one.digest for one in prepared]
+    media = [one for one in prepared if one.kind != MAP]
+    digests = [one.digest for one in media]
     digest = digests[0] if len(digests) == 1 else blake2b(b"".join(digests), digest_size=16).digest()
-    change = next((one.change for one in prepared if one.change), "")
-    kinds = tuple(one.kind for one in prepared)
-    return Outcome(digest.hex(), kinds, sum(len(one.data) for one in prepared), change)
+    change = next((one.change for one in media if one.change), "")
+    kinds = tuple(one.kind for one in media)
+    return Outcome(digest.hex(), kinds, sum(len(one.data) for one in media), change)
+
+
+def _facts(picture: Picture, prepared: list[Prepared]) -> Mapping[str, Any]:
+    """What is known of a sample, in pixels of the picture as it is packed."""
+    if not picture.is_placed:
+        return picture.facts
+    image = next(one for one in prepared if one.kind == "image")
+    return scaled(picture.facts, image.source_size, image.size)
 
 
 def load(picture: Picture, *, resize: int | None, verify: bool) -> list[Prepared] | None:
@@ -163,8 +188,29 @@ def load(picture: Picture, *, resize: int | None, verify: bool) -> list[Prepared
                 broken = fault(data, kind, verify=verify)
                 found.append(Prepared(digest, suffix_of(path), data, broken=broken, kind=kind))
             else:  # also a file whose name says nothing: its bytes may be those of a picture
-                found.append(prepare(data, resize=resize, verify=verify))
+                found.append(prepare(data, resize=resize, verify=verify, measure=picture.is_placed))
+    if picture.is_placed and not any(one.broken for one in found):
+        found += _placed(picture, next((one for one in found if one.kind == "image"), None))
     return found
+
+
+def _placed(picture: Picture, image: Prepared | None) -> list[Prepared]:
+    """The label map of a sample; or why boxes and maps do not fit its picture."""
+    if image is None:
+        return [Prepared(b"", broken="boxes or a label map, but no picture")]
+    if picture.size is not None and picture.size != image.source_size:
+        wanted, found = ("x".join(map(str, size)) for size in (picture.size, image.source_size))
+        return [Prepared(b"", broken=f"the annotations are for {wanted} pixels, the picture has {found}")]
+    if picture.label_map is None:
+        return []
+    try:
+        return [
+            Prepared(b"", SEGMENTATION, map_bytes(picture.label_map, image.source_size, image.size), kind=MAP)
+        ]
+    except FileNotFoundError as error:
+        return [Prepared(b"", broken=f"the label map {Path(str(error.filename)).name} is missing")]
+    except (ValueError, OSError) as error:
+        return [Prepared(b"", broken=f"the label map cannot be used: {error}")]
 
 
 def _ahead(
@@ -183,13 +229,47 @@ def _ahead(
             yield first, job.result()
 
 
-def _nothing(source: Source, summary: Summary) -> str:
+def missing(source: Source) -> list[Picture]:
+    """The samples of which a file is not there."""
+    return [
+        one
+        for one in source.pictures
+        if not all(path.is_file() for path in (*one.paths, *(one.label_map.paths if one.label_map else ())))
+    ]
+
+
+def known_before(source: Source) -> str:
+    """What can be said before any work: files that are missing, and what the source's own files leave out."""
+    lines = [
+        f"{len(entries):,} {title}; the first is {entries[0][:150]}"
+        for title, entries in source.problems.items()
+    ]
+    return "\n".join(filter(None, [missing_said(source, missing(source)), *lines]))
+
+
+def missing_said(source: Source, absent: list[Picture]) -> str:
+    """The same in a sentence; empty where nothing is missing."""
+    if not absent:
+        return ""
+    return (
+        f"the files of {len(absent):,} of {len(source.pictures):,} samples are missing; the first was looked for at "
+        f"{_looked_for(absent[0])}"
+    )
+
+
+def _looked_for(absent: Picture) -> Path:
+    paths = (*absent.paths, *(absent.label_map.paths if absent.label_map else ()))
+    return next((path for path in paths if not path.is_file()), absent.path)
+
+
+def _nothing(source: Source, summary: Summary | None = None) -> str:
     if not source.pictures:
         return "the source holds no pictures, sounds or videos"
+    summary = summary or Summary(source.kind, missing=[one.name for one in source.pictures])
     message = (
         f"none of the {len(source.pictures):,} pictures could be packed: {len(summary.missing):,} are missing"
     )
     message += f" and {len(summary.broken):,} broken."
     if summary.missing:
-        return f"{message} The first was looked for at {source.pictures[0].path}: is --images right?"
+        return f"{message} The first was looked for at {_looked_for(source.pictures[0])}: is --images right?"
     return f"{message} The first: {', '.join(summary.broken[0])}"

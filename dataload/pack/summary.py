@@ -57,6 +57,11 @@ class SplitSummary:
     labelled: int = 0
     """samples with a label"""
     captions: int = 0
+    objects: int = 0
+    """boxes, with masks or without; likewise questions and regions"""
+    questions: int = 0
+    regions: int = 0
+    label_maps: int = 0
     bytes: int = 0
     shards: list[str] = field(default_factory=list)
 
@@ -69,7 +74,11 @@ class SplitSummary:
         self.captions += len(picture.captions)
         self.captioned += bool(picture.captions)
         self.uncaptioned += not picture.captions
-        self.labelled += "label" in picture.facts
+        self.labelled += "label" in picture.facts or bool(picture.facts.get("labels"))
+        self.objects += len(picture.facts.get("objects", ()))
+        self.questions += len(picture.facts.get("questions", ()))
+        self.regions += len(picture.facts.get("regions", ()))
+        self.label_maps += picture.label_map is not None
         self.bytes += outcome.size
 
     @property
@@ -98,6 +107,8 @@ class Summary:
     """duplicates whose earlier sample is in another split"""
     notes: list[str] = field(default_factory=list)
     problems: dict[str, list[str]] = field(default_factory=dict)
+    beside: list[str] = field(default_factory=list)
+    """files beside the shards that belong to them: classes.json"""
 
     def account(self, picture: Picture, outcome: Outcome, seen: dict[str, Picture]) -> None:
         """Notes what became of a sample. `seen`: the first sample of each digest."""
@@ -123,6 +134,14 @@ class Summary:
                 f"    {split.captioned:,} with {split.captions:,} captions, {split.uncaptioned:,} without"
                 + (f", {split.labelled:,} with a label" if split.labelled else "")
             )
+            annotated = {
+                "objects": split.objects, "questions": split.questions, "regions": split.regions,
+                "label maps": split.label_maps,
+            }  # fmt: skip
+            if any(annotated.values()):
+                lines.append(
+                    "    " + ", ".join(f"{count:,} {name}" for name, count in annotated.items() if count)
+                )
             lines.append(f"    in {', '.join(split.shards[:1] + split.shards[1:][-1:])}")
             if len(split.shards) > 2:
                 lines[-1] = lines[-1].replace(", ", " ... ") + f" ({len(split.shards):,} shards)"

@@ -2,7 +2,7 @@
 
 A shard PREFIX-000000.tar holds samples one after another; a sample is KEY.<suffix> for each of its media,
 KEY.txt (its first caption) and KEY.json ({"captions": [...], "label": ..., ...}); without captions and label it is
-its media alone.
+its media alone. KEY.seg.png is a label map. dataload/README.md lists what KEY.json may hold.
 """
 
 from __future__ import annotations
@@ -16,6 +16,11 @@ from dataclasses import dataclass, field
 from pathlib import Path
 from types import TracebackType
 from typing import Any
+
+from dataload.annotations import SEGMENTATION
+
+TOLD = ("label", "labels", "objects", "questions", "regions")
+"""facts that are worth a sidecar also without captions"""
 
 
 @dataclass
@@ -58,12 +63,12 @@ class ShardWriter:
         facts: Mapping[str, Any] | None = None,
     ) -> None:
         """Adds one sample of several media, by their suffixes without the dot. The sidecar is written where
-        there are captions, or a "label" among the facts."""
+        there are captions, a label map, or one of TOLD among the facts."""
         members = [(f"{key}.{suffix}", data) for suffix, data in files.items()]
         facts = facts or {}
         if captions:
             members.append((f"{key}.txt", captions[0].encode()))
-        if captions or "label" in facts:
+        if captions or SEGMENTATION in files or any(name in facts for name in TOLD):
             sidecar = {"captions": list(captions), **facts} if captions else dict(facts)
             members.append(
                 (f"{key}.json", json.dumps(sidecar, ensure_ascii=False, separators=(",", ":")).encode())
