@@ -34,7 +34,6 @@ from models.perceiver.classify import SoundClassifier
 from models.tokens import BOS, EOS
 
 MEAN, STD = (0.485, 0.456, 0.406), (0.229, 0.224, 0.225)  # of ImageNet, as in training
-LONGEST_ANSWER = 8  # tokens
 TEMPLATES = ("{}", "a picture of {}", "there is {}")
 Picture = str | Path | Image.Image
 
@@ -113,10 +112,11 @@ class Pretrained:
         if isinstance(self.model, Chooser):
             best = int(self.model.answers(images, self.tokens([asked])).argmax())
             return str(self.task["classes"][best])
-        room = self.config.text_length - LONGEST_ANSWER - 2
+        longest = min(8, self.config.text_length // 3)  # tokens of an answer, as in training
+        room = self.config.text_length - longest - 2
         prompt = torch.tensor([[BOS, *self.tokenizer.encode(asked)[:room], EOS]], device=self.device)
         memory = self.base.memory(self.base.encode_image(images))
-        return self._write(memory, prompt, prompt.shape[1] + LONGEST_ANSWER, beams, 1.0)
+        return self._write(memory, prompt, prompt.shape[1] + longest, beams, 1.0)
 
     @torch.no_grad()
     def detect(self, picture: Picture, *, least: float = 0.3) -> list[Box]:

@@ -28,7 +28,10 @@ from train.tasks.base import Example, Prediction, TaskResult, item_of
 from train.tasks.config import FinetuneConfig, TaskConfig
 from train.tasks.detection import view_of
 
-LONGEST_ANSWER = 8  # tokens of a written answer, its end included
+
+def longest_answer(length: int) -> int:
+    """Tokens of a written answer, its end included, where prompt and answer have `length` together."""
+    return min(8, length // 3)
 
 
 class QuestionAnswering:
@@ -81,7 +84,7 @@ class QuestionAnswering:
                     made["scores"] = worth(question, numbers, said)
                 return made
             if rng is None or not question.answers:
-                return {"images": view.pixels, "tokens": tokenizer.row(ids, length - LONGEST_ANSWER)}
+                return {"images": view.pixels, "tokens": tokenizer.row(ids, length - longest_answer(length))}
             answer = said(question.answers[int(rng.integers(len(question.answers)))])
             tokens, targets = written(ids, tokenizer.encode(answer), length)
             return {"images": view.pixels, "tokens": tokens, "targets": targets}
@@ -173,7 +176,7 @@ def asked(question: str, task: TaskConfig) -> str:
 def written(prompt: Sequence[int], answer: Sequence[int], length: int) -> tuple[np.ndarray, np.ndarray]:
     """(tokens, targets) int64 [length]: BOS prompt EOS answer EOS, of which the answer and its end are to be predicted. A long
     prompt is cut at its end, a long answer too."""
-    answer = [*answer[: LONGEST_ANSWER - 1], EOS]
+    answer = [*answer[: longest_answer(length) - 1], EOS]
     prompt = [BOS, *prompt[: length - 2 - len(answer)], EOS]
     tokens, targets = np.zeros(length, np.int64), np.full(length, IGNORE, np.int64)
     end = len(prompt) + len(answer)
@@ -199,7 +202,7 @@ def write(
             method="beam" if config.task.beams > 1 else "greedy",
             beams=config.task.beams,
             length_penalty=config.task.length_penalty,
-            max_length=length + LONGEST_ANSWER,
+            max_length=length + longest_answer(config.model.text_length),
             prompt=tokens[rows, :length],
         )
         for row, one in zip(rows.tolist(), ids, strict=True):
@@ -238,5 +241,5 @@ def people(truth: Truth) -> str:
 def prompt_tokens(question: str, config: FinetuneConfig, tokenizer: Tokenizer) -> Tensor:
     """int64 [1, P] of one question, for a written answer: BOS prompt EOS."""
     length = config.model.text_length
-    ids = tokenizer.encode(asked(question, config.task))[: length - LONGEST_ANSWER - 2]
+    ids = tokenizer.encode(asked(question, config.task))[: length - longest_answer(length) - 2]
     return torch.tensor([[BOS, *ids, EOS]])
