@@ -8,6 +8,7 @@ from __future__ import annotations
 
 import math
 from collections.abc import Collection
+from typing import Any
 
 import torch
 from torch import Tensor, nn
@@ -22,7 +23,7 @@ class LoraLinear(nn.Module):
         super().__init__()
         if rank < 1:
             raise ValueError(f"LoRA's rank is {rank}; it must be at least 1")
-        options = {"bias": False, "device": base.weight.device, "dtype": base.weight.dtype}
+        options: dict[str, Any] = {"bias": False, "device": base.weight.device, "dtype": base.weight.dtype}
         self.base_layer = base
         self.lora_A = nn.ModuleDict({ADAPTER: nn.Linear(base.in_features, rank, **options)})
         self.lora_B = nn.ModuleDict({ADAPTER: nn.Linear(rank, base.out_features, **options)})

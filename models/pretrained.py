@@ -266,11 +266,13 @@ def read_model_config(found: Mapping[str, Any]) -> AuroraConfig | PerceiverConfi
     names = {field.name for field in dataclasses.fields(kind)}
     if unknown := sorted(set(found) - names):
         raise ValueError(f"{kind.__name__} has no field {', '.join(unknown)}: written by another version?")
-    values = {name: tuple(value) if isinstance(value, list) else value for name, value in found.items()}
+    values: dict[str, Any] = {
+        name: tuple(value) if isinstance(value, list) else value for name, value in found.items()
+    }
     if isinstance(values.get("classic"), dict):
         from models.perceiver import ClassicBlocks
 
-        values["classic"] = ClassicBlocks(**values["classic"])
+        values["classic"] = ClassicBlocks(**found["classic"])
     return kind(**values)
 
 

@@ -62,8 +62,8 @@ class Chooser(nn.Module):
     def forward(
         self, images: Tensor, tokens: Tensor, scores: Tensor, questions: float | None = None
     ) -> dict[str, Tensor]:
-        """Loss "answer", an fp32 scalar: binary cross-entropy of every answer, a sum over the answers and over `questions` (None:
-        those of this batch). tokens int64 [B, T]; scores [B, C] in 0..1, what each answer is worth."""
+        """Loss "answer", an fp32 scalar: binary cross-entropy of every answer, a sum over the answers and over `questions`
+        (None: those of this batch). tokens int64 [B, T]; scores [B, C] in 0..1, what each answer is worth."""
         logits = self.answers(images, tokens).float()
         loss = F.binary_cross_entropy_with_logits(logits, scores.float(), reduction="sum")
         return {"answer": loss / max(len(images) if questions is None else questions, 1e-6)}

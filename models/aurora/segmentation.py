@@ -32,8 +32,8 @@ class Segmenter(nn.Module):
     def forward(
         self, images: Tensor, label_map: Tensor, pixels: float | None = None, pictures: float | None = None
     ) -> dict[str, Tensor]:
-        """Losses "pixel" (cross-entropy, a sum over `pixels`) and "dice" (1 - the overlap of each class that an image has, a sum
-        over `pictures`), fp32 scalars; None: those of this batch. label_map: uint8 or int64 [B, H, W], 255 = not asked for.
+        """Losses "pixel" (cross-entropy, a sum over `pixels`) and "dice" (1 - the overlap of each class that an image has, a
+        sum over `pictures`), fp32 scalars; None: those of this batch. label_map: uint8 or int64 [B, H, W], 255 = not asked for.
         """
         logits = self.logits(images).float()
         target = label_map.long()
@@ -47,7 +47,7 @@ class Segmenter(nn.Module):
 
     @staticmethod
     def dice(logits: Tensor, target: Tensor, asked: Tensor) -> Tensor:
-        """Sum over images of the mean of 1 - Dice over the classes that are there: small classes count as much as large ones."""
+        """Sum over images of the mean of 1 - Dice over the classes that are there: small ones count as much as large ones."""
         found = logits.softmax(1) * asked[:, None]
         true = F.one_hot(target.where(asked, 0), logits.shape[1]).permute(0, 3, 1, 2) * asked[:, None]
         both, sizes = (found * true).sum((2, 3)), (found + true).sum((2, 3))

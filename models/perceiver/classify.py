@@ -35,8 +35,8 @@ class SoundClassifier(nn.Module):
         several: bool = False,
         smoothing: float = 0.0,
     ) -> dict[str, Tensor]:
-        """Loss "label", an fp32 scalar: a sum over `sounds` (None: those of this batch). audio float [N], 16 kHz, packed; offsets
-        int32 [B+1]; labels [B, C], shares of 1 where sounds are mixed.
+        """Loss "label", an fp32 scalar: a sum over `sounds` (None: those of this batch). audio float [N], 16 kHz, packed;
+        offsets int32 [B+1]; labels [B, C], shares of 1 where sounds are mixed.
 
         several: a sound may have several classes (binary cross-entropy, summed over the classes), else it has one
         (cross-entropy, labels smoothed).

@@ -120,8 +120,8 @@ class AudioClassification:
         unknown = Counter(label for one in known for label in one.labels if label not in numbers)
         logits = np.stack([one.value for one in predictions])
         truth = np.zeros(logits.shape, bool)
-        for row, one in zip(truth, known, strict=True):
-            row[[numbers[label] for label in one.labels if label in numbers]] = True
+        for row, k in zip(truth, known, strict=True):
+            row[[numbers[label] for label in k.labels if label in numbers]] = True
         about: dict[str, Any] = {"unknown_labels": dict(unknown)}
         if config.task.several_labels:
             found = label_scores(logits, truth, classes)

@@ -104,8 +104,10 @@ class Captioning:
         self, predictions: Sequence[Prediction], items: Items, config: FinetuneConfig, tokenizer: Tokenizer
     ) -> TaskResult:
         known = [items.annotations(item_of(items, one)) for one in predictions]
-        references = {one.item: list(k.captions) for one, k in zip(predictions, known, strict=True)}
-        said = {one.item: str(one.value) for one in predictions}
+        references: dict[int | str, Sequence[str]] = {
+            one.item: list(k.captions) for one, k in zip(predictions, known, strict=True)
+        }
+        said: dict[int | str, str] = {one.item: str(one.value) for one in predictions}
         plan = self.plan()
         scored = score_captions(said, references, plan)
         with CaptionScorer(replace(plan, metrics=QUICK, reasons={})) as quick:
@@ -167,12 +169,14 @@ def caption(base: Any, images: Tensor, config: FinetuneConfig, tokenizer: Tokeni
     return [tokenizer.decode([token for token in ids if token != EOS]) for ids in found]
 
 
-def best_single(references: Mapping[int, Sequence[str]], scorer: CaptionScorer) -> dict[str, float | None]:
+def best_single(
+    references: Mapping[int | str, Sequence[str]], scorer: CaptionScorer
+) -> dict[str, float | None]:
     """Scores of the one caption that does best (by CIDEr) when it is said of every picture, of those whose words are most
     common: what a model has to beat."""
     owners = [item for item, texts in references.items() for _ in texts]
     split = scorer.tokenize([text for texts in references.values() for text in texts])
-    texts: dict[int, list[str]] = {}
+    texts: dict[int | str, list[str]] = {}
     for owner, text in zip(owners, split, strict=True):
         texts.setdefault(owner, []).append(text)
     cider = CiderD(texts.values())

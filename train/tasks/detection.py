@@ -39,7 +39,10 @@ class Detection:
         return 1
 
     def complete(self, task: TaskConfig, items: Items) -> TaskConfig:
-        return task if task.classes else replace(task, **object_classes(items))
+        if task.classes:
+            return task
+        names, ids = object_classes(items)
+        return replace(task, classes=names, class_ids=ids)
 
     def model(self, config: FinetuneConfig) -> nn.Module:
         return Detector(config.model, len(config.task.classes))
@@ -137,7 +140,7 @@ def view_of(config: FinetuneConfig) -> ViewConfig:
     )
 
 
-def object_classes(items: Items) -> dict[str, tuple[str, ...]]:
+def object_classes(items: Items) -> tuple[tuple[str, ...], tuple[str, ...]]:
     """Names and ids of the categories that classes.json beside the shards lists. Raises ConfigError without it."""
     try:
         found = read_classes(classes_beside(items)).objects
@@ -145,7 +148,7 @@ def object_classes(items: Items) -> dict[str, tuple[str, ...]]:
         raise ConfigError(f"the classes of the objects are not known: {error}") from error
     if not found:
         raise ConfigError(f"{classes_beside(items)}/classes.json lists no objects")
-    return {"classes": tuple(found.values()), "class_ids": tuple(map(str, found))}
+    return tuple(found.values()), tuple(map(str, found))
 
 
 def example(

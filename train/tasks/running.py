@@ -103,7 +103,7 @@ def evaluate_task(run: Run, stop: Stop, most: int | None) -> TaskResult:
         result = score_task(
             model,
             run.data.heldout,
-            run.config,  # type: ignore[arg-type]
+            run.config,
             run.data.tokenizer,
             device=run.engine.device,
             autocast=run.engine.precision.autocast,
@@ -130,7 +130,7 @@ def finish_task(run: Run, stop: Stop) -> None:
     if run.data.heldout is not None:
         run.say(f"scoring all {len(run.data.heldout):,} held-out items ...")
         result = evaluate_task(run, stop, None)
-        run.record_scores(result)  # type: ignore[arg-type]
+        run.record_scores(result)
         run.say(f"held out, after step {run.step}:")
         for line in result.lines():
             run.say(f"  {line}")

@@ -91,8 +91,8 @@ class Segmentation:
     def predict(
         self, model: Any, batch: TaskBatch, items: Items, config: FinetuneConfig, tokenizer: Tokenizer
     ) -> list[Prediction]:
-        """Label maps of the stored pictures' size. What is kept is which pairs of classes each has, so that ranks send each other
-        little."""
+        """Label maps of the stored pictures' size. What is kept is which pairs of classes each has, so that ranks send each
+        other little."""
         logits = model.logits(normalize(batch["images"])).float()
         truth = Truth(config.task)
         predictions = []
