@@ -33,6 +33,8 @@ class ViewConfig:
     flip: float = 0.5
     color_jitter: float = 0.0
     interpolation: str = "bilinear"
+    keep_shape: bool = False
+    """a crop keeps its proportions, with grey beside it, as pictures are scored (`whole_view`); else it fills the square"""
 
 
 @dataclass(frozen=True)
@@ -82,26 +84,41 @@ def training_view(data: bytes, config: ViewConfig, rng: np.random.Generator) -> 
     picture = images.read(data, sandbox=sandbox.shared(1))
     flipped = bool(rng.random() < config.flip)
     box = crop_box(picture.width, picture.height, rng, config.crop_scale, config.crop_ratio)
-    pixels = resize(picture.cut(box), config.size, config.interpolation, mirror=flipped)
+    if config.keep_shape and config.crop_scale[0] == 1:  # a whole picture, whatever its proportions
+        box = (0, 0, picture.width, picture.height)
+    shown = _shown(box, config.size) if config.keep_shape else (config.size, config.size)
+    pixels = _square(picture.cut(box), shown, config.size, config.interpolation, flipped)
     if config.color_jitter:
         pixels = np.asarray(images.color_jitter(Image.fromarray(pixels), config.color_jitter, rng))
-    return View(pixels, box, (config.size, config.size), flipped, (picture.width, picture.height))
+    return View(pixels, box, shown, flipped, (picture.width, picture.height))
 
 
 def whole_view(data: bytes, size: int, interpolation: str = "bilinear") -> View:
     """The whole picture, its longer side `size`, grey below or to the right of it. Raises BrokenImage."""
     picture = images.read(data, sandbox=sandbox.shared(1))
     box = (0, 0, picture.width, picture.height)
-    scale = size / max(picture.width, picture.height)
-    shown = max(1, round(picture.width * scale)), max(1, round(picture.height * scale))
-    if shown == (size, size):
-        pixels = resize(picture.cut(box), size, interpolation)
-    else:
-        image = Image.fromarray(picture.cut(box)).resize(shown, images.INTERPOLATIONS[interpolation])
-        pixels = np.empty((size, size, 3), np.uint8)
-        pixels[:] = np.array(GREY, np.uint8)
-        pixels[: shown[1], : shown[0]] = np.asarray(image)
+    shown = _shown(box, size)
+    pixels = _square(picture.cut(box), shown, size, interpolation, False)
     return View(pixels, box, shown, False, (picture.width, picture.height))
+
+
+def _shown(box: tuple[int, int, int, int], size: int) -> tuple[int, int]:
+    """Width and height of a box whose longer side becomes `size`."""
+    scale = size / max(box[2:])
+    return max(1, round(box[2] * scale)), max(1, round(box[3] * scale))
+
+
+def _square(
+    crop: np.ndarray, shown: tuple[int, int], size: int, interpolation: str, mirror: bool
+) -> np.ndarray:
+    """uint8 [size, size, 3]: the crop at the upper left, grey elsewhere."""
+    if shown == (size, size):
+        return resize(crop, size, interpolation, mirror=mirror)
+    image = np.asarray(Image.fromarray(crop).resize(shown, images.INTERPOLATIONS[interpolation]))
+    pixels = np.empty((size, size, 3), np.uint8)
+    pixels[:] = np.array(GREY, np.uint8)
+    pixels[: shown[1], : shown[0]] = image[:, ::-1] if mirror else image
+    return pixels
 
 
 def squashed_view(data: bytes, size: int, interpolation: str = "bilinear") -> View:

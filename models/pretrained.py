@@ -182,7 +182,7 @@ class Pretrained:
     ) -> dict[str, float]:
         """Zero-shot: how likely each label is, by the cosine of the picture with the mean of the label's prompts."""
         classes = class_embeddings(self.text_embedding, labels, templates)
-        scale = float(self.base.logit_scale.exp().clamp(max=100))
+        scale = float(self.base.logit_scale.detach().exp().clamp(max=100))
         odds = (scale * self.image_embedding([picture]) @ classes.T).softmax(-1)[0]
         return dict(zip(labels, odds.tolist(), strict=True))
 

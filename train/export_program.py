@@ -71,8 +71,9 @@ def encoder_of(loaded: LoadedModel) -> nn.Module:
 def export_encoder(
     loaded: LoadedModel, folder: Path, formats: Sequence[str] = ("torch",), batch: int = 2
 ) -> list[Program]:
-    """Write encoder.pt2 (torch.export, for batches of `batch` images, to be run under torch.no_grad) and encoder.onnx, as asked for, and run each beside the
-    model. Raises ValueError for an unknown format and where the numbers differ, ImportError where onnx is missing."""
+    """Write encoder.pt2 (torch.export, for batches of `batch` images, to be run under torch.no_grad) and encoder.onnx,
+    as asked for, and run each beside the model. Raises ValueError for an unknown format and where the numbers differ,
+    ImportError where onnx is missing."""
     if unknown := set(formats) - set(FORMATS):
         raise ValueError(f"unknown formats {sorted(unknown)}; supported: {', '.join(FORMATS)}")
     encoder = encoder_of(loaded)

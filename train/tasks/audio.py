@@ -161,8 +161,8 @@ def equally_loud(sound: np.ndarray) -> np.ndarray:
 def varied(
     sound: np.ndarray, factor: float, data: TaskDataConfig, seconds: float, rng: np.random.Generator
 ) -> np.ndarray:
-    """A sound [S] as it may also have been: played `factor` times as fast (and higher), with a band and a moment missing, softer
-    or louder, with noise, a little later."""
+    """A sound [S] as it may also have been: played `factor` times as fast (and higher), with a band and a moment missing,
+    softer or louder, with noise, a little later."""
     if factor != 1.0:
         places = np.arange(0, len(sound) - 1, factor)
         sound = np.interp(places, np.arange(len(sound)), sound).astype(np.float32)

@@ -49,7 +49,7 @@ class Detection:
 
     def maker(self, config: FinetuneConfig, tokenizer: Tokenizer) -> Maker:
         size, data = config.model.image_size, config.data
-        view_config = view_of(config)
+        view_config = view_of(config, keep_shape=True)
         numbers = {int(number): i for i, number in enumerate(config.task.class_ids)}
 
         def make(items: Items, item: Item, rng: np.random.Generator | None) -> dict[str, np.ndarray]:
@@ -127,7 +127,7 @@ class Detection:
         )
 
 
-def view_of(config: FinetuneConfig) -> ViewConfig:
+def view_of(config: FinetuneConfig, *, keep_shape: bool = False) -> ViewConfig:
     """How training pictures are cropped."""
     data = config.data
     return ViewConfig(
@@ -137,6 +137,7 @@ def view_of(config: FinetuneConfig) -> ViewConfig:
         data.flip,
         data.color_jitter,
         data.interpolation,
+        keep_shape,
     )
 
 

@@ -21,7 +21,7 @@ from torch import nn
 from dataload import shards
 from dataload.annotated import TaskSet
 from train.checkpoint import LoadedModel, find, load_model, read_config
-from train.config import ConfigError
+from train.config import ConfigError, PretrainConfig
 from train.engine import Ranks, join, leave
 from train.machine import choose_precision
 from train.report.tasks import write_task_page
@@ -131,7 +131,11 @@ def config_for(args: argparse.Namespace, loaded: LoadedModel) -> FinetuneConfig:
         trained = isinstance(config, FinetuneConfig) or config.objectives.itc
         if not trained:
             raise ConfigError(f"{loaded.path} was trained without contrast (objectives.itc is 0)")
-        found = config if isinstance(config, FinetuneConfig) else task_preset("retrieval", config)
+        found = (
+            config
+            if isinstance(config, FinetuneConfig)
+            else own_data(task_preset("retrieval", config), config)
+        )
         return replace(
             found, task=replace(found.task, classes=tuple(args.classes)), checkpoint=str(loaded.path)
         )
@@ -145,13 +149,19 @@ def config_for(args: argparse.Namespace, loaded: LoadedModel) -> FinetuneConfig:
     else:
         if not config.objectives.caption:
             raise ConfigError(f"{loaded.path} was trained without captioning (objectives.caption is 0)")
-        found = task_preset(args.task, config)
+        found = own_data(task_preset(args.task, config), config)
     changes = {
         name: value
         for name in ("beams", "length_penalty", "prompt")
         if (value := getattr(args, name, None)) is not None
     }
     return replace(found, task=replace(found.task, **changes), checkpoint=str(loaded.path))
+
+
+def own_data(found: FinetuneConfig, start: PretrainConfig) -> FinetuneConfig:
+    """The configuration with the shards that the pre-training run held out."""
+    data = replace(found.data, train=start.data.train, heldout=start.data.heldout, cache=start.data.cache)
+    return replace(found, data=data)
 
 
 def model_for(task: Task, loaded: LoadedModel, config: FinetuneConfig) -> nn.Module:

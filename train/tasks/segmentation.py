@@ -63,7 +63,7 @@ class Segmentation:
         return Segmenter(config.model, len(config.task.classes))
 
     def maker(self, config: FinetuneConfig, tokenizer: Tokenizer) -> Maker:
-        size, data, view_config = config.model.image_size, config.data, view_of(config)
+        size, data, view_config = config.model.image_size, config.data, view_of(config, keep_shape=True)
         truth = Truth(config.task)
 
         def make(items: Items, item: Item, rng: np.random.Generator | None) -> dict[str, np.ndarray]:
