@@ -194,7 +194,12 @@ def test_a_task_from_start_to_page(
     config = read_config(out / "checkpoints/step-000004")
     assert isinstance(config, FinetuneConfig) and config.task.kind == task
     page = (out / "report.html").read_text()
-    assert "default-src 'none'" in page and page.count("data:image/") >= 12 and "http" not in page
+    assert (
+        "default-src 'none'" in page
+        and page.count("data:image/") >= 12
+        and "http:" not in page
+        and "https:" not in page
+    )
     # the command gives the figures of the run's own evaluation, and so do three ranks
     output = tmp_path / "again.json"
     command = [task, "--checkpoint", str(out), "--device", "cpu", "--output", str(output)]

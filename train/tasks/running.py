@@ -99,6 +99,7 @@ def score_task(
 def evaluate_task(run: Run, stop: Stop, most: int | None) -> TaskResult:
     """Score this run's model as it is, with its averaged weights where it keeps them."""
     started = time.monotonic()
+    assert isinstance(run.config, FinetuneConfig)
     with stop.interruptible(), run.engine.scored_weights() as model:
         result = score_task(
             model,
