@@ -84,13 +84,14 @@ def score_task(
         with torch.autocast(device.type, dtype=autocast, enabled=autocast is not None):
             for batch in heldout.batches(ranks.rank, ranks.size, most):
                 predictions += task.predict(model, batch.to(device), heldout.items, config, tokenizer)
+        gathered = gather_samples({one.item: one.value for one in predictions})
+        if gathered is None:
+            return None
+        ordered = [Prediction(int(item), value) for item, value in gathered.items()]
+        # still in eval mode: retrieval asks the model again when it orders the first ones anew
+        result = task.score(ordered, heldout.items, config, tokenizer)
     finally:
         model.train(was_training)
-    gathered = gather_samples({one.item: one.value for one in predictions})
-    if gathered is None:
-        return None
-    ordered = [Prediction(int(item), value) for item, value in gathered.items()]
-    result = task.score(ordered, heldout.items, config, tokenizer)
     if heldout.broken:
         result.counts["broken_left_out"] = len(heldout.broken)
     return result
