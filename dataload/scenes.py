@@ -1,5 +1,5 @@
 """The built-in corpus: generated pictures of colored, sized, placed, textured shapes with five true captions
-each.
+each, the boxes and masks of their objects, and questions with answers (scenes_truth.py).
 
 It is what runs when nothing is downloaded. `build` draws it once (seconds) and finds it again later:
 
@@ -34,7 +34,7 @@ from typing import Any
 import numpy as np
 
 from dataload.pack.writer import ShardWriter
-from dataload.scenes_draw import draw, encode_png
+from dataload.scenes_draw import draw_with_masks, encode_png
 from dataload.scenes_sheet import contact_sheet
 from dataload.scenes_text import (
     COLORS,
@@ -48,11 +48,13 @@ from dataload.scenes_text import (
     words_of,
     write_captions,
 )
+from dataload.scenes_truth import CLASSES, annotate, question_texts
 
 __all__ = ["COLORS", "SHAPES", "ScenePaths", "build", "default_directory", "heldout_triples", "words_of"]
 
-VERSION = 2  # of pictures and captions: to be raised whenever the same parameters would give other bytes
+VERSION = 3  # of pictures and captions: to be raised whenever the same parameters would give other bytes
 SAMPLES_PER_SHARD = 2000
+TIMES = 50  # that the tokenizer reads each question, so that BPE makes its words one piece
 VOCABULARY = 2000  # asked of the tokenizer; these few words allow about 700 pieces
 
 
@@ -174,10 +176,11 @@ def _make(home: Path, parameters: Parameters, workers: int) -> None:
             for number, shard in enumerate(_chunks(part, SAMPLES_PER_SHARD))
         ]
         # BPE makes each of these few words one piece; unigram would cut most of them up.
-        texts = (text for sample in samples for text in sample.captions)
+        texts = [text for sample in samples for text in sample.captions] + TIMES * question_texts()
         train_tokenizer(texts, home / "tokenizer.model", VOCABULARY, model_type="bpe")
         for job in jobs:
             job.result()  # raises what went wrong in it
+    (home / "classes.json").write_text(json.dumps(CLASSES, indent=1) + "\n")
     write_listing(home, VERSION, parameters)
 
 
@@ -232,11 +235,11 @@ def draw_shard(
     with ShardWriter(home, prefix, max_samples=SAMPLES_PER_SHARD, first_shard=number) as writer:
         for sample in samples:
             stream = np.random.Generator(np.random.Philox(key=[parameters.seed, 2 * sample.number + split]))
-            image = encode_png(draw(sample.scene, parameters.size, stream))
-            # vars() and not asdict(), which takes a fifth of the time of the whole loop.
-            facts = {"background": sample.scene.background, "objects": list(map(vars, sample.scene.objects))}
-            known = facts if sample.captions else {}  # of those without captions nothing is told
-            writer.write(f"{sample.number:08d}", "png", image, sample.captions, known)
+            picture, masks = draw_with_masks(sample.scene, parameters.size, stream)
+            image = encode_png(picture)
+            words = random.Random(f"scenes {prefix} questions {parameters.seed} {sample.number}")
+            facts = annotate(sample.scene, masks, sample.number, words) if sample.captions else {}
+            writer.write(f"{sample.number:08d}", "png", image, sample.captions, facts)
 
 
 def _draw_elsewhere(

@@ -47,11 +47,17 @@ SUPERSAMPLE = 3
 
 def draw(scene: Scene, size: int, rng: np.random.Generator) -> NDArray[np.uint8]:
     """The picture of `scene`: uint8 [size, size, 3]."""
+    return draw_with_masks(scene, size, rng)[0]
+
+
+def draw_with_masks(
+    scene: Scene, size: int, rng: np.random.Generator
+) -> tuple[NDArray[np.uint8], list[NDArray[np.bool_]]]:
+    """The picture, and of each object the pixels of which it covers at least half: bool [size, size]."""
     light = rng.uniform(-1.0, 1.0, size=12).astype(np.float32)
     picture = np.empty((size, size, 3), np.float32)
     picture[:] = np.asarray(GROUND[scene.background], np.float32) + 6.0 * light[:3]
-    for item in scene.objects:
-        _paint(picture, item, rng)
+    masks = [_paint(picture, item, rng) for item in scene.objects]
     # A slope of light across the picture, one brightness for all of it, then noise.
     ramp = np.linspace(-1.0, 1.0, size, dtype=np.float32)
     shade = 1.0 + 0.05 * light[3] + 0.04 * (light[4] * ramp[:, None] + light[5] * ramp[None, :])
@@ -59,7 +65,7 @@ def draw(scene: Scene, size: int, rng: np.random.Generator) -> NDArray[np.uint8]
     # Uniform noise of -5 to 5 levels straight from random bytes: five times as fast as normal noise.
     noise = np.frombuffer(rng.bytes(picture.size), np.uint8).reshape(picture.shape)
     picture += noise * np.float32(10.0 / 255.0) - np.float32(5.0)
-    return np.clip(picture, 0.0, 255.0).astype(np.uint8)
+    return np.clip(picture, 0.0, 255.0).astype(np.uint8), masks
 
 
 def encode_png(picture: NDArray[np.uint8]) -> bytes:
@@ -84,15 +90,15 @@ def encode_png(picture: NDArray[np.uint8]) -> bytes:
     )
 
 
-def _paint(picture: Array, item: SceneObject, rng: np.random.Generator) -> None:
-    """Blends one object into `picture` in place, where its words say, with a little jitter."""
+def _paint(picture: Array, item: SceneObject, rng: np.random.Generator) -> NDArray[np.bool_]:
+    """Blends one object into `picture` in place, where its words say, with a little jitter; what it covers."""
     side = picture.shape[0]
     jitter = rng.uniform(-1.0, 1.0, size=12)
     row, column = THIRDS[item.place]
     middle_x = (CENTERS[column] + SHIFT * jitter[0]) * side
     middle_y = (CENTERS[row] + SHIFT * jitter[1]) * side
     radius = RADIUS[item.size] * (1.0 + 0.03 * jitter[2]) * side
-    blend(picture, item, (middle_x, middle_y), radius, math.radians(6.0) * jitter[3], jitter[4:10])
+    return blend(picture, item, (middle_x, middle_y), radius, math.radians(6.0) * jitter[3], jitter[4:10])
 
 
 def blend(
@@ -102,9 +108,9 @@ def blend(
     radius: float,
     angle: float,
     jitter: NDArray[np.float64],
-) -> None:
+) -> NDArray[np.bool_]:
     """Blends one object into `picture` [S, S, 3] in place: middle and radius in pixels, turned by `angle`; jitter [6] in -1..1
-    shifts its texture and tints its color."""
+    shifts its texture and tints its color. Returns the pixels of which it covers at least half, bool [S, S]."""
     side = picture.shape[0]
     middle_x, middle_y = middle
     left, right = max(0, math.floor(middle_x - radius)), min(side, math.ceil(middle_x + radius))
@@ -128,6 +134,9 @@ def blend(
     window = picture[top:bottom, left:right]
     window *= 1.0 - cover
     window += (cover - mark) * first_paint.astype(np.float32) + mark * second_paint.astype(np.float32)
+    covered = np.zeros((side, side), np.bool_)
+    covered[top:bottom, left:right] = cover[:, :, 0] >= 0.5
+    return covered
 
 
 def _average(flags: NDArray[np.bool_]) -> Array:

@@ -13,7 +13,9 @@ if not getattr(kernels, "__auroraio__", False):
 from models.aurora import AURORA_SIZES, Aurora, AuroraConfig
 from models.parameters import parameter_groups
 from models.perceiver import PERCEIVER_SIZES, PerceiverConfig, PerceiverIO
+from models.pretrained import Pretrained, load_pretrained
 
 __all__ = [
-    "AURORA_SIZES", "PERCEIVER_SIZES", "Aurora", "AuroraConfig", "PerceiverConfig", "PerceiverIO", "parameter_groups",
+    "AURORA_SIZES", "PERCEIVER_SIZES", "Aurora", "AuroraConfig", "PerceiverConfig", "PerceiverIO", "Pretrained",
+    "load_pretrained", "parameter_groups",
 ]  # fmt: skip

@@ -44,11 +44,13 @@ def generate(
     top_k: int = 0,
     top_p: float = 1.0,
     generator: torch.Generator | None = None,
+    prompt: Tensor | None = None,
 ) -> list[list[int]]:
     """Token ids per row of memory [B, M, D], without begin, end and padding.
 
     Args:
-        max_length: tokens at most, the begin token included.
+        max_length: tokens at most, the begin token or the prompt included.
+        prompt: int64 [B, P], what comes first, begin token included; it is not part of the answer. None: the begin token.
         beams, length_penalty: for "beam": hypotheses kept; finished ones are ranked by log-probability /
         length**length_penalty.
         temperature, top_k, top_p, generator: for "sample": logits are divided by temperature, then cut to
@@ -59,7 +61,7 @@ def generate(
     if method == "beam":
         if beams < 1:
             raise ValueError(f"beams = {beams}; at least 1")
-        return beam_search(model, memory, max_length, beams, length_penalty)
+        return beam_search(model, memory, max_length, beams, length_penalty, prompt)
     if method not in ("greedy", "sample"):
         raise ValueError(f"method {method!r}; supported: 'greedy', 'beam', 'sample'")
     if method == "sample" and (temperature <= 0 or not 0 < top_p <= 1 or top_k < 0):
@@ -67,10 +69,10 @@ def generate(
             f"temperature {temperature} must be > 0, top_p {top_p} in (0, 1], top_k {top_k} >= 0"
         )
     state = model.start(memory)
-    tokens = torch.full((len(memory),), BOS, device=memory.device)
+    tokens, length = read_prompt(model, memory, state, prompt)
     finished = torch.zeros(len(memory), dtype=torch.bool, device=memory.device)
     steps = []
-    for _ in range(max_length - 1):
+    for _ in range(max_length - length):
         logits = without_specials(model.step(tokens, state).float())
         if method == "greedy":
             tokens = logits.argmax(dim=-1)
@@ -90,18 +92,21 @@ def generate(
 
 
 def beam_search(
-    model: Generator, memory: Tensor, max_length: int, beams: int, length_penalty: float
-) -> list[list[int]]:
-    """Beam search over all rows at once; an unfinished hypothesis counts as finished at max_length."""
+    model: Generator, memory: Tensor, max_length: int, beams: int, length_penalty: float,
+    prompt: Tensor | None = None,
+) -> list[list[int]]:  # fmt: skip
+    """Beam search over all rows at once; an unfinished hypothesis counts as finished at max_length. A hypothesis' length
+    counts its end token, not the prompt."""
     batch, device = len(memory), memory.device
     state = model.start(memory)
+    first, begun = read_prompt(model, memory, state, prompt)
     state.select(torch.arange(batch, device=device).repeat_interleave(beams))
-    history = torch.full((batch, beams, 1), BOS, device=device)
+    history = first[:, None, None].expand(-1, beams, -1)
     scores = torch.full((batch, beams), -torch.inf, device=device)
     scores[:, 0] = 0.0  # all beams start alike: only the first may grow
     finished: list[list[tuple[float, list[int]]]] = [[] for _ in range(batch)]
     first_row = torch.arange(batch, device=device)[:, None] * beams
-    for length in range(1, max_length):
+    for length in range(1, max_length - begun + 1):
         logits = without_specials(model.step(history[..., -1].flatten(), state).float())
         vocabulary = logits.shape[-1]
         total = scores[..., None] + logits.log_softmax(dim=-1).view(batch, beams, vocabulary)
@@ -127,6 +132,17 @@ def beam_search(
             ids = history[row, 0, 1:].tolist()
             finished[row].append((scores[row, 0].item() / max(len(ids), 1) ** length_penalty, ids))
     return [clean(max(hypotheses, key=lambda scored: scored[0])[1]) for hypotheses in finished]
+
+
+def read_prompt(
+    model: Generator, memory: Tensor, state: DecodingState, prompt: Tensor | None
+) -> tuple[Tensor, int]:
+    """Feed all but the last token of a prompt [B, P]: (the last tokens [B], P). Without one: the begin token."""
+    if prompt is None:
+        return torch.full((len(memory),), BOS, device=memory.device), 1
+    for place in range(prompt.shape[1] - 1):
+        model.step(prompt[:, place], state)
+    return prompt[:, -1], prompt.shape[1]
 
 
 def without_specials(logits: Tensor) -> Tensor:

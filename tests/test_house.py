@@ -384,6 +384,9 @@ OPTIONAL = {
     "soundfile": "data",
     "soxr": "data",
     "aiohttp": "cloud",
+    "onnx": "onnx",
+    "onnxruntime": "onnx",
+    "onnxscript": "onnx",
     "pycocoevalcap": "eval",
     "pycocotools": "eval",
     "pyarrow": "",  # reads img2dataset's tables of metadata where somebody has it
@@ -438,6 +441,7 @@ def test_extras() -> None:
         "data",
         "cloud",
         "eval",
+        "onnx",
         "gpu",
         "flash",
         "deepspeed",

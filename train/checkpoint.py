@@ -38,6 +38,7 @@ from train.families import AuroraFamily, family_of
 from train.multimodal import PerceiverPretrainConfig
 from train.optim import with_aliases
 from train.pieces import Piece, PiecesError, Stored, as_pieces, write_pieces
+from train.tasks.config import FinetuneConfig, PerceiverFinetuneConfig
 
 FORMAT = 1
 HASHED_AT_ONCE = 8
@@ -213,7 +214,11 @@ def write_config(file: Path, config: PretrainConfig) -> None:
 def read_config(path: Path) -> PretrainConfig:
     """The configuration of one step directory."""
     found = json.loads((path / "config.json").read_text())
-    kind = PerceiverPretrainConfig if "latent_width" in found.get("model", {}) else PretrainConfig
+    perceiver = "latent_width" in found.get("model", {})
+    if "task" in found:
+        kind: type[PretrainConfig] = PerceiverFinetuneConfig if perceiver else FinetuneConfig
+    else:
+        kind = PerceiverPretrainConfig if perceiver else PretrainConfig
     config: PretrainConfig = from_dict(kind, found)
     return config
 

@@ -2,6 +2,7 @@
 
     python -m train.evaluate retrieval  --checkpoint runs/NAME --data shards/ --split test
     python -m train.evaluate perplexity --checkpoint runs/NAME --data "shards/val-*.tar"
+    python -m train.evaluate captioning|vqa|detection|segmentation|audio --checkpoint runs/FINE-TUNED
 
 Every score is printed beside what chance, word frequencies or shuffled pictures give, and written as JSON
 together with what is needed to repeat it. The measuring itself is train/measure.py.
@@ -33,6 +34,7 @@ from train.machine import choose_device, choose_precision
 from train.measure import evaluate_model, unigram_counts
 from train.multimodal import PerceiverPretrainConfig
 from train.result import EvalResult, Score
+from train.tasks.evaluating import add_parsers, evaluate_checkpoint, is_matcher
 
 __all__ = ["EvalResult", "Score", "evaluate_model", "main", "unigram_counts"]
 
@@ -85,6 +87,7 @@ def parser() -> argparse.ArgumentParser:
                 "--unigram-from", nargs="+", default=[], metavar="SHARDS",
                 help="captions for the word-frequency baseline (default: the run's training shards)",
             )  # fmt: skip
+    add_parsers(tasks, shared)
     return main_parser
 
 
@@ -93,6 +96,8 @@ def main(arguments: Sequence[str] | None = None) -> int:
     given = sys.argv[1:] if arguments is None else list(arguments)
     args = parser().parse_args(given)
     try:
+        if args.task not in TASKS or is_matcher(args):
+            return evaluate_checkpoint(args, given)
         loaded = load_model(args.checkpoint)
         output = args.output or loaded.path / f"{args.task}.json"
         _check(args, loaded, output)
@@ -109,7 +114,11 @@ def main(arguments: Sequence[str] | None = None) -> int:
         )
         training = training_shards(args, loaded) if args.task == "perplexity" else []
         result = score(args, loaded, eval_set, training)
-    except (OSError, ValueError) as error:  # CheckpointError, ConfigError and BrokenShard are ValueErrors
+    except (
+        OSError,
+        ValueError,
+        ImportError,
+    ) as error:  # CheckpointError, ConfigError and BrokenShard are ValueErrors
         print(f"error: {error}", file=sys.stderr)
         return 2
     for broken in eval_set.broken:

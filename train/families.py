@@ -19,6 +19,7 @@ from models.perceiver import PerceiverIO, PerceiverObjectives, Piece
 from models.perceiver.objectives import count_targets
 from train.config import PretrainConfig
 from train.multimodal import PerceiverPretrainConfig
+from train.tasks.config import FinetuneConfig
 
 
 class Family(Protocol):
@@ -28,6 +29,10 @@ class Family(Protocol):
 
     def model(self, config: PretrainConfig) -> nn.Module:
         """A new one, from torch's generators."""
+
+    def begin(self, model: nn.Module, config: PretrainConfig) -> list[str]:
+        """Before the first step of a run that does not go on from another: takes over weights where the run says so; lines
+        about it."""
 
     def counts(self, batch: Any, config: PretrainConfig) -> Sequence[float]:
         """How many targets each loss of a micro-batch has; they are summed over micro-batches and ranks."""
@@ -56,6 +61,9 @@ class AuroraFamily:
 
     def model(self, config: PretrainConfig) -> nn.Module:
         return Aurora(config.model)
+
+    def begin(self, model: nn.Module, config: PretrainConfig) -> list[str]:
+        return []
 
     def counts(self, batch: Batch, config: PretrainConfig) -> Sequence[float]:
         return count(batch.tokens, batch.mlm_targets, batch.mim_mask)
@@ -100,6 +108,9 @@ class PerceiverFamily:
         assert isinstance(config, PerceiverPretrainConfig)
         return PerceiverIO(config.model)
 
+    def begin(self, model: nn.Module, config: PretrainConfig) -> list[str]:
+        return []
+
     def counts(self, batch: MultimodalBatch, config: PretrainConfig) -> Sequence[float]:
         assert isinstance(config, PerceiverPretrainConfig)
         found = count_targets(pieces_of(batch), len(batch), batch.mlm_targets, config.objectives)
@@ -137,4 +148,8 @@ def pieces_of(batch: MultimodalBatch, text: bool = True) -> dict[str, Piece]:
 
 def family_of(config: PretrainConfig) -> Family:
     """The family of the model that a configuration is for."""
+    if isinstance(config, FinetuneConfig):
+        from train.tasks.family import TaskFamily
+
+        return TaskFamily(config)
     return PerceiverFamily() if isinstance(config, PerceiverPretrainConfig) else AuroraFamily()

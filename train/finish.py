@@ -23,6 +23,8 @@ from train.report import write_report, write_samples
 from train.result import EvalResult
 from train.run import Run
 from train.signals import Stop
+from train.tasks.config import FinetuneConfig
+from train.tasks.running import finish_task
 
 GENERATED = 500  # held-out pictures captioned, at most
 RECONSTRUCTED = 64  # held-out pictures with hidden parts restored for the report
@@ -33,6 +35,8 @@ UNIGRAM_CAPTIONS = (
 
 def finish(run: Run, stop: Stop) -> None:
     """Score, write and say. Raises signals.Interrupted when a signal comes during the scoring. All ranks call this."""
+    if isinstance(run.config, FinetuneConfig):
+        return finish_task(run, stop)
     result = None
     if run.data.heldout is not None:
         several = isinstance(run.config, PerceiverPretrainConfig)

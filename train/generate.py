@@ -25,6 +25,7 @@ from models.perceiver import PerceiverIO
 from train.checkpoint import LoadedModel, load_model
 from train.machine import choose_device
 from train.multimodal import PerceiverPretrainConfig
+from train.tasks.config import FinetuneConfig
 
 BATCH = 16
 
@@ -47,6 +48,7 @@ def parser() -> argparse.ArgumentParser:
         metavar="IMAGE",
         help="picture files; for PerceiverIO sounds and videos too",
     )
+    p.add_argument("--question", help="ask this of each picture; the checkpoint is one of train.finetune vqa")
     p.add_argument("--method", choices=("greedy", "beam", "sample"), default="greedy", help="default: greedy")
     p.add_argument("--beams", type=int, default=4, help="beam: hypotheses kept (default: 4)")
     p.add_argument(
@@ -88,6 +90,10 @@ def main(arguments: Sequence[str] | None = None) -> int:
         _check(args)
         device = choose_device(args.device)
         loaded = load_model(args.checkpoint, device)
+        if args.question or isinstance(loaded.config, FinetuneConfig):
+            from train.tasks.telling import tell  # it is built on this module
+
+            return tell(loaded, args)
         _check_objective(loaded)
         _check_length(args, loaded)
         generator = torch.Generator(device).manual_seed(args.seed)

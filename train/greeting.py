@@ -19,6 +19,9 @@ from train.machine import Precision, device_name
 from train.multimodal import PerceiverPretrainConfig
 from train.multimodal_data import MultimodalData
 from train.optimizers import in_words
+from train.tasks.config import FinetuneConfig
+from train.tasks.data import TaskData
+from train.tasks.running import greet_task
 
 
 def greeting(
@@ -26,10 +29,13 @@ def greeting(
     device: torch.device,
     precision: Precision,
     ranks: Ranks,
-    data: Data | MultimodalData,
+    data: Data | MultimodalData | TaskData,
     out: Path,
 ) -> list[str]:
     """Lines for rank 0 to say."""
+    if isinstance(config, FinetuneConfig):
+        assert isinstance(data, TaskData)
+        return greet_task(config, device, precision, ranks, data, out)
     processes = f", {ranks.size} processes" if ranks.size > 1 else ""
     if isinstance(config, PerceiverPretrainConfig):
         assert isinstance(data, MultimodalData)

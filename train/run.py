@@ -22,6 +22,9 @@ from train.pairs import score_pairs, summarize_pairs
 from train.result import NOTHING, EvalResult
 from train.saving import Saver
 from train.signals import Interrupted, Stop
+from train.tasks.base import TaskResult
+from train.tasks.config import FinetuneConfig
+from train.tasks.running import evaluate_task, say_task
 from train.watchdog import Watchdog
 
 SHOWN_CAPTIONS = 3  # generated captions printed at an evaluation during the run
@@ -154,6 +157,10 @@ class Run:
             return
 
     def _evaluate(self, stop: Stop, model: Any) -> None:
+        if isinstance(self.config, FinetuneConfig):
+            scored = evaluate_task(self, stop, model, self.config.eval_images)
+            self.record_scores(scored)
+            return say_task(self, scored)
         several = isinstance(self.config, PerceiverPretrainConfig)
         if several:
             result = self.score_pairs(stop, model, most=self.config.eval_images, generate=SHOWN_CAPTIONS)
@@ -230,7 +237,7 @@ class Run:
         self.evaluation_seconds.append(time.monotonic() - started)
         return result
 
-    def record_scores(self, result: EvalResult) -> None:
+    def record_scores(self, result: EvalResult | TaskResult) -> None:
         """Into metrics.jsonl and TensorBoard."""
         scores = result.scalars()
         assert self.metrics and self.observer

@@ -26,6 +26,8 @@ from train.multimodal_data import MultimodalData, find_pairs, open_pairs
 from train.observe import Observer
 from train.run import Run
 from train.saving import Saver
+from train.tasks.config import FinetuneConfig
+from train.tasks.data import TaskData, find_task_sources, open_task
 from train.watchdog import Watchdog
 
 
@@ -50,16 +52,19 @@ def set_up(config: PretrainConfig, command: Sequence[str]) -> Run:
 
     precision = _precision(config, snapshot, device, ranks)
     torch.manual_seed(config.seed)  # the same weights on every rank
-    model = family_of(config).model(config)
+    family = family_of(config)
+    model = family.model(config)
+    begun = [] if snapshot else family.begin(model, config)
     torch.manual_seed(config.seed + 1 + ranks.rank)  # other dropout on every rank
 
     data = _open(config, ranks, device, progress)
+    program = "train.finetune" if isinstance(config, FinetuneConfig) else "train.pretrain"
     engine = build_engine(model, config, device, precision, ranks)
     run = Run(
         config,
         out,
-        _command(command, ranks),
-        _resume_command(command, out, ranks),
+        _command(command, ranks, program),
+        _resume_command(command, out, ranks, program),
         ranks,
         engine,
         data,
@@ -78,7 +83,7 @@ def set_up(config: PretrainConfig, command: Sequence[str]) -> Run:
         run.metrics = Metrics(out / "metrics.jsonl", keep_up_to=run.step, last=config.steps)
         run.board = TensorBoard(out / "tensorboard", start=run.step)
     run.observer = Observer(run)
-    for line in greeting(config, device, precision, ranks, data, out):
+    for line in [*greeting(config, device, precision, ranks, data, out), *begun]:
         progress.say(line)
     if snapshot and start:
         progress.say(f"resume      {start}: going on after step {run.step} of {config.steps}")
@@ -89,13 +94,15 @@ def set_up(config: PretrainConfig, command: Sequence[str]) -> Run:
 
 def _open(
     config: PretrainConfig, ranks: Ranks, device: torch.device, progress: Progress
-) -> Data | MultimodalData:
+) -> Data | MultimodalData | TaskData:
     """Rank 0 draws the built-in corpus and indexes the shards; then the others find both done."""
     if not ranks.first:
         share(None, ranks)
     try:
-        data: Data | MultimodalData
-        if isinstance(config, PerceiverPretrainConfig):
+        data: Data | MultimodalData | TaskData
+        if isinstance(config, FinetuneConfig):
+            data = open_task(config, find_task_sources(config, progress.say), ranks.rank, ranks.size)
+        elif isinstance(config, PerceiverPretrainConfig):
             pairs = find_pairs(config.data, config.model.image_size, progress.say)
             data = open_pairs(config, pairs, ranks.rank, ranks.size)
         else:
@@ -201,14 +208,14 @@ def _go_on_from(run: Run, snapshot: Snapshot, start: Path | None) -> None:
     run.saver.saved = start if start and start.parent == run.out / "checkpoints" else None
 
 
-def _command(typed: Sequence[str], ranks: Ranks) -> str:
+def _command(typed: Sequence[str], ranks: Ranks, program: str = "train.pretrain") -> str:
     launcher = "python -m"
     if ranks.size > 1:
         launcher = f"torchrun --nproc-per-node {os.environ.get('LOCAL_WORLD_SIZE', ranks.size)} -m"
-    return shlex.join([*launcher.split(), "train.pretrain", *typed])
+    return shlex.join([*launcher.split(), program, *typed])
 
 
-def _resume_command(typed: Sequence[str], out: Path, ranks: Ranks) -> str:
+def _resume_command(typed: Sequence[str], out: Path, ranks: Ranks, program: str = "train.pretrain") -> str:
     """The command as typed, with --out and --resume auto in place of what was said about them."""
     kept = []
     skip = False
@@ -216,4 +223,4 @@ def _resume_command(typed: Sequence[str], out: Path, ranks: Ranks) -> str:
         if not skip and word.split("=")[0] not in ("--out", "--resume"):
             kept.append(word)
         skip = word in ("--out", "--resume")
-    return _command([*kept, "--out", str(out), "--resume", "auto"], ranks)
+    return _command([*kept, "--out", str(out), "--resume", "auto"], ranks, program)

@@ -336,9 +336,7 @@ def init_weights(model: Aurora) -> None:
     for module in model.modules():
         match module:
             case nn.Linear() | nn.Conv2d():
-                normal_(module.weight, module.weight[0].numel())
-                if module.bias is not None:
-                    nn.init.zeros_(module.bias)
+                init_layer(module)
             case nn.Embedding():
                 normal_(module.weight, module.embedding_dim)
             case AttentionPool():
@@ -359,6 +357,20 @@ def init_weights(model: Aurora) -> None:
     normal_(model.encoder.mask_token, len(model.encoder.mask_token))
     nn.init.constant_(model.logit_scale, math.log(model.config.contrastive_scale))
     nn.init.constant_(model.logit_bias, model.config.contrastive_bias)
+
+
+def init_layers(head: nn.Module) -> None:
+    """The same for the linear layers and convolutions of a task's head."""
+    for module in head.modules():
+        if isinstance(module, nn.Linear | nn.Conv2d):
+            init_layer(module)
+
+
+def init_layer(module: nn.Linear | nn.Conv2d) -> None:
+    """Weights as `init_weights` says, no bias."""
+    normal_(module.weight, module.weight[0].numel())
+    if module.bias is not None:
+        nn.init.zeros_(module.bias)
 
 
 def normal_(weight: Tensor, fan_in: int, gain: float = 1.0) -> None:

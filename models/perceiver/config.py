@@ -80,6 +80,11 @@ class PerceiverConfig:
     """Bands of the spectrogram; a frame is 10 ms."""
     audio_patch: tuple[int, int] = (16, 10)
     """Bands and frames of a patch."""
+    audio_stem: Literal["patch", "conv"] = "patch"
+    """What makes patches of a spectrogram tokens: a linear map, or overlapping convolutions, as `image_stem`."""
+    audio_range: float = 0.0
+    """A spectrogram is cut so many nats below its loudest place (10 is 43 dB): recordings differ in what is below. 0: it is
+    not."""
     waveform_patch: int = 400
     """Samples of a piece."""
 
@@ -172,6 +177,7 @@ class PerceiverConfig:
                 self.image_stem == "patch" or self.image_patch & (self.image_patch - 1) == 0,
                 "a power of two for the convolutional stem",
             ),
+            "audio_range": (self.audio_range >= 0, "0 (off) or more"),
             "audio_mels": (
                 self.audio_mels % self.audio_patch[0] == 0, f"a multiple of audio_patch's {self.audio_patch[0]} bands"
             ),

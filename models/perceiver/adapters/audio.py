@@ -8,12 +8,12 @@ from __future__ import annotations
 import numpy as np
 import torch
 import torch.nn.functional as F
-from torch import Tensor
+from torch import Tensor, nn
 
 from models.perceiver.adapters.base import Adapter
-from models.perceiver.adapters.image import patchify
+from models.perceiver.adapters.image import patchify, unpatchify
 from models.perceiver.config import PerceiverConfig
-from models.perceiver.pieces import Piece, no_offsets, no_samples, padded
+from models.perceiver.pieces import Piece, no_offsets, no_samples, padded, visible
 
 RATE, FFT, WINDOW, HOP = 16_000, 1024, 400, 160
 """Samples: per second, of a Fourier transform, of what it looks at (25 ms), between two frames (10 ms)."""
@@ -22,6 +22,7 @@ LOUD, SPREAD = (
     -10.5,
     6.8,
 )  # about the mean and deviation of the logarithms, over spoken digits and sound events
+GAIN_OF_GELU = 1.5  # keeps the variance of what goes through a GELU about as it is
 GAIN = 10.0  # makes a waveform's deviation about 1
 
 
@@ -49,15 +50,80 @@ class MelAdapter(SoundAdapter):
 
     def __init__(self, config: PerceiverConfig) -> None:
         super().__init__(config, config.patch_widths["audio"], config.audio_grid)
-        self.patch, self.mels = config.audio_patch, config.audio_mels
+        self.patch, self.mels, self.range = config.audio_patch, config.audio_mels, config.audio_range
+        if config.audio_stem == "conv":
+            bands, frames = config.audio_patch
+            self.stem = SpectrumStem((frames, bands), config.encoder_width)  # type: ignore[assignment]
 
     def patches(self, piece: Piece) -> tuple[Tensor, Tensor]:
         bands, frames = self.patch
         moments = -(-piece.lengths // (HOP * frames))
         longest = HOP * frames * max(int(moments.max()) if len(moments) else 0, 1)
         spectrum = log_mel(padded(piece.data, piece.lengths, longest), self.mels)  # [P, mels, frames]
+        if self.range and len(spectrum):
+            spectrum = torch.maximum(spectrum, spectrum.amax((1, 2), keepdim=True) - self.range)
         spectrum = (spectrum - LOUD) / SPREAD
         return patchify(spectrum.transpose(1, 2)[:, None], (frames, bands)), moments * self.grid[1]
+
+    def embed(self, piece: Piece, patches: Tensor, mask: Tensor | None) -> Tensor:
+        if not isinstance(self.stem, SpectrumStem):
+            return super().embed(piece, patches, mask)
+        if (
+            mask is not None
+        ):  # convolutions overlap: a hidden patch is of middling loudness before they see it
+            patches = patches.masked_fill(mask[..., None], 0)
+        bands, frames = self.patch
+        shape = self.shape(piece, patches.shape[1])
+        own = frames * -(-piece.lengths // (HOP * frames))
+        x = self.stem(unpatchify(patches, shape, (frames, bands)), own).flatten(2).transpose(1, 2)
+        return x if mask is None else torch.where(mask[..., None], self.mask_token.to(x.dtype), x)
+
+
+class SpectrumStem(nn.Module):
+    """Spectrograms [P, 1, frames, bands] -> [P, E, T, F] by convolutions whose strides multiply to the patch. What a batch pads
+    a sound by is zero for every layer, so that a sound is the same alone and in a batch. There is one norm, over the channels
+    of each place, at the end: after the first layers it would remove how loud a place is."""
+
+    def __init__(self, patch: tuple[int, int], dim: int) -> None:
+        super().__init__()
+        strides = [prime_factors(side) for side in patch]
+        steps = max(map(len, strides))
+        self.strides = list(zip(*(found + [1] * (steps - len(found)) for found in strides), strict=True))
+        widths = [1, *(max(dim >> (steps - 1 - i), 16) for i in range(steps))]
+        self.layers = nn.ModuleList()
+        for i, stride in enumerate(self.strides):
+            # an odd kernel that covers the stride
+            kernel = (max(3, stride[0] + 1 - stride[0] % 2), max(3, stride[1] + 1 - stride[1] % 2))
+            around = (kernel[0] // 2, kernel[1] // 2)
+            self.layers.append(nn.Conv2d(widths[i], widths[i + 1], kernel, stride, around))
+        self.norm = PlaceNorm(widths[-1])
+        self.out = nn.Conv2d(widths[-1], dim, 1)
+
+    def forward(self, x: Tensor, frames: Tensor) -> Tensor:
+        """frames int [P]: those of each sound that are its own, a multiple of the patch's."""
+        for layer, stride in zip(self.layers, self.strides, strict=True):
+            own = visible(frames, x.shape[2])[:, None, :, None]
+            x = GAIN_OF_GELU * F.gelu(layer(x * own))
+            frames = frames // stride[0]
+        return self.out(self.norm(x))
+
+
+class PlaceNorm(nn.LayerNorm):
+    """Layer norm over the channels of each place: [P, C, T, F] -> the same."""
+
+    def forward(self, x: Tensor) -> Tensor:
+        return super().forward(x.movedim(1, -1)).movedim(-1, 1)
+
+
+def prime_factors(number: int) -> list[int]:
+    """12 -> [2, 2, 3]; 1 -> []."""
+    found, divisor = [], 2
+    while number > 1:
+        while number % divisor == 0:
+            found.append(divisor)
+            number //= divisor
+        divisor += 1
+    return found
 
 
 class WaveformAdapter(SoundAdapter):

@@ -1,0 +1,191 @@
+"""Captioning: the text stack writes, by beam search; COCO's official scores."""
+
+from __future__ import annotations
+
+from collections import Counter
+from collections.abc import Mapping, Sequence
+from dataclasses import replace
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+import torch
+from torch import Tensor, nn
+
+from dataload.annotated import Item, Items, Maker, TaskBatch
+from dataload.annotations import Annotations
+from dataload.images import mirror_caption, normalize
+from dataload.tokenizer import BOS, EOS, MASK, PAD, Tokenizer
+from dataload.views import squashed_view, training_view
+from models.aurora.answering import Writer
+from models.generation import generate
+from models.tokens import IGNORE
+from train.result import Score
+from train.scores.captioning import METRICS, CaptionScorer, Plan, check, score_captions
+from train.scores.cider import CiderD
+from train.scores.shuffle import derangement
+from train.tasks.base import Example, Prediction, TaskResult, item_of
+from train.tasks.config import FinetuneConfig, TaskConfig
+from train.tasks.detection import view_of
+
+QUICK = ("Bleu_4", "ROUGE_L", "CIDEr")
+CONSTANTS = 300  # captions tried as the one that is said of every picture
+
+
+class Captioning:
+    """An item is a picture with its captions."""
+
+    name, family, media = "captioning", "Aurora", "image"
+    needs: tuple[str, ...] = ("captions",)
+    ragged: tuple[str, ...] = ()
+    fresh: tuple[str, ...] = ()
+
+    def __init__(self, spice_jars: Path | None = None, metrics: Sequence[str] = METRICS) -> None:
+        """spice_jars: a directory of jars for SPICE, which does not come with its package."""
+        self.spice_jars, self.metrics = spice_jars, tuple(metrics)
+
+    def parts(self, one: Annotations) -> int:
+        return 1
+
+    def plan(self) -> Plan:
+        """What can be scored here; asked before any compute is spent. Raises ImportError without pycocoevalcap."""
+        return check(self.metrics, spice_jars=self.spice_jars)
+
+    def complete(self, task: TaskConfig, items: Items) -> TaskConfig:
+        return task
+
+    def model(self, config: FinetuneConfig) -> nn.Module:
+        return Writer(config.model)
+
+    def maker(self, config: FinetuneConfig, tokenizer: Tokenizer) -> Maker:
+        size, length, view_config = config.model.image_size, config.model.text_length, view_of(config)
+        prompt = tokenizer.encode(config.task.prompt) if config.task.prompt else []
+
+        def make(items: Items, item: Item, rng: np.random.Generator | None) -> dict[str, np.ndarray]:
+            encoded = items.index.image(item.sample)
+            if rng is None:
+                return {"images": squashed_view(encoded, size, config.data.interpolation).pixels}
+            view = training_view(encoded, view_config, rng)
+            captions = items.index.captions(item.sample)
+            picks = rng.permutation(len(captions))
+            rows, targets = [], []
+            for i in range(config.data.captions_per_image):
+                caption = captions[picks[i % len(picks)]]
+                ids = tokenizer.encode(mirror_caption(caption) if view.flipped else caption)
+                row = tokenizer.row([*prompt, *ids], length)
+                target = np.where(row == PAD, IGNORE, row)
+                target[: len(prompt) + 1] = IGNORE
+                words = (row > MASK) & (rng.random(length) < config.objectives.word_dropout)
+                rows.append(np.where(words, MASK, row))
+                targets.append(target)
+            return {"images": view.pixels, "tokens": np.stack(rows), "targets": np.stack(targets)}
+
+        return make
+
+    def counts(self, batch: TaskBatch, config: FinetuneConfig) -> Sequence[float]:
+        return [float((batch["targets"] != IGNORE).sum())]
+
+    def forward(
+        self, module: nn.Module, batch: TaskBatch, config: FinetuneConfig, shares: Sequence[float]
+    ) -> dict[str, Tensor]:
+        losses: dict[str, Tensor] = module(
+            normalize(batch["images"]), batch["tokens"].flatten(0, 1), batch["targets"].flatten(0, 1),
+            shares[0], config.objectives.label_smoothing,
+        )  # fmt: skip
+        return losses
+
+    def predict(
+        self, model: Any, batch: TaskBatch, items: Items, config: FinetuneConfig, tokenizer: Tokenizer
+    ) -> list[Prediction]:
+        captions = caption(getattr(model, "base", model), normalize(batch["images"]), config, tokenizer)
+        return [Prediction(number, text) for number, text in zip(batch.items, captions, strict=True)]
+
+    def score(
+        self, predictions: Sequence[Prediction], items: Items, config: FinetuneConfig, tokenizer: Tokenizer
+    ) -> TaskResult:
+        known = [items.annotations(item_of(items, one)) for one in predictions]
+        references: dict[int | str, Sequence[str]] = {
+            one.item: list(k.captions) for one, k in zip(predictions, known, strict=True)
+        }
+        said: dict[int | str, str] = {one.item: str(one.value) for one in predictions}
+        plan = self.plan()
+        scored = score_captions(said, references, plan)
+        with CaptionScorer(replace(plan, metrics=QUICK, reasons={})) as quick:
+            baselines = {"the best single caption": best_single(references, quick)}
+            if len(predictions) > 1:
+                order = derangement(len(predictions), config.seed).tolist()
+                numbers = list(said)
+                other = {numbers[i]: said[numbers[j]] for i, j in enumerate(order)}
+                baselines["captions of other pictures"] = quick.score(other, references).scores
+        scores = {
+            name: Score(
+                value,
+                {which: v for which, part in baselines.items() if (v := part.get(name)) is not None},
+            )
+            for name, value in scored.scores.items()
+            if value is not None
+        }
+        examples = [
+            Example(
+                one.item,
+                scored.per_image[one.item].get("CIDEr", 0.0),
+                [("said", said[one.item]), *(("people", text) for text in k.captions[:3])],
+            )
+            for one, k in zip(predictions, known, strict=True)
+        ]
+        examples.sort(key=lambda one: one.score)
+        submission = [
+            {"image_id": k.key if k.image_id is None else k.image_id, "caption": said[one.item]}
+            for one, k in zip(predictions, known, strict=True)
+        ]
+        about = {
+            "prompt": config.task.prompt, "beams": config.task.beams, "length_penalty": config.task.length_penalty,
+            "caption_tokenizer": scored.tokenizer, "not_scored": scored.reasons, "notes": list(scored.notes),
+            "different_captions": len(set(said.values())),
+        }  # fmt: skip
+        return TaskResult(
+            self.name, scores, dict(scored.counts), examples, {}, about, {"caption_results.json": submission}
+        )
+
+
+@torch.no_grad()
+def caption(base: Any, images: Tensor, config: FinetuneConfig, tokenizer: Tokenizer) -> list[str]:
+    """A caption of each normalised image, by beam search as the task says."""
+    from train.generate import KnownPieces
+
+    prompt = None
+    if config.task.prompt:
+        ids = [BOS, *tokenizer.encode(config.task.prompt)]
+        prompt = torch.tensor([ids], device=images.device).expand(len(images), -1)
+    found = generate(
+        KnownPieces(base, tokenizer),
+        base.memory(base.encode_image(images)),
+        method="beam" if config.task.beams > 1 else "greedy",
+        beams=config.task.beams,
+        length_penalty=config.task.length_penalty,
+        max_length=config.model.text_length,
+        prompt=prompt,
+    )
+    return [tokenizer.decode([token for token in ids if token != EOS]) for ids in found]
+
+
+def best_single(
+    references: Mapping[int | str, Sequence[str]], scorer: CaptionScorer
+) -> dict[str, float | None]:
+    """Scores of the one caption that does best (by CIDEr) when it is said of every picture, of those whose words are most
+    common: what a model has to beat."""
+    owners = [item for item, texts in references.items() for _ in texts]
+    split = scorer.tokenize([text for texts in references.values() for text in texts])
+    texts: dict[int | str, list[str]] = {}
+    for owner, text in zip(owners, split, strict=True):
+        texts.setdefault(owner, []).append(text)
+    cider = CiderD(texts.values())
+    words = Counter(word for text in split for word in set(text.split()))
+    tried = sorted(
+        dict.fromkeys(split),
+        key=lambda text: sum(words[word] for word in text.split()) / max(len(text.split()), 1),
+        reverse=True,
+    )[:CONSTANTS]
+    given = list(texts.values())
+    best = max(tried, key=lambda text: float(np.mean(cider([text] * len(given), given))))
+    return scorer.score(dict.fromkeys(references, best), references).scores

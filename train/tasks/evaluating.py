@@ -1,0 +1,217 @@
+"""`python -m train.evaluate TASK` for tasks: scores of a fine-tuned checkpoint, or of a pre-trained one that can do the task.
+
+Under torchrun every rank takes its own batches; what they found is gathered and scored once, and the figures are those of one
+process.
+"""
+
+from __future__ import annotations
+
+import argparse
+import json
+import shlex
+import sys
+from collections.abc import Sequence
+from dataclasses import replace
+from datetime import UTC, datetime
+from pathlib import Path
+from typing import Any
+
+from torch import nn
+
+from dataload import shards
+from dataload.annotated import TaskSet
+from train.checkpoint import LoadedModel, find, load_model, read_config
+from train.config import ConfigError, PretrainConfig
+from train.engine import Ranks, join, leave
+from train.machine import choose_precision
+from train.report.tasks import write_task_page
+from train.tasks.base import Task, TaskResult
+from train.tasks.config import FinetuneConfig
+from train.tasks.data import find_items, find_task_sources
+from train.tasks.presets import task_preset
+from train.tasks.registry import TASKS, task_of
+from train.tasks.running import score_task, versions, write_files
+from train.tasks.zeroshot import TEMPLATES, ZeroShot
+
+CLASSIFY = "classify"
+WITHOUT_HEAD = ("captioning",)
+"""Tasks that a pre-trained model can do as it is."""
+
+
+def add_parsers(tasks: Any, shared: argparse.ArgumentParser) -> None:
+    """The tasks' subcommands of `python -m train.evaluate`; `shared` has the options of all."""
+    for name, text in TASKS.items():
+        if name == "retrieval":
+            continue  # evaluate.py has it
+        parser = tasks.add_parser(name, parents=[shared], help=text, description=f"{name}: {text}")
+        if name in ("captioning", "vqa"):
+            parser.add_argument("--beams", type=int, help="of the beam search; 1 is greedy")
+            parser.add_argument("--length-penalty", type=float, help="log-probability / length ** this")
+            parser.add_argument("--prompt", help="what the text stack reads first (vqa: with {question})")
+        if name == "captioning":
+            parser.add_argument("--spice-jars", type=Path, help="directory of the jars that SPICE needs")
+    text = "zero-shot classes of pictures, by prompts: top-1 and top-5 accuracy"
+    parser = tasks.add_parser(CLASSIFY, parents=[shared], help=text, description=f"{CLASSIFY}: {text}")
+    parser.add_argument(
+        "--templates",
+        nargs="+",
+        default=list(TEMPLATES),
+        help="prompts with {} for the class (default: four)",
+    )
+    parser.add_argument(
+        "--classes", nargs="+", default=[], help="names of the classes (default: those of the data)"
+    )
+
+
+def evaluate_checkpoint(args: argparse.Namespace, given: Sequence[str]) -> int:
+    """Run one task; what it raises is for `train.evaluate.main`."""
+    task = choose_task(args)
+    if args.task == "captioning":
+        print(task.plan(), file=sys.stderr)  # type: ignore[attr-defined]  # before any compute
+    loaded = load_model(args.checkpoint)
+    config = config_for(args, loaded)
+    output = args.output or loaded.path / f"{args.task}.json"
+    patterns = shards_for(args, config)
+    items = find_items(task, patterns, config, training=False)
+    if args.task == CLASSIFY and not config.task.classes:
+        config = replace(config, task=task.complete(config.task, items))
+    most = args.max_images
+    ranks = Ranks.from_environment()
+    device = join(ranks, args.device)
+    try:
+        heldout = TaskSet(
+            items, task.maker(config, loaded.tokenizer), ragged=task.ragged, batch_size=args.batch_size
+        )
+        result = score_task(
+            model_for(task, loaded, config).to(device), heldout, config, loaded.tokenizer, device=device,
+            autocast=choose_precision(args.precision, device).autocast, most=most, ranks=ranks, task=task,
+        )  # fmt: skip
+    finally:
+        leave(ranks)
+    if result is None:  # another rank than the first
+        return 0
+    for broken in heldout.broken:
+        print(f"left out, cannot be read: {broken}", file=sys.stderr)
+    record = describe(args, loaded, config, heldout, result, given)
+    output.parent.mkdir(parents=True, exist_ok=True)
+    output.write_text(json.dumps(record, indent=2, ensure_ascii=False) + "\n", encoding="utf-8")
+    page = write_task_page(output.with_suffix(".html"), result, items, record)
+    further = write_files(output.parent, result)
+    print(
+        f"{args.task} of {loaded.path} (step {loaded.step}{', averaged weights' if loaded.averaged else ''})"
+    )
+    print("\n".join(result.lines()))
+    print(f"written to {output}, {page}" + "".join(f", {path}" for path in further))
+    return 0
+
+
+def is_matcher(args: argparse.Namespace) -> bool:
+    """Whether `retrieval` is asked of a checkpoint that was fine-tuned for it, whose decoder re-ranks."""
+    found = find(args.checkpoint)
+    config = read_config(found[0]) if found and args.task == "retrieval" else None
+    return isinstance(config, FinetuneConfig) and config.task.kind == "retrieval"
+
+
+def choose_task(args: argparse.Namespace) -> Task:
+    """The task with what the options say of it."""
+    if args.task == "captioning":
+        from train.tasks.captioning import Captioning
+
+        return Captioning(args.spice_jars)
+    if args.task == CLASSIFY:
+        return ZeroShot(args.templates)
+    return task_of(args.task)
+
+
+def config_for(args: argparse.Namespace, loaded: LoadedModel) -> FinetuneConfig:
+    """The configuration that the checkpoint is scored with. Raises ConfigError where it cannot do the task."""
+    config = loaded.config
+    if args.task == CLASSIFY:
+        loaded.must_be_aurora("train.evaluate classify")
+        trained = isinstance(config, FinetuneConfig) or config.objectives.itc
+        if not trained:
+            raise ConfigError(f"{loaded.path} was trained without contrast (objectives.itc is 0)")
+        found = (
+            config
+            if isinstance(config, FinetuneConfig)
+            else own_data(task_preset("retrieval", config), config)
+        )
+        return replace(
+            found, task=replace(found.task, classes=tuple(args.classes)), checkpoint=str(loaded.path)
+        )
+    if isinstance(config, FinetuneConfig) and config.task.kind == args.task:
+        found = config
+    elif isinstance(config, FinetuneConfig) or args.task not in WITHOUT_HEAD:
+        was = f"fine-tuned for {config.task.kind}" if isinstance(config, FinetuneConfig) else "pre-trained"
+        raise ConfigError(
+            f"{loaded.path} is {was}; {args.task} needs python -m train.finetune {args.task} --checkpoint {loaded.path}"
+        )
+    else:
+        if not config.objectives.caption:
+            raise ConfigError(f"{loaded.path} was trained without captioning (objectives.caption is 0)")
+        found = own_data(task_preset(args.task, config), config)
+    changes = {
+        name: value
+        for name in ("beams", "length_penalty", "prompt")
+        if (value := getattr(args, name, None)) is not None
+    }
+    return replace(found, task=replace(found.task, **changes), checkpoint=str(loaded.path))
+
+
+def own_data(found: FinetuneConfig, start: PretrainConfig) -> FinetuneConfig:
+    """The configuration with the shards that the pre-training run held out."""
+    data = replace(found.data, train=start.data.train, heldout=start.data.heldout, cache=start.data.cache)
+    return replace(found, data=data)
+
+
+def model_for(task: Task, loaded: LoadedModel, config: FinetuneConfig) -> nn.Module:
+    """The checkpoint's model; a pre-trained one is put into the task's."""
+    if isinstance(loaded.config, FinetuneConfig) or task.name == CLASSIFY:
+        model: nn.Module = loaded.model
+        return model
+    model = task.model(config)
+    model.base = loaded.model
+    return model.eval()
+
+
+def shards_for(args: argparse.Namespace, config: FinetuneConfig) -> tuple[str, ...]:
+    """The shards that are scored. Raises ConfigError where none are known, ValueError for several splits."""
+    from train.evaluate import choose_split
+
+    if args.data or config.data.heldout:
+        paths = shards.expand(args.data or config.data.heldout)
+        chosen = choose_split(paths, args.split, any(Path(d).expanduser().is_dir() for d in args.data))
+        return tuple(map(str, chosen))
+    if config.data.train:
+        raise ConfigError(f"{args.checkpoint} was trained without held-out shards; name some with --data")
+    return find_task_sources(config, lambda line: print(line, file=sys.stderr)).heldout
+
+
+def describe(
+    args: argparse.Namespace, loaded: LoadedModel, config: FinetuneConfig, heldout: TaskSet, result: TaskResult,
+    given: Sequence[str],
+) -> dict[str, Any]:  # fmt: skip
+    """The JSON record: scores with their baselines, and what is needed to measure them again."""
+    return {
+        "task": args.task,
+        "name": config.name,
+        **result.to_json(),
+        "prompt": config.task.prompt,
+        "checkpoint": {"path": str(loaded.path), "step": loaded.step, "averaged_weights": loaded.averaged},
+        "data": {
+            "split": args.split or None,
+            "shards": [str(shard.path) for shard in heldout.items.index.shards],
+            "manifest": heldout.items.index.manifest["hash"],
+            "items": len(heldout.items),
+            "lacking_left_out": heldout.items.lacking,
+            "broken_left_out": len(heldout.broken),
+            "image_size": config.model.image_size,
+        },
+        "tokenizer": {"sha256": loaded.tokenizer.sha, "pieces": loaded.tokenizer.vocab_size},
+        "precision": args.precision,
+        "device": args.device,
+        "seed": args.seed,
+        "versions": versions(),
+        "command": shlex.join(["python", "-m", "train.evaluate", *given]),
+        "date": datetime.now(UTC).isoformat(timespec="seconds"),
+    }
