@@ -9,6 +9,7 @@ import signal
 import subprocess
 import sys
 import tarfile
+from dataclasses import replace
 from pathlib import Path
 from typing import Any
 
@@ -16,6 +17,7 @@ import pytest
 import torch
 from clips import captions, wav, write_tar
 from micro import ROOT
+from ranks import Launch
 from safetensors.torch import load_file
 
 from dataload import scenes_media
@@ -117,6 +119,23 @@ def test_every_modality_is_trained_scored_and_reported(straight: Path) -> None:
         "Captions and sounds",
     ):
         assert words in page
+
+
+def test_two_processes_contrast_what_one_does(
+    straight: Path, data: scenes_media.MediaPaths, tmp_path: Path
+) -> None:
+    """2 ranks x 3 micro-steps of 3 samples, against the run of one process: the same contrasts and captions. (What sounds and
+    clips hide is drawn by each rank.)"""
+    out = tmp_path / "two"
+    more = arguments(data, out, "--steps", "3", "--accumulation", "3", "--itc-negatives", "global")
+    more += ["--objectives.masked-share", "0.5"]  # of 3 samples in a micro-batch
+    ranks = Launch(2, main, [*more, "--eval-every", "0"], RANKS_OUTPUT=str(tmp_path / "rank"))
+    assert ranks.results() == [0, 0]
+    assert "those of its kind in a step over all processes" in (tmp_path / "rank-0.txt").read_text()
+    alone, found = (lines(run, "train")[0]["losses"] for run in (straight, out))
+    for loss in ("itc", "vtc", "atc", "caption"):
+        assert found[loss] == pytest.approx(alone[loss], rel=1e-4), loss
+    assert json.loads((out / "summary.json").read_text())["world_size"] == 2
 
 
 def test_loss_falls(straight: Path) -> None:
@@ -301,7 +320,11 @@ def test_dry_run_of_a_preset(
 
 
 def test_several_processes_are_refused() -> None:
-    assert "PerceiverIO trains on one" in problems(preset("perceiver-tiny"), world_size=2)[0]
+    assert problems(replace(preset("perceiver-tiny"), batch_size=64), world_size=2) == []
+    few = replace(preset("perceiver-tiny"), batch_size=4, accumulation=2)
+    assert (
+        "micro-batches of 1: no sample would ever be read with hidden parts" in problems(few, world_size=2)[0]
+    )
 
 
 def test_mixture_is_mm_aligns() -> None:

@@ -14,6 +14,11 @@ from typing import Any, Literal, Union, get_args, get_origin, get_type_hints
 from models import AuroraConfig
 from models.objectives import ObjectiveConfig
 
+COMPILED_TWICE = (
+    "itc_negatives is global and compile is on: compiled code draws other dropout the second time; "
+    "set --itc-negatives microstep or --no-compile"
+)
+
 
 class ConfigError(ValueError):
     """A run that cannot be started as asked; the message lists every reason."""
@@ -207,10 +212,7 @@ class PretrainConfig:
                 "every objective has weight 0: nothing to learn; set one of --objectives.{mim,itc,caption,mlm}"
             )
         if config.itc_negatives == "global" and config.compile:
-            found.append(
-                "itc_negatives is global and compile is on: compiled code draws other dropout the second time; "
-                "set --itc-negatives microstep or --no-compile"
-            )
+            found.append(COMPILED_TWICE)
         if config.model.stem == "conv" and config.objectives.mim:
             found.append(
                 "model.stem is conv, which sees across hidden patches, and objectives.mim is on; "

@@ -20,7 +20,7 @@ import torch.distributed as dist
 from torch import Tensor, nn
 
 from train.config import PretrainConfig
-from train.contrast import MicroBatch, contrast_all
+from train.contrast import MicroBatch, contrast_all, contrasts
 from train.families import family_of
 from train.machine import Precision, choose_device
 from train.optim import Ema, load_optimizer_tensors, optimizer_tensors, weights_once, with_aliases
@@ -173,7 +173,7 @@ class TorchEngine:
     def micro_batches(self, batches: Sequence[Any]) -> list[MicroBatch]:
         """The micro-batches of this step; with `itc_negatives` "global", after a first pass over all of them for what
         the contrastive loss of the whole step needs."""
-        if self.config.itc_negatives == "global" and self.config.objectives.itc:
+        if self.config.itc_negatives == "global" and contrasts(self.weights):
             return contrast_all(self, batches)
         return [MicroBatch(batch) for batch in batches]
 

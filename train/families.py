@@ -8,14 +8,18 @@ from __future__ import annotations
 from collections.abc import Mapping, Sequence
 from typing import Any, Protocol
 
+import torch
 from torch import Tensor, nn
 
 from dataload.batch import Batch
 from dataload.images import normalize
 from dataload.multimodal import MultimodalBatch
 from models import Aurora
+from models.aurora.model import alignment as aurora_alignment
 from models.objectives import CachedContrast, Normalizers, ObjectiveConfig, count
 from models.perceiver import PerceiverIO, PerceiverObjectives, Piece
+from models.perceiver.contrast import alignment as perceiver_alignment
+from models.perceiver.contrast import fewest_texts, over_ranks
 from models.perceiver.objectives import count_targets
 from train.config import PretrainConfig
 from train.multimodal import PerceiverPretrainConfig
@@ -49,9 +53,26 @@ class Family(Protocol):
         batch: Any,
         objectives: Any,
         normalizers: Any,
-        contrast: CachedContrast | None,
+        contrast: Mapping[str, CachedContrast] | None,
     ) -> dict[str, Tensor]:
         """The losses of a micro-batch by name, unweighted."""
+
+
+class Contrasting(Family, Protocol):
+    """One whose contrastive losses can be taken over a whole step (train/contrast.py)."""
+
+    def texts(self, batches: Sequence[Any], device: torch.device) -> int:
+        """How many texts of a sample are contrasted in this step. Every rank calls this."""
+
+    def embed(
+        self, model: Any, batch: Any, objectives: Any, texts: int
+    ) -> Mapping[str, tuple[Tensor, Tensor]]:
+        """What `forward` contrasts, by the name of the loss, from the same random numbers in the same order."""
+
+    def alignment(
+        self, model: Any, pairs: Mapping[str, tuple[Tensor, Tensor]], objectives: Any
+    ) -> Mapping[str, Tensor]:
+        """The losses of that. The mean of their gradients over ranks is that of the global batch."""
 
 
 class AuroraFamily:
@@ -86,14 +107,31 @@ class AuroraFamily:
 
     def forward(
         self, module: nn.Module, batch: Batch, objectives: ObjectiveConfig, normalizers: Normalizers,
-        contrast: CachedContrast | None,
+        contrast: Mapping[str, CachedContrast] | None,
     ) -> dict[str, Tensor]:  # fmt: skip
         losses: dict[str, Tensor] = module(
             normalize(batch.pair_images), batch.tokens, batch.mlm_tokens, batch.mlm_targets,
             normalize(batch.mim_images), batch.mim_mask, objectives=objectives, normalizers=normalizers,
-            contrast=contrast,
+            contrast=(contrast or {}).get("itc"),
         )  # fmt: skip
         return losses
+
+    def texts(self, batches: Sequence[Batch], device: torch.device) -> int:
+        return len(batches[0].tokens) // max(len(batches[0].pair_images), 1)
+
+    def embed(
+        self, model: Aurora, batch: Batch, objectives: ObjectiveConfig, texts: int
+    ) -> Mapping[str, tuple[Tensor, Tensor]]:
+        return {
+            "itc": model.embed(
+                normalize(batch.pair_images), batch.tokens, normalize(batch.mim_images), batch.mim_mask, objectives
+            )
+        }  # fmt: skip
+
+    def alignment(
+        self, model: Aurora, pairs: Mapping[str, tuple[Tensor, Tensor]], objectives: ObjectiveConfig
+    ) -> Mapping[str, Tensor]:
+        return {name: aurora_alignment(model, *pair, objectives) for name, pair in pairs.items()}
 
 
 COUNTED = ("itc", "vtc", "atc", "caption", "mlm", "mim", "mvm", "mam", "label")
@@ -125,13 +163,26 @@ class PerceiverFamily:
 
     def forward(
         self, module: nn.Module, batch: MultimodalBatch, objectives: PerceiverObjectives,
-        normalizers: Mapping[str, float], contrast: CachedContrast | None,
+        normalizers: Mapping[str, float], contrast: Mapping[str, CachedContrast] | None,
     ) -> dict[str, Tensor]:  # fmt: skip
         losses: dict[str, Tensor] = module(
             pieces_of(batch), len(batch), batch.mlm_tokens, batch.mlm_targets, objectives=objectives,
-            normalizers=normalizers,
+            normalizers=normalizers, contrast=contrast,
         )  # fmt: skip
         return losses
+
+    def texts(self, batches: Sequence[MultimodalBatch], device: torch.device) -> int:
+        return over_ranks(min(fewest_texts(batch.text_sample) for batch in batches), device)
+
+    def embed(
+        self, model: PerceiverIO, batch: MultimodalBatch, objectives: PerceiverObjectives, texts: int
+    ) -> Mapping[str, tuple[Tensor, Tensor]]:
+        return model.embed(pieces_of(batch), len(batch), batch.mlm_tokens, objectives, texts)
+
+    def alignment(
+        self, model: PerceiverIO, pairs: Mapping[str, tuple[Tensor, Tensor]], objectives: PerceiverObjectives
+    ) -> Mapping[str, Tensor]:
+        return perceiver_alignment(model, pairs, objectives)
 
 
 def pieces_of(batch: MultimodalBatch, text: bool = True) -> dict[str, Piece]:

@@ -47,7 +47,7 @@ def greeting(
             *pair_lines(data),
             f"steps       {config.steps:,} of {config.batch_size:,} samples: {config.steps * config.batch_size:,}"
             + (f", each in {config.accumulation} micro-steps" if config.accumulation > 1 else ""),
-            "contrast    each sample is contrasted with the texts of the others of its kind in its micro-step",
+            _pair_contrast(config, data, ranks.size),
             f"output      {out}",
         ]
     assert isinstance(data, Data)
@@ -102,6 +102,19 @@ def pair_lines(data: MultimodalData) -> list[str]:
             f"data        {kind}: {counter['samples']:,} samples, {100 * counter['share']:.1f}% of each batch; {held}"
         )
     return [*lines, f"tokenizer   {data.tokenizer.vocab_size:,} pieces"]
+
+
+def _pair_contrast(config: PerceiverPretrainConfig, data: MultimodalData, world_size: int) -> str:
+    """How many texts of other samples each is contrasted with, by the kind of pair."""
+    whole = config.itc_negatives == "global"
+    samples = config.batch_size // (1 if whole else config.accumulation)
+    found = [
+        f"{samples * counter['share'] * config.data.captions_per_sample:,.0f} ({kind})"
+        for kind, counter in data.loader.counters.items()
+    ]
+    step = "step" if whole or config.accumulation == 1 else "micro-step"
+    over = " over all processes" if world_size > 1 else ""
+    return f"contrast    each sample is contrasted with about {', '.join(found)} texts, those of its kind in a {step}{over}"
 
 
 def _data(config: PretrainConfig, data: Data) -> list[str]:

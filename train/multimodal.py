@@ -7,7 +7,8 @@ from typing import Literal
 
 from dataload.multimodal import PAIRS
 from models.perceiver import PerceiverConfig, PerceiverObjectives
-from train.config import PretrainConfig
+from models.perceiver.objectives import MASKED
+from train.config import COMPILED_TWICE, PretrainConfig, micro_batch
 
 CONTRASTS = {"image-text": "itc", "video-text": "vtc", "audio-text": "atc"}
 
@@ -104,16 +105,17 @@ class PerceiverPretrainConfig(PretrainConfig):
             found.append(f"every objective has weight 0: set one of --objectives.{{{','.join(weights)}}}")
         if self.objectives.label:
             found.append("objectives.label is on, but these batches bring no classes; set it to 0")
-        if self.itc_negatives != "microstep":
-            found.append(f"itc_negatives is {self.itc_negatives}; PerceiverIO supports microstep")
+        samples, share = micro_batch(self, world_size), self.objectives.masked_share
+        if any(weights[name] for name in ("mlm", *MASKED)) and 0 < samples * share < 1:
+            found.append(
+                f"objectives.masked_share is {share:g} of micro-batches of {samples}: no sample would ever be read with hidden "
+                f"parts; it must be at least {1 / samples:g}, or 0 with the weights of mlm, {', '.join(MASKED)}"
+            )
+        if self.itc_negatives == "global" and self.compile:
+            found.append(COMPILED_TWICE)
         if self.model.image_size % CELL:
             found.append(f"model.image_size is {self.model.image_size}; training needs a multiple of {CELL}")
         given = [kind for kind, pair in data.pairs().items() if pair.train]
-        if world_size > 1:
-            found.append(
-                f"there are {world_size} processes: PerceiverIO trains on one, as processes may have different numbers of "
-                "pairs, and the contrastive losses need as many on each; --accumulation makes large batches"
-            )
         for kind, pair in data.pairs().items():
             if pair.weight is not None and pair.weight <= 0:
                 found.append(f"data.{kind}.weight is {pair.weight:g}; it must be positive")

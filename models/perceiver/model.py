@@ -19,10 +19,12 @@ import torch
 from torch import Tensor, nn
 
 from models.layers import AttentionPool, DecodingState, WordBag
+from models.objectives import CachedContrast
 from models.perceiver.adapters import Adapter, ImageAdapter, TextAdapter, VideoAdapter, audio_adapter
 from models.perceiver.config import PerceiverConfig
+from models.perceiver.contrast import Pairs
 from models.perceiver.latents import InputRead, LatentTransformer
-from models.perceiver.objectives import PerceiverObjectives, pretraining_losses
+from models.perceiver.objectives import PerceiverObjectives, pretraining_losses, read
 from models.perceiver.pieces import Piece, Tokens, join, padded, visible
 from models.perceiver.queries import EmbeddingQueries, PatchQueries, QueryDecoder, TextDecoder
 from models.tokens import MASK, SPECIAL
@@ -83,12 +85,13 @@ class PerceiverIO(nn.Module):
         label_sample: Tensor | None = None,
         objectives: PerceiverObjectives | None = None,
         normalizers: Mapping[str, float] | None = None,
+        contrast: Mapping[str, CachedContrast] | None = None,
     ) -> dict[str, Tensor]:
         """The losses that are on, unweighted fp32 scalars, by the names in `PerceiverObjectives.weights`.
 
         A loss is there whether or not the batch has anything for it: then it is 0, and its gradients are 0. So all
-        processes of a distributed run have the same graph. (The contrastive losses talk among processes, and need as many pairs
-        of each kind on every one of them: mixed batches do not have that, so training takes one process as yet.)
+        processes of a distributed run have the same graph. Contrastive losses are over the pairs of all processes, which may
+        have different numbers of them: where torch.distributed has several, all call this together.
 
         Args:
             pieces: "image", "audio", "video", "text" -> Piece; a modality that the batch lacks may be left out, and
@@ -98,11 +101,20 @@ class PerceiverIO(nn.Module):
                 (-100 elsewhere).
             labels, label_sample: float [L, C], and int64 [L]: the sample of each row.
             normalizers: denominators of the whole optimizer step (`count_targets`); None: each loss is this batch's mean.
+            contrast: the contrastive losses, by name, and their gradients at this batch's embeddings, where they are known
+                already; without it they are taken over this batch.
         """
         return pretraining_losses(
             self, pieces, samples, mlm_tokens, mlm_targets, labels, label_sample,
-            objectives or PerceiverObjectives(), normalizers,
+            objectives or PerceiverObjectives(), normalizers, contrast,
         )  # fmt: skip
+
+    def embed(
+        self, pieces: Mapping[str, Piece], samples: int, mlm_tokens: Tensor, objectives: PerceiverObjectives, texts: int
+    ) -> Mapping[str, Pairs]:  # fmt: skip
+        """What `forward` contrasts, by the name of the loss: fp32 [Q, E] of samples, and [Q, K, E] of their first K = `texts`
+        texts, made of the same random numbers in the same order."""
+        return read(self, self.complete(pieces), samples, mlm_tokens, objectives, texts).pairs
 
     def encode(self, pieces: Mapping[str, Piece], samples: int) -> Tensor:
         """Latents [B, M, D] of samples with any modalities, text too."""

@@ -20,15 +20,24 @@ import torch.nn.functional as F
 from torch import Tensor
 
 from models.layers import WordBag
-from models.objectives import ObjectiveConfig, contrastive_loss, token_loss
+from models.objectives import CachedContrast, ObjectiveConfig, token_loss
 from models.perceiver.adapters import Adapter
+from models.perceiver.contrast import (
+    ANY,
+    CONTRASTS,
+    Pairs,
+    alignment,
+    among_first,
+    fewest_texts,
+    first_pieces,
+    over_ranks,
+)
 from models.perceiver.pieces import Piece, Tokens, join, padded, together, visible
 from models.tokens import IGNORE, MASK, PAD, SPECIAL
 
 if TYPE_CHECKING:
     from models.perceiver.model import PerceiverIO
 
-CONTRASTS = {"itc": "image", "vtc": "video", "atc": "audio"}
 MASKED = {"mim": "image", "mvm": "video", "mam": "audio"}
 WHOLE = (*CONTRASTS, "caption", "label")
 """Losses that are read off the samples as they are."""
@@ -169,47 +178,40 @@ def firsts(sample: Tensor, samples: int) -> Tensor:
     )
 
 
-def first_pieces(sample: Tensor) -> Tensor:
-    """bool [P]: whether a piece is the first of its sample; `sample` rises."""
-    return torch.cat((sample[:1] >= 0, sample[1:] != sample[:-1]))
+@dataclass(frozen=True)
+class Read:
+    """A micro-batch as the latents have read it."""
+
+    readings: Readings
+    asked: Mapping[str, tuple[Tensor, Tensor, Tensor]]
+    """by modality: what its masked objective asks for (`read_pieces`)"""
+    masked: Piece
+    """texts with hidden words, of readings"""
+    masked_rows: Tensor
+    """int64: their numbers among the texts"""
+    latents: Tensor
+    """[R, M, D]"""
+    found: Tensor | None
+    """[W, 4, E]: embedding queries of the whole samples, where something wants them"""
+    pairs: Mapping[str, Pairs]
+    """what is contrasted, by the name of the loss"""
 
 
-def first_texts(sample: Tensor) -> Tensor:
-    """bool [S]: whether a text is among the first K of its sample, where K is what every sample with texts has."""
-    first = first_pieces(sample)
-    begin = first.nonzero()[:, 0]
-    each = torch.cat((begin, begin.new_tensor([len(sample)]))).diff()
-    if not len(each):
-        return first
-    place = torch.arange(len(sample), device=sample.device) - begin.repeat_interleave(each)
-    return place < each.min()
-
-
-def pretraining_losses(
-    model: PerceiverIO,
-    pieces: Mapping[str, Piece],
-    samples: int,
-    mlm_tokens: Tensor,
-    mlm_targets: Tensor,
-    labels: Tensor | None,
-    label_sample: Tensor | None,
-    config: PerceiverObjectives,
-    normalizers: Mapping[str, float] | None,
-) -> dict[str, Tensor]:
-    """See `PerceiverIO.forward`."""
+def read(
+    model: PerceiverIO, pieces: Mapping[str, Piece], samples: int, mlm_tokens: Tensor, config: PerceiverObjectives,
+    texts: int,
+) -> Read:  # fmt: skip
+    """Encoders, latents and embeddings; `texts` of each sample are contrasted. pieces: all modalities (`complete`)."""
     weights = config.weights()
-    pieces = model.complete(pieces)
     readings = Readings.of(pieces, samples, config)
-    totals = normalizers or count_targets(pieces, samples, mlm_targets, config, label_sample)
     text = pieces["text"]
-
     parts: list[tuple[Tokens, Tensor]] = []
     asked: dict[str, tuple[Tensor, Tensor, Tensor]] = {}
     for name, adapter in model.adapters.items():
         assert isinstance(adapter, Adapter)
         tokens, reading, asked[name] = read_pieces(adapter, pieces[name], readings, config)
         parts.append((tokens, reading))
-    wanted = (readings.whole[text.sample] >= 0) & first_texts(text.sample)
+    wanted = (readings.whole[text.sample] >= 0) & among_first(text.sample, texts)
     contrasted = text.select(wanted.nonzero()[:, 0], text.sample[wanted])
     if config.word_dropout:
         dropped = torch.rand(contrasted.data.shape, device=contrasted.data.device) < config.word_dropout
@@ -224,36 +226,71 @@ def pretraining_losses(
     parts.append((model.text.inputs(Tokens(states.values[n:], states.lengths[n:])), masked.sample))
     latents = model.latent(*join(parts, readings.number))
 
+    found, pairs = None, {}
+    if config.label or any(weights[name] for name in CONTRASTS):
+        found = model.embeddings(latents[: readings.number_whole])
+    if found is not None and any(weights[name] for name in CONTRASTS):
+        pooled = model.pool_text(contrasted, Tokens(states.values[:n], states.lengths[:n]))
+        each = 1 if texts == ANY else texts
+        for loss, name in CONTRASTS.items():
+            if weights[loss]:
+                pairs[loss] = paired(
+                    found, pooled, contrasted.sample, pieces[name].sample, readings, samples, name, each
+                )
+    return Read(readings, asked, masked, masked_rows, latents, found, pairs)
+
+
+def pretraining_losses(
+    model: PerceiverIO,
+    pieces: Mapping[str, Piece],
+    samples: int,
+    mlm_tokens: Tensor,
+    mlm_targets: Tensor,
+    labels: Tensor | None,
+    label_sample: Tensor | None,
+    config: PerceiverObjectives,
+    normalizers: Mapping[str, float] | None,
+    contrast: Mapping[str, CachedContrast] | None,
+) -> dict[str, Tensor]:
+    """See `PerceiverIO.forward`. `read` comes first: `PerceiverIO.embed` does what it does."""
+    weights = config.weights()
+    pieces = model.complete(pieces)
+    text = pieces["text"]
+    totals = normalizers or count_targets(pieces, samples, mlm_targets, config, label_sample)
+    if contrast:
+        texts = next(iter(contrast.values())).text.shape[1]
+    else:
+        texts = fewest_texts(text.sample)
+        if any(weights[name] for name in CONTRASTS):
+            texts = over_ranks(texts, text.data.device)
+    was = read(model, pieces, samples, mlm_tokens, config, texts)
+    readings, latents = was.readings, was.latents
+
+    nothing = latents.sum() * 0
+    known = {
+        loss: cached.at(*was.pairs[loss], model.logit_scale, model.logit_bias) + nothing
+        for loss, cached in (contrast or {}).items()
+    }
     losses: dict[str, Tensor] = {}
-    whole, nothing = latents[: readings.number_whole], latents.sum() * 0
-    if any(weights[name] for name in CONTRASTS) or (config.label and labels is not None):
-        found = model.embeddings(whole)
-    if any(weights[name] for name in CONTRASTS):
-        texts = model.pool_text(contrasted, Tokens(states.values[:n], states.lengths[:n]))
-    for loss, name in CONTRASTS.items():
-        if weights[loss]:
-            image, other = aligned(
-                found, texts, contrasted.sample, pieces[name].sample, readings, samples, name
-            )
-            losses[loss] = (image.sum() + other.sum()) * 0 + nothing
-            if len(image):
-                losses[loss] = losses[loss] + alignment(model, image, other, config)
-            else:
-                losses[loss] = losses[loss] + 0 * (model.logit_scale + model.logit_bias)
+    if not contrast:
+        losses = {loss: one + nothing for loss, one in alignment(model, was.pairs, config).items()}
     if config.label and labels is not None and label_sample is not None:
+        assert was.found is not None
         reading = readings.whole[label_sample]
-        logits = model.embeddings.classes(found[:, 3][reading[reading >= 0]]).float()
+        logits = model.embeddings.classes(was.found[:, 3][reading[reading >= 0]]).float()
         targets = labels[reading >= 0].float()
         losses["label"] = F.binary_cross_entropy_with_logits(logits, targets, reduction="none").mean(1).sum()
     if config.caption:
         losses["caption"] = caption_loss(model, text, readings, latents, config)
     if config.mlm:
-        losses["mlm"] = masked_text_loss(model, masked, text, masked_rows, mlm_targets, latents, config)
+        losses["mlm"] = masked_text_loss(
+            model, was.masked, text, was.masked_rows, mlm_targets, latents, config
+        )
     for loss, name in MASKED.items():
         if weights[loss]:
-            patches, hidden, reading = asked[name]
+            patches, hidden, reading = was.asked[name]
             losses[loss] = model.patch_queries(name).loss(latents[reading], patches, hidden)
-    return {name: loss / max(totals[name], 1) for name, loss in losses.items()}
+    return known | {name: loss / max(totals[name], 1) for name, loss in losses.items()}
 
 
 def read_pieces(
@@ -276,32 +313,18 @@ def read_pieces(
     return tokens, reading, (patches[asked], mask[asked], reading[asked])
 
 
-def aligned(
-    found: Tensor, texts: Tensor, text_sample: Tensor, sample: Tensor, readings: Readings, samples: int, name: str
-) -> tuple[Tensor, Tensor]:  # fmt: skip
-    """Embeddings [Q, E] of the samples that have both this modality and texts, and of those texts [Q*K, E]."""
+def paired(
+    found: Tensor, texts: Tensor, text_sample: Tensor, sample: Tensor, readings: Readings, samples: int, name: str,
+    each: int,
+) -> Pairs:  # fmt: skip
+    """Embeddings of the samples that have both this modality and texts, and of those texts, `each` of a sample."""
     from models.perceiver.queries.embeddings import NAMES
 
     has = torch.zeros(samples, dtype=torch.bool, device=sample.device).index_fill(0, sample, True)
     pair = has[text_sample]
     owners = text_sample[pair & first_pieces(text_sample)]
     image = F.normalize(found[readings.whole[owners], NAMES.index(name)].float(), dim=-1)
-    return image, texts[pair]
-
-
-def alignment(model: PerceiverIO, samples: Tensor, texts: Tensor, config: PerceiverObjectives) -> Tensor:
-    """The contrastive loss of samples [Q, E] and their texts [Q*K, E]; with `agreement`, also that of each text and the next
-    one of the same sample."""
-
-    def loss(one: Tensor, other: Tensor) -> Tensor:
-        return contrastive_loss(one, other, model.logit_scale, model.logit_bias, kind=config.contrastive_kind)
-
-    found, each = loss(samples, texts), len(texts) // len(samples)
-    if config.agreement and each > 1:
-        of = texts.unflatten(0, (len(samples), each))
-        pairs = [loss(of[:, i], of[:, i - 1]) for i in range(each)]
-        found = found + config.agreement * torch.stack(pairs).mean()
-    return found
+    return image, texts[pair].unflatten(0, (len(owners), each))
 
 
 def caption_loss(
