@@ -16,11 +16,10 @@ import re
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 from pathlib import Path
-from typing import Any
+from typing import TYPE_CHECKING, Any, TypeAlias, Union
 
 import numpy as np
 import torch
-from PIL import Image, ImageOps
 from torch import Tensor, nn
 
 from models.aurora import Aurora, AuroraConfig
@@ -33,9 +32,12 @@ from models.perceiver import PerceiverConfig, PerceiverIO
 from models.perceiver.classify import SoundClassifier
 from models.tokens import BOS, EOS
 
+if TYPE_CHECKING:
+    from PIL import Image
+
 MEAN, STD = (0.485, 0.456, 0.406), (0.229, 0.224, 0.225)  # of ImageNet, as in training
 TEMPLATES = ("{}", "a picture of {}", "there is {}")
-Picture = str | Path | Image.Image
+Picture: TypeAlias = Union[str, Path, "Image.Image"]
 
 
 @dataclass(frozen=True)
@@ -315,6 +317,8 @@ def class_embeddings(embed: Any, labels: Sequence[str], templates: Sequence[str]
 
 def fitted(image: Image.Image, side: int, fit: str) -> np.ndarray:
     """uint8 [S, S, 3] of an RGB picture."""
+    from PIL import Image
+
     width, height = image.size
     bilinear = Image.Resampling.BILINEAR
     if fit == "crop":
@@ -333,6 +337,8 @@ def fitted(image: Image.Image, side: int, fit: str) -> np.ndarray:
 
 def _open(picture: Picture) -> Image.Image:
     """An upright RGB picture on white."""
+    from PIL import Image, ImageOps
+
     image = picture if isinstance(picture, Image.Image) else Image.open(picture)
     image = ImageOps.exif_transpose(image)
     if image.mode in ("RGBA", "LA", "PA") or "transparency" in image.info:

@@ -395,6 +395,7 @@ OPTIONAL = {
     "flash_attn_interface": "flash",
     "liger_kernel": "liger",
     "torchao": "torchao",
+    "torchvision": "",  # its operator is faster where somebody has it
     "wandb": "wandb",
     "deepspeed": "deepspeed",
     "apex": "",  # NVIDIA's is no package of the index

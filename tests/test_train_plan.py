@@ -43,7 +43,10 @@ def slope(config: PretrainConfig, kind: str) -> float:
 
 @pytest.mark.parametrize(
     ("name", "kind"),
-    [("aurora-tiny", "pair"), ("aurora-tiny", "uncaptioned"), ("perceiver-tiny", "video-text"), ("aurora-photos", "pair")],
+    [
+        ("aurora-tiny", "pair"), ("aurora-tiny", "uncaptioned"), ("aurora-photos", "pair"),
+        ("perceiver-tiny", "video-text"), ("perceiver-real", "image-text"), ("perceiver-sounds", "audio-text"),
+    ],
 )  # fmt: skip
 def test_closed_forms_are_what_the_model_does(name: str, kind: str) -> None:
     config = replace(preset(name), activation_checkpointing=False)

@@ -446,7 +446,8 @@ def test_list_presets(capsys: pytest.CaptureFixture[str]) -> None:
     assert main(["--list-presets"]) == 0
     assert [line.split()[0] for line in capsys.readouterr().out.splitlines()] == [
         "aurora-tiny", "aurora-photos", "aurora-small", "aurora-base", "aurora-large", "aurora-xl",
-        "perceiver-tiny", "perceiver-real", "perceiver-small", "perceiver-base", "perceiver-large", "perceiver-xl",
+        "perceiver-tiny", "perceiver-real", "perceiver-sounds", "perceiver-small", "perceiver-base", "perceiver-large",
+        "perceiver-xl",
     ]  # fmt: skip
 
 

@@ -175,4 +175,7 @@ def preset(name: str) -> PretrainConfig:
 
 def listing() -> str:
     """One line per preset."""
-    return "\n".join(f"  {name:16}{' '.join((make.__doc__ or '').split())}" for name, make in ALL.items())
+    width = max(map(len, ALL)) + 1
+    return "\n".join(
+        f"  {name:{width}}{' '.join((make.__doc__ or '').split())}" for name, make in ALL.items()
+    )

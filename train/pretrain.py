@@ -98,6 +98,7 @@ def train(run: Run, stop: Stop) -> bool:
                 f"({skipped_in_a_row} in a row)"
             )
             if skipped_in_a_row >= config.optim.max_skipped:
+                run.saver.finish(must=False)
                 raise TrainingError(
                     f"{skipped_in_a_row} steps in a row had a non-finite loss or gradient "
                     f"(optim.max_skipped); the weights are those of step {run.step - skipped_in_a_row}. "

@@ -12,10 +12,14 @@ import math
 from collections.abc import Mapping
 from dataclasses import dataclass, field
 
+from torch import nn
+
 from dataload.multimodal import PAIRS
 from models import AuroraConfig
 from models.layers import swiglu_width
 from models.perceiver import PerceiverConfig
+from models.perceiver.adapters.audio import SpectrumStem
+from models.perceiver.adapters.image import ConvStem
 from train.config import PretrainConfig
 from train.multimodal import CONTRASTS, PerceiverPretrainConfig
 from train.plan.batches import UNIT
@@ -170,20 +174,20 @@ def _perceiver(config: PerceiverPretrainConfig, kind: str, others: int) -> Flops
     grids = {"image": model.image_grid, "audio": model.audio_grid, "video": model.video_grid}
     tokens = {name: math.prod(grids[name]) for name in PAIRS[kind] if name != "text"}
     text, width, latents, wide = model.text_length, model.encoder_width, model.latents, model.latent_width
+    texts = config.data.captions_per_sample
 
     for name, n in tokens.items():
         keys = model.image_window**2 if name == "image" and model.image_window else n
-        flops.add(
-            f"{name} encoder", linear(n, model.patch_widths[name] * width), times=whole + hidden, backward=1
-        )
+        _stem(model, name, n, whole + hidden, flops)
         flops.add(
             f"{name} encoder", self_block(n, width, keys), times=(whole + hidden) * model.encoder_layers
         )
     reads = self_block(text, model.text_width)
-    flops.add("text encoder", reads, times=(whole + hidden) * model.text_layers)
-    flops.add("text encoder", linear(text, model.text_width * width), times=hidden)
+    bag = model.text_pooling == "words"  # which reads the words themselves
+    flops.add("text encoder", reads, times=texts * ((0 if bag else whole) + hidden) * model.text_layers)
+    flops.add("text encoder", linear(text, model.text_width * width), times=texts * hidden)
 
-    inputs = whole * sum(tokens.values()) + hidden * (sum(tokens.values()) + text)
+    inputs = whole * sum(tokens.values()) + hidden * (sum(tokens.values()) + texts * text)
     for read in range(model.input_reads):
         flops.add("latents", linear(inputs, 2 * wide * width) + attention(latents, inputs, wide))
         # The first read's queries are the same for all samples: computed once in a micro-step.
@@ -191,27 +195,44 @@ def _perceiver(config: PerceiverPretrainConfig, kind: str, others: int) -> Flops
         flops.add("latents", rest, times=whole + hidden)
     flops.add("latents", self_block(latents, wide), times=(whole + hidden) * model.latent_layers)
 
-    contrasts = sum(bool(weights[name]) for name in CONTRASTS.values())
-    if contrasts:
+    if any(weights[name] for name in CONTRASTS.values()):
         flops.add("embeddings", _queries(model, 4, model.embedding_width), times=whole)
-        if model.text_pooling == "attention":
+        if not bag:
             pool = read_block(1, model.text_width, text, model.text_width)
             pool += linear(1, model.text_width * model.embedding_width)
-            flops.add("embeddings", pool, times=whole * contrasts)
-        flops.add("embeddings", 2.0 * others * model.embedding_width, times=whole)
+            flops.add("embeddings", pool, times=texts * whole)
+        among = bool(goals.agreement and texts > 1)
+        contrast = 2.0 * (1 + among) * texts * others * model.embedding_width
+        flops.add("embeddings", contrast, times=whole)
     for goal, length, share in (("caption", text - 1, whole), ("mlm", text, hidden)):
         if not weights[goal]:
             continue
         d = model.decoder_width
         block = self_block(length, d) + cross_part(length, d, latents, wide)
-        flops.add("text decoder", block, times=share * model.decoder_layers)
+        flops.add("text decoder", block, times=texts * share * model.decoder_layers)
         asked = length if goal == "caption" else int(text * config.data.mlm_probability)
-        flops.add("logits", linear(asked, d * model.vocabulary), times=share)
+        flops.add("logits", linear(asked, d * model.vocabulary), times=texts * share)
     for goal, name in (("mim", "image"), ("mvm", "video"), ("mam", "audio")):
         if weights[goal] and name in tokens:
             found = _queries(model, math.prod(grids[name]), model.patch_widths[name])
             flops.add(f"{name} queries", found, times=hidden)
     return flops
+
+
+def _stem(model: PerceiverConfig, name: str, n: int, times: float, flops: Flops) -> None:
+    """What makes a modality's n tokens; nothing wants the gradient of the pixels."""
+    part, width = f"{name} encoder", model.encoder_width
+    if name == "image" and model.image_stem == "conv":
+        stem: nn.Module = ConvStem(model.image_patch, width)
+    elif name == "audio" and model.audio_kind == "mel" and model.audio_stem == "conv":
+        stem = SpectrumStem(model.audio_patch[::-1], width)
+    else:
+        return flops.add(part, linear(n, model.patch_widths[name] * width), times=times, backward=1)
+    layers = [layer for layer in stem.modules() if isinstance(layer, nn.Conv2d)]
+    places = n * math.prod(math.prod(layer.stride) for layer in layers)
+    for i, layer in enumerate(layers):
+        places //= math.prod(layer.stride)
+        flops.add(part, linear(places, layer.weight.numel()), times=times, backward=1 if i == 0 else 2)
 
 
 def _queries(model: PerceiverConfig, queries: int, out: int) -> float:

@@ -79,7 +79,8 @@ def _mixed(config: PerceiverPretrainConfig, counts: Mapping[str, int]) -> Multim
     cells = model.image_size // (CELL if model.image_size >= 4 * CELL else CELL // 2)
     hidden = torch.arange(cells * cells) < round(config.objectives.mask_ratio * cells * cells)
     images, clips = len(owner["image"]), len(owner["video"])
-    tokens, targets = _texts(total, model.text_length, config.data.mlm_probability)
+    each = config.data.captions_per_sample
+    tokens, targets = _texts(total * each, model.text_length, config.data.mlm_probability)
     frames = clips * model.video_frames
     return MultimodalBatch(
         images=_meta(images, model.image_size, model.image_size, 3),
@@ -90,10 +91,10 @@ def _mixed(config: PerceiverPretrainConfig, counts: Mapping[str, int]) -> Multim
         video=_packed(clips, model.video_frames, torch.uint8, model.video_size, model.video_size, 3),
         video_times=torch.empty(frames, device="meta"),
         video_sample=owner["video"],
-        text=Packed(tokens.flatten(), _ends(total, model.text_length), model.text_length),
+        text=Packed(tokens.flatten(), _ends(total * each, model.text_length), model.text_length),
         mlm_tokens=tokens.flatten(),
         mlm_targets=targets.flatten(),
-        text_sample=owner["text"],
+        text_sample=owner["text"].repeat_interleave(each),
         sources=source,
         keys=("",) * total,
     )
