@@ -16,7 +16,7 @@ from kernels.latent_attention import sdpa
 from kernels.window_attention import op
 
 BUDGET = 0.5  # CPU seconds per task
-CPU = PROFILES["cpu"]
+CPU = replace(PROFILES["cpu"], gates=CPU_GATES)
 
 
 def implementation(subject: str, monkeypatch: pytest.MonkeyPatch, change: Callable[[Any], Any]) -> None:
