@@ -231,7 +231,7 @@ def test_which_stated_figures_agree() -> None:
     assert not by_name["data"].agrees and f"{15e12 / 3.6e9 / 1e3:.1f} kB per sample" in by_name["data"].sums
     work = by_name["compute"]
     assert not work.agrees and work.factor == pytest.approx(3.6e9 * 47.40e12 / (3.5e15 * 86_400), rel=1e-3)
-    once, twice = by_name["the same"], by_name["256 GPUs for 9 weeks"]
+    once, twice = by_name["256 GPUs for 9 weeks"], by_name["the same"]
     assert once.agrees and "39% of the peak" in once.sums and not twice.agrees
 
 

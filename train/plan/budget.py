@@ -115,6 +115,13 @@ class Plan:
         return 12.0 * self.parameters["total"]
 
 
+def contrasted(config: PretrainConfig) -> float:
+    """Share of the samples that are read as they are."""
+    if not isinstance(config, PerceiverPretrainConfig) or config.objectives.masked_twice:
+        return 1.0
+    return 1.0 - config.objectives.masked_share
+
+
 def make_plan(config: PretrainConfig, setup: Setup, *, checkpointing: bool | None = None) -> Plan:
     """The plan of a run. checkpointing: None takes the configuration's."""
     ask = config.activation_checkpointing if checkpointing is None else checkpointing
@@ -131,7 +138,7 @@ def make_plan(config: PretrainConfig, setup: Setup, *, checkpointing: bool | Non
         traced[on] = probe(plain(config, on), setup, by_kind, model)
         memory[on] = fit(config, on, static, setup, traced[on])
     micro, accumulation, as_asked, found = split_batch(config, setup, memory[ask])
-    negatives = micro * setup.gpus
+    negatives = round(micro * setup.gpus * contrasted(config))
     flops = mean_flops(config, shares, negatives)
     compute = config.batch_size * flops.total / (setup.gpus * setup.mfu * setup.device.peak.bf16)
     reduce, gather = communication(parameters["total"], setup)

@@ -82,15 +82,14 @@ def findings(recipe: Recipe, parameters: int) -> list[Finding]:
             recipe,
         )
     )
-    if isinstance(config, PerceiverPretrainConfig) and config.objectives.masked_twice:
-        once = replace(config, objectives=replace(config.objectives, masked_twice=False, masked_share=0.5))
+    if isinstance(config, PerceiverPretrainConfig):
+        twice = replace(config, objectives=replace(config.objectives, masked_twice=True, masked_share=1.0))
         found.append(
             _duration(
-                "the same", "each sample read once, half of them hidden (--objectives.no-masked-twice "
-                "--objectives.masked-share 0.5)", _needed(once, recipe), machine, samples, peak, recipe,
+                "the same", "each sample read as it is and with hidden parts (--objectives.masked-twice "
+                "--objectives.masked-share 1)", _needed(twice, recipe), machine, samples, peak, recipe,
             )
         )  # fmt: skip
-        flops = _needed(once, recipe)
     if recipe.gpu_hours is not None:
         found.append(_hours(recipe, hours, flops, peak))
     if recipe.petaflops_days is not None:
