@@ -12,7 +12,9 @@ from typing import Any
 import webdataset
 from PIL import Image
 
+from dataload.annotations import Annotations, annotated
 from dataload.pack.__main__ import main
+from dataload.shards import ShardIndex, expand, index
 
 COLOURS = ("red", "green", "blue", "gold", "gray")
 
@@ -71,3 +73,14 @@ def run(*words: object) -> tuple[int, str, str]:
     with contextlib.redirect_stdout(io.StringIO()) as out, contextlib.redirect_stderr(io.StringIO()) as err:
         status = main([str(word) for word in words])
     return status, out.getvalue(), err.getvalue()
+
+
+def opened(folder: Path, split: str = "train") -> ShardIndex:
+    return index(expand([str(folder / f"{split}-*.tar")]))
+
+
+def packed(folder: Path, *words: object, split: str = "train") -> tuple[list[Annotations], str]:
+    """Runs a command into `folder` and reads everything back: (annotations in order, what it printed)."""
+    status, out, error = run(*words, "--output", folder)
+    assert status == 0, error
+    return list(annotated(opened(folder, split))), out + error
