@@ -31,8 +31,10 @@ class Observer:
         if config.wandb and ranks.first:
             self.wandb = WandbLog(config.wandb, config.name, run.out, to_dict(config))
         shares = shares_of(config, run.data, ranks.size)
-        rate = device_rate(engine.device, engine.precision.autocast is not None)
-        self._full = step_flops(config, shares, ranks.size) / (rate * ranks.size) if rate else None
+        rate = device_rate(engine.device, engine.precision.autocast is not None) if shares else None
+        self._full: float | None = None
+        if shares and rate:
+            self._full = step_flops(config, shares, ranks.size) / (rate * ranks.size)
 
     def before(self, step: int) -> None:
         """Step `step` (1-based) begins."""

@@ -11,6 +11,7 @@ from train.config import PretrainConfig, micro_batch
 from train.devices import peak_of
 from train.multimodal import PerceiverPretrainConfig
 from train.plan.arithmetic import mean_flops
+from train.tasks.config import FinetuneConfig
 
 SIDE = 512
 
@@ -21,8 +22,10 @@ def step_flops(config: PretrainConfig, shares: Mapping[str, float], world_size: 
     return config.batch_size * mean_flops(config, shares, others).total
 
 
-def shares_of(config: PretrainConfig, data: object, world_size: int) -> dict[str, float]:
-    """The kinds of samples of a run's batches, from its loaders."""
+def shares_of(config: PretrainConfig, data: object, world_size: int) -> dict[str, float] | None:
+    """The kinds of samples of a run's batches, from its loaders; None for tasks, whose FLOPs no closed form says."""
+    if isinstance(config, FinetuneConfig):
+        return None
     if isinstance(config, PerceiverPretrainConfig):
         counters = data.loader.counters  # type: ignore[attr-defined]
         return {kind: counter["share"] for kind, counter in counters.items()}
