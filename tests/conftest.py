@@ -6,12 +6,17 @@ import importlib
 import os
 import shutil
 import tempfile
+from collections.abc import Callable, Iterator
 from pathlib import Path
 from types import ModuleType
+from typing import TYPE_CHECKING
 
 import pytest
 
 from bench.importing import make_torchvision_importable
+
+if TYPE_CHECKING:
+    from serving import Server
 
 ROOT = Path(__file__).resolve().parent.parent
 CHROMIUM_NAMES = ("chromium", "chromium-browser", "google-chrome")
@@ -84,3 +89,30 @@ def chromium_command(chromium: str, tmp_path: Path) -> list[str]:
 def timm() -> ModuleType:
     """timm, an oracle, imported where `import torchvision` works too (see below)."""
     return importlib.import_module("timm")
+
+
+@pytest.fixture
+def impatient(monkeypatch: pytest.MonkeyPatch, tmp_path: Path) -> None:
+    """Short pauses and timeouts, and a cache of the test's own."""
+    monkeypatch.setattr("dataload.remote._PAUSE", 0.01)
+    monkeypatch.setenv("AURORAIO_TIMEOUT", "5")
+    monkeypatch.setenv("AURORAIO_CACHE", str(tmp_path / "cache"))
+
+
+@pytest.fixture
+def served(tmp_path: Path) -> Iterator[Callable[..., Server]]:
+    """Starts servers of tmp_path/served, which get closed."""
+    from serving import Server
+
+    servers: list[Server] = []
+
+    def serve(**options: bool) -> Server:
+        folder = tmp_path / "served"
+        folder.mkdir(exist_ok=True)
+        servers.append(Server(folder, **options))
+        return servers[-1]
+
+    yield serve
+    for server in servers:
+        server.shutdown()
+        server.server_close()
