@@ -233,14 +233,11 @@ def test_a_lost_node_is_done_without(straight: Path, tmp_path: Path) -> None:
     launcher = (
         *("--nnodes", "1:2", "--nproc-per-node", "1", "--max-restarts", "3", "--rdzv-backend", "c10d"),
         *("--rdzv-endpoint", f"127.0.0.1:{free_port()}", "--rdzv-id", "x", "--local-addr", "127.0.0.1"),
-        *(
-            "--rdzv-conf",
-            "last_call_timeout=3,keep_alive_interval=1,keep_alive_max_attempt=2,join_timeout=120",
-        ),
     )
     patience = "last_call_timeout=3,keep_alive_interval=1,keep_alive_max_attempt=2,join_timeout=120"
     kept, lost = nodes = [  # the first one is where they meet
-        torchrun(out, *launcher, f"{patience},is_host={host}", more=("--resume", "auto")) for host in (1, 0)
+        torchrun(out, *launcher, "--rdzv-conf", f"{patience},is_host={host}", more=("--resume", "auto"))
+        for host in (1, 0)
     ]
     try:
         wait_for_step(out, 4)
