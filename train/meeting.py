@@ -1,9 +1,9 @@
 """How ranks meet, so that a round after a fault is not met by the one before it.
 
 torchrun's agent keeps one store for all rounds of a run, and torch writes the addresses of every round under the same keys
-(torch 2.11 to 2.13; pytorch issue 135712). After a restart a rank that is early reads where a process that is gone was listening,
-and fails with "connection refused". Restart counts do not tell rounds apart: every agent has its own, and the loss or the coming
-of a node leaves some of them as they are. So the ranks of a round first agree on a name for it, and meet under that.
+(torch 2.13; pytorch issue 135712). After a restart a rank that is early reads where a process that is gone was listening,
+and fails with "connection refused". Restart counts do not tell rounds apart: every agent has its own, and the loss or the
+coming of a node leaves some of them as they are. So the ranks of a round first agree on a name for it, and meet under that.
 
     rank r     writes a word of its own as hello/r, and waits until it stands in `round`
     rank 0     puts all words that it finds, and its own as the name, into `round`, again whenever one changes
