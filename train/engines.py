@@ -17,8 +17,8 @@ import torch
 from torch import nn
 
 from train.config import OptimConfig, PretrainConfig
+from train.deepspeed_settings import refusal
 from train.engine import Ranks, TorchEngine
-from train.engine_deepspeed import DeepSpeedEngine, refusal
 from train.machine import Precision
 
 
@@ -89,5 +89,7 @@ def build_engine(
 
             kind = Fsdp2Engine
         case "deepspeed":
+            from train.engine_deepspeed import DeepSpeedEngine
+
             kind = DeepSpeedEngine
     return kind(model, config, device, precision, ranks)
