@@ -5,6 +5,7 @@ A launch takes a fraction of a second; as many Python processes would take ten.
 
 from __future__ import annotations
 
+import contextlib
 import multiprocessing
 import os
 import queue
@@ -14,9 +15,12 @@ import time
 import traceback
 from collections.abc import Callable
 from multiprocessing.process import BaseProcess
+from pathlib import Path
 from typing import Any
 
-PRELOADED = ["torch", "train.pretrain", "deepspeed", "test_train_engine", "ranks"]
+PRELOADED = [
+    "torch", "train.pretrain", "train.engine_fsdp2", "deepspeed", "torch.distributed.run", "test_train_engine", "ranks",
+]  # fmt: skip
 
 
 def free_port() -> int:
@@ -47,6 +51,8 @@ class Launch:
     """`size` ranks that call function(*arguments); both must be picklable. RANKS_OUTPUT="path" sends what rank N prints to
     path-N.txt."""
 
+    daemon = True
+
     def __init__(self, size: int, function: Callable[..., Any], *arguments: Any, **environment: str) -> None:
         context = multiprocessing.get_context("forkserver")
         context.set_forkserver_preload(PRELOADED)
@@ -57,7 +63,9 @@ class Launch:
         for rank in range(size):
             own = {**common, "RANK": str(rank), "LOCAL_RANK": str(rank)}
             self.processes.append(
-                context.Process(target=_rank, args=(own, function, arguments, self._results), daemon=True)
+                context.Process(
+                    target=_rank, args=(own, function, arguments, self._results), daemon=self.daemon
+                )
             )
         for process in self.processes:
             process.start()
@@ -96,3 +104,54 @@ class Launch:
             if process.pid is not None and process.is_alive():
                 os.kill(process.pid, signal.SIGKILL)
                 process.join()
+
+
+class Agent(Launch):
+    """One node: torchrun's own parser and agent in a process, with ranks that are forked instead of being started as new
+    Pythons. `launcher` is what torchrun takes."""
+
+    daemon = False  # it has children
+
+    def __init__(
+        self, launcher: list[str], function: Callable[..., Any], *arguments: Any, **environment: str
+    ) -> None:
+        super().__init__(1, agent, [*launcher, "--start-method", "fork"], function, arguments, **environment)
+
+    @property
+    def pid(self) -> int:
+        """Of the agent."""
+        pid = self.processes[0].pid
+        assert pid
+        return pid
+
+    @property
+    def ranks(self) -> list[int]:
+        """The processes that it has started."""
+        try:
+            return [
+                int(word) for word in Path(f"/proc/{self.pid}/task/{self.pid}/children").read_text().split()
+            ]
+        except FileNotFoundError:
+            return []
+
+    def kill(self, *ranks: int) -> None:
+        """The agent first, which would start them again, and then its ranks."""
+        own = self.ranks
+        super().kill()
+        for pid in own:
+            with contextlib.suppress(ProcessLookupError):
+                os.kill(pid, signal.SIGKILL)
+
+
+def agent(launcher: list[str], function: Callable[..., Any], arguments: tuple[Any, ...]) -> None:
+    """What `torchrun LAUNCHER` does, with a function for a script; it must return 0."""
+    from torch.distributed.launcher.api import elastic_launch
+    from torch.distributed.run import config_from_args, parse_args
+
+    config, _, _ = config_from_args(parse_args([*launcher, "function"]))
+    elastic_launch(config, _succeed)(function, arguments)
+
+
+def _succeed(function: Callable[..., Any], arguments: tuple[Any, ...]) -> None:
+    if code := function(*arguments):
+        raise SystemExit(code)

@@ -4,6 +4,7 @@ them reads."""
 from __future__ import annotations
 
 import dataclasses
+import functools
 import math
 from pathlib import Path
 from typing import Any
@@ -12,17 +13,18 @@ import pytest
 import torch
 from micro import MODEL, corpus
 from ranks import Launch
+from test_models_perceiver import batch as six_samples
 from test_train_engine import batch, parts
 
-from models import Aurora
+from models import PERCEIVER_SIZES, Aurora, PerceiverIO
 from models.objectives import ObjectiveConfig
 from train import checkpoint
 from train.config import OptimConfig, PretrainConfig
 from train.engine import Ranks, TorchEngine, join, leave
 from train.engines import build_engine, engine_problems, in_words
 from train.machine import Precision
+from train.multimodal import PerceiverPretrainConfig
 from train.optim import lr_at
-from train.pieces import Stored
 from train.saving import Saver
 
 STILL = dataclasses.replace(MODEL, decoder_dropout=0.0)
@@ -32,10 +34,14 @@ BASE = PretrainConfig(
     accumulation=2,
     steps=100,
     ema_decay=0.9,
-    optim=OptimConfig(lr=1e-3, warmup=4, clip=1.0),  # every gradient is longer than that
+    # Every gradient is longer than 1. With AdamW's usual eps of 1e-8 a weight without influence moves by whole steps in the
+    # direction of a rounding error; with this one an error d of a gradient moves a weight by lr * d / eps at most, so that
+    # weights and their averages can be compared.
+    optim=OptimConfig(lr=1e-3, warmup=4, clip=1.0, eps=1e-3),
     objectives=ObjectiveConfig(itc_kind="softmax"),
 )
-STEPS = 4
+STEPS = 3  # then one with a NaN, one without masked pictures, and one more
+END = STEPS + 3
 Case = tuple[str, int, str]  # engine, zero_stage, precision
 
 SEVERAL: list[Case] = [
@@ -46,26 +52,31 @@ SEVERAL: list[Case] = [
 FOUR: list[Case] = [("ddp", 2, "fp32"), ("fsdp2", 2, "fp32"), ("deepspeed", 2, "fp32")]
 
 
-def built(case: Case, ranks: Ranks, seed: int = 0, **values: Any) -> TorchEngine:
+def built(case: Case, ranks: Ranks, seed: int = 0, frozen: str = "", **values: Any) -> TorchEngine:
+    """frozen: parameters whose names begin so do not learn."""
     engine, stage, precision = case
     config = dataclasses.replace(BASE, engine=engine, zero_stage=stage, **values)
     torch.manual_seed(seed)
-    return build_engine(Aurora(STILL), config, torch.device("cpu"), Precision(precision, ""), ranks)
+    model = Aurora(STILL)
+    for name, p in model.named_parameters():
+        p.requires_grad_(not (frozen and name.startswith(frozen)))
+    return build_engine(model, config, torch.device("cpu"), Precision(precision, ""), ranks)
 
 
 def steps(
-    one: TorchEngine, first: int, last: int, bad: int | None = None
+    one: TorchEngine, first: int, last: int, bad: int | None = None, without: int | None = None
 ) -> list[tuple[dict[str, float], float]]:
     """Losses and norms of steps first to last - 1, of batches that depend on the step alone; in step `bad`, the last rank's
-    first micro-batch has a loss that is not a number."""
+    first micro-batch has a loss that is not a number, and step `without` trains no masked pictures."""
     found = []
     for step in range(first, last):
+        on = dataclasses.replace(one.config.objectives, **({"mim": 0.0} if step == without else {}))
         micros = parts(batch(16, 8, seed=step), one.config.accumulation)
         mine = [parts(micro, one.ranks.size)[one.ranks.rank] for micro in micros]
         normalizers, _ = one.agree(mine, False)
         for i, micro in enumerate(one.micro_batches(mine)):
             with one.micro_step(last=i == len(mine) - 1):
-                losses = one.losses(micro, one.config.objectives, normalizers)
+                losses = one.losses(micro, on, normalizers)
                 if step == bad and i == 0 and one.ranks.rank == one.ranks.size - 1:
                     losses["mim"] = losses["mim"] * math.nan
                 one.backward(losses)
@@ -84,7 +95,8 @@ def snapshot(one: TorchEngine, step: int) -> checkpoint.Snapshot:
 
 
 def run_cases(cases: list[Case], out: Path) -> list[Any]:
-    """In each rank: every case's losses and norms, with a checkpoint after them; then a step with a NaN, and one more."""
+    """In each rank: every case's losses and norms, with a checkpoint after them; then a step with a NaN, one without
+    masked pictures, one more, and another checkpoint."""
     ranks = Ranks.from_environment()
     join(ranks, "cpu", alone=True)
     found = []
@@ -93,10 +105,11 @@ def run_cases(cases: list[Case], out: Path) -> list[Any]:
         result = steps(one, 0, STEPS)
         keeper = saver(out / "-".join(map(str, case)), one)
         keeper.begin(lambda one=one: snapshot(one, STEPS), wait=False)  # type: ignore[misc]
-        later = steps(one, STEPS, STEPS + 2, bad=STEPS)[-1:]  # while it is being written
+        steps(one, STEPS, STEPS + 1, bad=STEPS)  # while it is being written
         keeper.poll()
         keeper.finish()
-        keeper.begin(lambda one=one: snapshot(one, STEPS + 2), wait=True)  # type: ignore[misc]
+        later = steps(one, STEPS + 1, END, without=STEPS + 1)
+        keeper.begin(lambda one=one: snapshot(one, END), wait=True)  # type: ignore[misc]
         with one.scored_weights() as model:
             scored = model is None or is_the_average(model, out / "-".join(map(str, case)))
         found.append((result, later, scored))
@@ -117,7 +130,9 @@ def reference(precision: str, out: Path) -> tuple[Any, Any]:
     result = steps(one, 0, STEPS)
     keeper = saver(out / f"single-2-{precision}", one)
     keeper.begin(lambda: snapshot(one, STEPS), wait=True)
-    later = steps(one, STEPS, STEPS + 2, bad=STEPS)[-1:]
+    steps(one, STEPS, STEPS + 1, bad=STEPS)
+    later = steps(one, STEPS + 1, END, without=STEPS + 1)
+    keeper.begin(lambda: snapshot(one, END), wait=True)
     return result, later
 
 
@@ -138,25 +153,20 @@ def two(out: Path) -> dict[Case, Any]:
     return dict(zip(SEVERAL, Launch(2, run_cases, SEVERAL, out / "2").results()[0], strict=True))
 
 
-@pytest.fixture(scope="module")
-def four(out: Path) -> dict[Case, Any]:
-    pytest.importorskip("deepspeed")
-    return dict(zip(FOUR, Launch(4, run_cases, FOUR, out / "4").results()[0], strict=True))
-
-
 def compare(found: Any, wanted: Any, precision: str) -> None:
-    """The gates: fp32 1e-5 of every loss, bf16 2e-3 of their weighted sum. (In bf16 the contrastive loss of a few random
-    pictures moves by several thousandths with the order of summation, DDP's too.)"""
+    """The gates: fp32 1e-5 of every loss. bf16 1.2e-3 of their weighted sum and 2.7% of the norm, three times what lies between
+    bf16 and fp32 in one process (8 steps: 4.1e-4 and 0.91%; the order of samples alone: 3.3e-4 and 0.51%): engines that shard
+    round once more, their weights. Single losses move by 4.4e-3 there, and are not held."""
     weights = BASE.objectives.weights()
     for (losses, norm), (expected, exact_norm) in zip(found, wanted, strict=True):
-        assert losses.keys() == expected.keys() and len(losses) == 4
+        assert losses.keys() == expected.keys() and len(losses) in (3, 4)
         if precision == "fp32":
             assert losses == pytest.approx(expected, rel=1e-5, abs=1e-5)
             assert norm == pytest.approx(exact_norm, rel=1e-4)
         else:
-            total, other = (sum(weights[name] * x[name] for name in weights) for x in (losses, expected))
-            assert total == pytest.approx(other, rel=2e-3)
-            assert norm == pytest.approx(exact_norm, rel=0.03)
+            total, other = (sum(weights[name] * x[name] for name in x) for x in (losses, expected))
+            assert total == pytest.approx(other, rel=1.2e-3)
+            assert norm == pytest.approx(exact_norm, rel=0.027)
 
 
 @pytest.mark.parametrize("case", SEVERAL, ids=lambda case: "-".join(map(str, case)))
@@ -168,47 +178,57 @@ def test_two_ranks_give_the_losses_of_one_process(case: Case, two: Any, exact: A
     assert found[2], "the model that is scored has other weights than the averages in the checkpoint"
 
 
-@pytest.mark.parametrize("case", FOUR, ids=lambda case: "-".join(map(str, case)))
-def test_four_ranks_give_the_losses_of_one_process(case: Case, four: Any, exact: Any) -> None:
-    wanted, found = exact[case[2]], four[case]
-    compare(found[0], wanted[0], case[2])
-    compare(found[1], wanted[1], case[2])
-
-
 def test_parity_would_notice_a_change(exact: Any) -> None:
-    """The gate is far below what one skipped clipping, or half the accumulation, changes."""
+    """Both gates are far below what one skipped clipping, or half the accumulation, changes."""
     for change in ({"optim": dataclasses.replace(BASE.optim, clip=0.0)}, {"accumulation": 1}):
         other = steps(built(("single", 2, "fp32"), Ranks(0, 0, 1), **change), 0, STEPS)
-        with pytest.raises(AssertionError):
-            compare(other, exact["fp32"][0], "fp32")
+        for gate in ("fp32", "bf16"):
+            with pytest.raises(AssertionError):
+                compare(other, exact["fp32"][0], gate)
 
 
-def numbers(path: Path) -> dict[str, Stored]:
+@functools.cache
+def numbers(path: Path) -> dict[str, dict[str, torch.Tensor]]:
+    """All tensors of a checkpoint, after it was verified."""
     state = checkpoint.verify(path)
-    return {kind: checkpoint.stored(path, kind, state) for kind in ("model", "optimizer", "ema")}
+    kinds = [kind for kind in ("model", "optimizer", "ema") if any(kind in name for name in state["sha256"])]
+    return {kind: dict(checkpoint.stored(path, kind, state)) for kind in kinds}
 
 
 @pytest.mark.parametrize(
     "case", [case for case in SEVERAL if case[2] == "fp32"], ids=lambda case: "-".join(map(str, case))
 )
 def test_every_engine_writes_the_same_checkpoint(case: Case, two: Any, exact: Any, out: Path) -> None:
-    """Names and shapes; gradients up to rounding, by AdamW's first moment. (Weights without influence follow the signs of
-    rounding errors; that the others are right is what the losses show.)"""
+    """Names, shapes, counts of updates; weights, their averages and moments up to rounding. The second one comes after a step
+    without masked pictures: the decoder of pixels rests in it, and the dense heads do in all."""
     name = "-".join(map(str, case))
-    mine, theirs = numbers(out / f"2/{name}/step-000004"), numbers(out / "single-2-fp32/step-000004")
-    for kind, wanted in theirs.items():
-        assert set(mine[kind]) == set(wanted), kind
-        assert all(mine[kind].shape(key) == tensor.shape for key, tensor in wanted.items())
-    first = {key: tensor for key, tensor in theirs["optimizer"].items() if key.startswith("exp_avg.")}
-    scale = max(tensor.abs().max().item() for tensor in first.values())
-    for key, tensor in first.items():
-        assert (mine["optimizer"][key] - tensor).abs().max().item() <= 1e-4 * scale, key
+    for step, counts in ((STEPS, {STEPS}), (END, {END - 1, END - 2})):  # the step with a NaN is none
+        mine, theirs = (numbers(out / f"{run}/step-{step:06d}") for run in (f"2/{name}", "single-2-fp32"))
+        for kind, wanted in theirs.items():
+            assert set(mine[kind]) == set(wanted), kind
+            assert all(mine[kind][key].shape == tensor.shape for key, tensor in wanted.items())
+        assert {t.item() for key, t in theirs["optimizer"].items() if key.startswith("step.")} == counts
+        path = sum(
+            lr_at(i, BASE.steps, BASE.optim) for i in range(step)
+        )  # no weight has moved further, decay apart
+        bounds = {"model.": 1e-3 * path, "ema.": 1e-3 * path, "optimizer.step.": 0.0}
+        for moment in ("exp_avg.", "exp_avg_sq."):
+            found = [t for key, t in theirs["optimizer"].items() if key.startswith(moment)]
+            bounds[f"optimizer.{moment}"] = 1e-4 * max(tensor.abs().max().item() for tensor in found)
+        for kind, wanted in theirs.items():
+            for key, tensor in wanted.items():
+                (bound,) = (value for start, value in bounds.items() if f"{kind}.{key}".startswith(start))
+                assert (mine[kind][key] - tensor).abs().max().item() <= bound, (step, kind, key)
+    untouched = {key for key in theirs["model"] if f"step.{key}" not in theirs["optimizer"]}
+    start = built(("single", 2, "fp32"), Ranks(0, 0, 1)).model.state_dict()
+    assert {"pyramid", "query_heads"} <= {key.split(".")[0] for key in untouched}
+    assert all(torch.equal(mine["model"][key], start[key]) for key in untouched & start.keys())
 
 
 def test_sharded_files_are_spread_over_the_ranks(two: Any, out: Path) -> None:
     for case in ("ddp-2-fp32", "fsdp2-2-fp32", "deepspeed-2-fp32"):
         sizes = [
-            (out / f"2/{case}/step-000004/optimizer-0000{rank}-of-00002.safetensors").stat().st_size
+            (out / f"2/{case}/step-000003/optimizer-0000{rank}-of-00002.safetensors").stat().st_size
             for rank in (1, 2)
         ]
         assert max(sizes) < 1.3 * min(sizes), (case, sizes)
@@ -238,78 +258,141 @@ def same(a: Path, b: Path) -> None:
 
 
 def test_any_engine_on_any_number_of_ranks_goes_on_exactly(two: Any, out: Path) -> None:
-    """Written by two ranks of DeepSpeed ZeRO-2, read by four of FSDP2, by one process, and by DeepSpeed's other stages: every
+    """Written by two ranks of DeepSpeed ZeRO-2, read by one process, by four ranks, and by DeepSpeed's other stages: every
     number is the same, and so are the losses after it."""
-    pytest.importorskip("deepspeed")
-    start = out / "2/deepspeed-2-fp32/step-000004"
+    start = out / "2/deepspeed-2-fp32/step-000003"
     one = built(("single", 2, "fp32"), Ranks(0, 0, 1), seed=1)
     one.load(checkpoint.read(start)[0].engine)
     keeper = saver(out / "again/single", one)
     keeper.begin(lambda: snapshot(one, STEPS), wait=True)
-    same(out / "again/single/step-000004", start)
+    same(out / "again/single/step-000003", start)
     straight = steps(one, STEPS, STEPS + 2)
 
-    cases: list[Case] = [
-        ("fsdp2", 2, "fp32"),
-        ("deepspeed", 1, "fp32"),
-        ("deepspeed", 3, "fp32"),
-        ("ddp", 2, "fp32"),
-    ]
-    for size, some in ((4, cases[:2]), (2, cases[2:])):
-        found = Launch(size, go_on, some, start, out / f"again/{size}").results()[0]
-        for case, result in zip(some, found, strict=True):
-            same(out / f"again/{size}/{'-'.join(map(str, case))}/step-000004", start)
+    others: list[Case] = [("deepspeed", 1, "fp32"), ("deepspeed", 3, "fp32")]
+    for size, cases in ((4, FOUR), (2, others)):
+        found = Launch(size, go_on, cases, start, out / f"again/{size}").results()[0]
+        for case, result in zip(cases, found, strict=True):
+            same(out / f"again/{size}/{'-'.join(map(str, case))}/step-000003", start)
             compare(result, straight, "fp32")
-    # And back: what FSDP2 shards wrote, one process reads.
-    same(out / "again/4/fsdp2-2-fp32/step-000004", start)
 
 
-def of_global_negatives(cases: list[Case]) -> list[Any]:
+SHARDED: list[Case] = [("fsdp2", 3, "fp32"), ("deepspeed", 3, "fp32")]
+FROZEN: list[Case] = [("fsdp2", 2, "fp32"), ("deepspeed", 2, "fp32")]
+
+
+def specials(out: Path) -> tuple[list[Any], list[Any]]:
+    """In each rank: losses with negatives of the whole step; losses with a frozen encoder, and a checkpoint."""
     ranks = Ranks.from_environment()
     join(ranks, "cpu", alone=True)
-    found = [steps(built(case, ranks, itc_negatives="global", ema_decay=0.0), 0, 2) for case in cases]
+    negatives = [steps(built(case, ranks, itc_negatives="global", ema_decay=0.0), 0, 2) for case in SHARDED]
+    frozen = [with_a_frozen_encoder(case, ranks, out) for case in FROZEN]
     leave(ranks)
+    return negatives, frozen
+
+
+def with_a_frozen_encoder(case: Case, ranks: Ranks, out: Path) -> Any:
+    one = built(case, ranks, frozen="encoder.")
+    found = steps(one, 0, 2)
+    keeper = saver(out / "-".join(map(str, case)), one)
+    keeper.begin(lambda: snapshot(one, 2), wait=True)
     return found
 
 
-def test_negatives_of_the_whole_step_on_sharded_weights() -> None:
+@pytest.fixture(scope="module")
+def special(out: Path) -> Any:
     pytest.importorskip("deepspeed")
-    cases: list[Case] = [("fsdp2", 3, "fp32"), ("deepspeed", 3, "fp32"), ("deepspeed", 2, "fp32")]
+    return Launch(2, specials, out / "special").results()[0]
+
+
+def test_negatives_of_the_whole_step_on_sharded_weights(special: Any) -> None:
     single = built(("single", 2, "fp32"), Ranks(0, 0, 1), itc_negatives="global", ema_decay=0.0)
     wanted = steps(single, 0, 2)
-    for found in Launch(2, of_global_negatives, cases).results()[0]:
+    for found in special[0]:
         compare(found, wanted, "fp32")
 
 
-def test_offloaded_optimizer_gives_the_same_losses(exact: Any) -> None:
-    pytest.importorskip("deepspeed")
-    (found,) = Launch(1, offloaded).results()
-    compare(found, exact["fp32"][0], "fp32")
+def test_frozen_parts_stay_and_are_saved(special: Any, out: Path) -> None:
+    wanted = with_a_frozen_encoder(("single", 2, "fp32"), Ranks(0, 0, 1), out / "special")
+    theirs = numbers(out / "special/single-2-fp32/step-000002")
+    start = built(("single", 2, "fp32"), Ranks(0, 0, 1)).model.state_dict()
+    for case, found in zip(FROZEN, special[1], strict=True):
+        compare(found, wanted, "fp32")
+        mine = numbers(out / f"special/{'-'.join(map(str, case))}/step-000002")
+        assert all(set(mine[kind]) == set(tensors) for kind, tensors in theirs.items())
+        frozen = [key for key in mine["model"] if key.startswith("encoder.") and key in start]
+        assert frozen and all(torch.equal(mine["model"][key], start[key]) for key in frozen)
 
 
-def offloaded() -> Any:
-    ranks = Ranks.from_environment()
-    join(ranks, "cpu", alone=True)
-    one = built(("deepspeed", 2, "fp32"), ranks, offload=True)
-    found = steps(one, 0, STEPS)
-    leave(ranks)
+SMALL = dataclasses.replace(PERCEIVER_SIZES["tiny"], latent_layers=1, encoder_layers=1, decoder_layers=1)
+
+
+def a_batch_without_sounds(case: Case, ranks: Ranks, out: Path) -> list[Any]:
+    """PerceiverIO: a step with all modalities, one with pictures and texts alone, one with all."""
+    config = PerceiverPretrainConfig(
+        model=SMALL, engine=case[0], zero_stage=case[1], batch_size=6, optim=BASE.optim, ema_decay=0.0
+    )
+    torch.manual_seed(0)
+    one = build_engine(PerceiverIO(SMALL), config, torch.device("cpu"), Precision("fp32", ""), ranks)
+    found = []
+    for step in range(3):
+        six = six_samples(step)
+        pieces = {name: six["pieces"][name] for name in (("image", "text") if step == 1 else six["pieces"])}
+        torch.manual_seed(step)  # hidden patches are drawn
+        with one.micro_step(last=True):
+            one.backward(
+                one.module(
+                    pieces,
+                    six["samples"],
+                    six["mlm_tokens"],
+                    six["mlm_targets"],
+                    objectives=config.objectives,
+                )
+            )
+        result = one.step(1e-3)
+        found.append((result.losses, result.grad_norm))
+    keeper = saver(out / "-".join(map(str, case)), one)
+    keeper.begin(lambda: snapshot(one, 3), wait=True)
     return found
 
 
-@pytest.mark.parametrize(
-    "off", [(), ("mim",), ("itc",), ("caption", "mlm"), ("itc", "caption", "mlm"), ("mim", "itc", "caption")]
-)
-def test_parameters_without_use_are_known_beforehand(off: tuple[str, ...]) -> None:
-    """DeepSpeed is not given them: their names are those of the parameters that autograd reaches not."""
-    objectives = dataclasses.replace(BASE.objectives, **dict.fromkeys(off, 0.0))
-    one = built(("single", 2, "fp32"), Ranks(0, 0, 1), objectives=objectives, accumulation=1)
-    micro = batch(12, 4)
-    normalizers, _ = one.agree([micro], False)
-    one.backward(one.losses(one.micro_batches([micro])[0], objectives, normalizers))
-    without = {name for name, p in one.model.named_parameters() if p.grad is None}
-    assert without == {
-        name for name, _ in one.model.named_parameters() if name.startswith(one.family.idle(one.config))
-    }
+def in_one_rank(out: Path) -> Any:
+    ranks = Ranks.from_environment()
+    join(ranks, "cpu", alone=True)
+    sounds = a_batch_without_sounds(("deepspeed", 2, "fp32"), ranks, out)
+    offloaded = steps(built(("deepspeed", 2, "fp32"), ranks, offload=True), 0, STEPS)
+    leave(ranks)
+    return sounds, offloaded
+
+
+@pytest.fixture(scope="module")
+def one_rank(out: Path) -> Any:
+    pytest.importorskip("deepspeed")
+    return Launch(1, in_one_rank, out / "one").results()[0]
+
+
+def test_deepspeed_leaves_alone_what_a_batch_has_nothing_for(one_rank: Any, out: Path) -> None:
+    """Losses, updates that were made, weights: those of torch's optimizer, which passes over what has no gradient."""
+    wanted = a_batch_without_sounds(("single", 2, "fp32"), Ranks(0, 0, 1), out / "one")
+    theirs = numbers(out / "one/single-2-fp32/step-000003")
+    for (losses, norm), (expected, exact_norm) in zip(one_rank[0], wanted, strict=True):
+        assert losses == pytest.approx(expected, rel=1e-5, abs=1e-6)
+        assert norm == pytest.approx(exact_norm, rel=1e-4)
+    mine = numbers(out / "one/deepspeed-2-fp32/step-000003")
+    for kind in ("model", "optimizer"):
+        assert set(mine[kind]) == set(theirs[kind])
+    for key, tensor in theirs["model"].items():
+        count = f"step.{key}"
+        assert mine["optimizer"].get(count) == theirs["optimizer"].get(count), key
+        assert (mine["model"][key] - tensor).abs().max().item() <= 1e-3 * 3e-3, (
+            key
+        )  # of the way of three steps
+    rested = [key for key in theirs["optimizer"] if key.startswith("step.") and theirs["optimizer"][key] < 3]
+    never = [key for key in theirs["model"] if f"step.{key}" not in theirs["optimizer"]]
+    assert rested or never
+
+
+def test_offloaded_optimizer_gives_the_same_losses(one_rank: Any, exact: Any) -> None:
+    compare(one_rank[1], exact["fp32"][0], "fp32")
 
 
 @pytest.mark.parametrize(
@@ -329,7 +412,7 @@ def test_what_does_not_go_together_is_refused(values: dict[str, Any], size: int,
 
 
 def test_deepspeed_that_is_not_installed_is_said(monkeypatch: pytest.MonkeyPatch) -> None:
-    import train.engine_deepspeed as module
+    import train.deepspeed_settings as module
 
     monkeypatch.setattr(module, "find_spec", lambda name: None)
     (said,) = engine_problems(dataclasses.replace(BASE, engine="deepspeed"), 2)

@@ -23,6 +23,7 @@ from train.config import PretrainConfig
 from train.contrast import MicroBatch, contrast_all, contrasts
 from train.families import family_of
 from train.machine import Precision, choose_device
+from train.meeting import meet
 from train.optim import Ema, load_optimizer_tensors, optimizer_tensors, weights_once, with_aliases
 from train.optimizers import build_optimizer, clip_and_step
 from train.pieces import share_of
@@ -91,7 +92,7 @@ def join(ranks: Ranks, device_name: str, alone: bool = False) -> torch.device:
         of_one = {"RANK": "0", "LOCAL_RANK": "0", "WORLD_SIZE": "1", "MASTER_ADDR": "127.0.0.1"}
         for name, value in {**of_one, "MASTER_PORT": str(port)}.items():
             os.environ.setdefault(name, value)
-        dist.init_process_group("nccl" if device.type == "cuda" else "gloo", timeout=TIMEOUT)
+        meet("nccl" if device.type == "cuda" else "gloo", ranks.rank, ranks.size, TIMEOUT)
     return device
 
 

@@ -1,33 +1,29 @@
 """DeepSpeed's ZeRO-1, -2 and -3 (arXiv:1910.02054), with the optimizer in main memory on request.
 
-Its configuration is derived from ours, and its checkpoints are not used: they are pickles, and fit one number of ranks. Master
-weights and moments are read from its flat fp32 buffers by parameter, as every engine's are.
+Its checkpoints are not used: they are pickles, and fit one number of ranks. Master weights are read from its flat fp32 buffers
+by parameter, as every engine's are.
 
 In bf16 runs its weights are bf16, its master weights and the sum of gradients fp32. Parameters without a dimension, and those
-that no objective uses, are kept from it: it would round a temperature to bf16, and decay what has no gradient.
+that do not learn, are kept from it: it would round a temperature to bf16. Its flat buffers are updated parameter by parameter
+(`Handover`): as a whole, they would decay what has no gradient in a step, or never.
 """
 
 from __future__ import annotations
 
-import importlib
-import logging
 import math
-from collections.abc import Iterator, Mapping
+from collections.abc import Callable, Iterator, Mapping
 from contextlib import contextmanager
-from importlib.metadata import version
-from importlib.util import find_spec
+from functools import partial
 from typing import Any
 
 import torch
+import torch.distributed as dist
 from torch import Tensor, nn
 
-import models
-from train.config import ConfigError, PretrainConfig, micro_batch
+from train.deepspeed_settings import import_deepspeed, settings_of
 from train.engine import StepResult
-from train.optimizers import build_optimizer, global_norm
-from train.sharded import MOMENTS, Shard, ShardedEngine, blocks_of, must_be_torch
-
-OLDEST = (0, 19, 8)  # has managed_gradient_accumulation: the caller says which backward is the last
+from train.optimizers import EPS, global_norm
+from train.sharded import Shard, ShardedEngine, blocks_of, must_be_torch
 
 
 class DeepSpeedEngine(ShardedEngine):
@@ -39,51 +35,34 @@ class DeepSpeedEngine(ShardedEngine):
         config, model = self.config, self.model
         must_be_torch(config.optim.kind, self.kind)
         self.deepspeed = import_deepspeed(self.device)
-        groups = models.parameter_groups(model, config.optim.weight_decay)
-        names = {id(p): name for name, p in model.named_parameters()}
-        self.group_names = [[names[id(p)] for p in group["params"]] for group in groups]
-        self.shapes = {name: tuple(p.shape) for name, p in model.named_parameters()}
-        idle = self.family.idle(config)
-        self._apart = {
-            name: p for name, p in model.named_parameters() if p.ndim == 0 or name.startswith(tuple(idle))
-        }
-        self._scalars = {
-            name: p for name, p in self._apart.items() if not name.startswith(tuple(idle)) and p.requires_grad
-        }
+        groups = self.name_parameters()
+        parameters = dict(model.named_parameters())
+        self._apart = {name: p for name, p in parameters.items() if p.ndim == 0 or not p.requires_grad}
+        self.replicated = frozenset(self._apart)
         apart = {id(p) for p in self._apart.values()}
-        theirs = [{**group, "params": [p for p in group["params"] if id(p) not in apart]} for group in groups]
-        self._their_groups = [i for i, group in enumerate(theirs) if group["params"]]
         for p in self._apart.values():
             p.data = p.data.to(self.device)
         hide(model, apart)
-        exact = {name: p.detach().view(-1) for name, p in model.named_parameters()}
-        self.built = build_optimizer(
-            model, config.optim, self.device, [theirs[i] for i in self._their_groups]
-        )
-        scalars = [{"params": [*self._scalars.values()], "weight_decay": 0.0}]
-        self._scalar_optimizer = (
-            build_optimizer(model, config.optim, self.device, scalars).optimizer if self._scalars else None
-        )
+        self._parameters: dict[str, nn.Parameter] = dict(model.named_parameters())
+        exact = {name: p.detach().view(-1) for name, p in self._parameters.items()}
+        theirs = [{**group, "params": [p for p in group["params"] if id(p) not in apart]} for group in groups]
         self.engine = self.deepspeed.initialize(
             model=model,
-            optimizer=self.built.optimizer,
+            optimizer=Handover([group for group in theirs if group["params"]], config.optim.lr, self._update),
             config=settings_of(config, self.ranks.size, self.precision.autocast is not None, self.device),
             dist_init_required=False,
         )[0]
         self.module, self.zero = self.engine, self.engine.optimizer
         if config.zero_stage == 3:
             self._tell_what_is_used()
-        self.optimizer = self.zero.optimizer
         self._add_scalars_to_the_norm()
-        self._parameters: dict[str, nn.Parameter] = dict(model.named_parameters())
-        self.replicated = frozenset(self._apart)
-        self._prepare_moments()
-        self.shards = {
-            name: shard
-            for group in self.group_names
-            for name in group
-            if (shard := self._shard(name)) is not None
-        }
+        found = {name: self._shard(name) for name in parameters}
+        self.shards = {name: shard for name, shard in found.items() if shard is not None}
+        self.build_sharded_optimizer(groups)
+        self._place_shards()
+        self._used: set[str] = set()
+        for name, p in self._parameters.items():
+            p.register_hook(partial(self._note, name))
         # DeepSpeed makes its master weights of bf16 ones. Those lie on bf16's grid, where small steps are lost for long.
         self.set_weights(
             {name: exact[name][s.start : s.stop] for name, s in self.shards.items() if name in exact}
@@ -123,26 +102,39 @@ class DeepSpeedEngine(ShardedEngine):
             else Shard(place.hp_fragment, place.lp_fragment_address.start, self.shapes[name])
         )
 
-    def _flat(self, name: str, kind: str | None = None) -> Tensor:
-        """ZeRO-3's run of the flat buffer that belongs to a parameter on this rank, padding included; of its moments on
-        request."""
+    def _flat(self, name: str) -> Tensor:
+        """ZeRO-3's run of the flat buffer that belongs to a parameter on this rank, padding included."""
         group, offset, length = self.zero.grad_position[self.zero.get_param_id(self._parameters[name])]
-        flat = self.zero.fp32_partitioned_groups_flat[group]
-        return (flat if kind is None else self.optimizer.state[flat][kind]).narrow(0, offset, length)
+        flat: Tensor = self.zero.fp32_partitioned_groups_flat[group]
+        return flat.narrow(0, offset, length)
 
-    def _prepare_moments(self) -> None:
-        """Zeros, which is what the first step would begin with, so that a checkpoint can be written into them."""
+    def _place_shards(self) -> None:
+        """Where the shards lie in DeepSpeed's flat buffers, which its gradients come in."""
         names = (
             "fp32_partitioned_groups_flat",
             "single_partition_of_fp32_groups",
             "fp32_groups_flat_partition",
         )
-        self._partitions = next(getattr(self.zero, name) for name in names if hasattr(self.zero, name))
-        for flat in self._partitions:
-            moments = {kind: torch.zeros_like(flat) for kind in MOMENTS}
-            self.optimizer.state[flat] = {"step": torch.zeros((), device=flat.device), **moments}
-        if self.config.zero_stage < 3:
-            self.zero._lazy_init_hp_params_optimizer_state()
+        flats = next(getattr(self.zero, name) for name in names if hasattr(self.zero, name))
+        storages = {flat.untyped_storage().data_ptr(): flat for flat in flats}
+        self._places: dict[int, list[tuple[str, int]]] = {id(flat): [] for flat in flats}
+        for name, shard in self.shards.items():
+            if name not in self.replicated:
+                flat = storages[shard.values.untyped_storage().data_ptr()]
+                self._places[id(flat)].append((name, shard.values.storage_offset() - flat.storage_offset()))
+
+    def _note(self, name: str, gradient: Tensor) -> None:
+        self._used.add(name)
+
+    def _update(self, flat: Tensor) -> None:
+        """The optimizer's step for what DeepSpeed keeps in one flat buffer. Its gradient has zeros for parameters that no rank
+        has used: for torch's optimizers these have none, and stay as they are."""
+        assert flat.grad is not None
+        for name, start in self._places[id(flat)]:
+            own = self.own_parameters[name]
+            own.grad = flat.grad.narrow(0, start, own.numel()) if name in self._used else None
+        self.optimizer.step()
+        self.optimizer.zero_grad(set_to_none=True)
 
     def _add_scalars_to_the_norm(self) -> None:
         """The parameters that DeepSpeed does not have count in the norm that it clips by."""
@@ -184,83 +176,46 @@ class DeepSpeedEngine(ShardedEngine):
 
     def step(self, lr: float) -> StepResult:
         totals = self.totals()
-        clip, scalars = self.config.optim.clip, self._scalar_optimizer
-        gradients = [p.grad for p in self._scalars.values() if p.grad is not None]
+        clip = self.config.optim.clip
+        scalars = {name: p for name, p in self._apart.items() if p.grad is not None}
+        gradients = [p.grad for p in scalars.values() if p.grad is not None]
         self.mean_over_ranks(gradients)
         self._scalar_norm = global_norm(gradients)
-        for optimizer in (self.optimizer, *([scalars] if scalars else [])):
-            for group in optimizer.param_groups:
-                group["lr"] = lr
+        self._used = self.used_anywhere(self._used)
+        for group in self.optimizer.param_groups:
+            group["lr"] = lr
         self.engine.step()
         if self.zero.overflow:
             norm = torch.full((), torch.nan)
         else:
             norm = torch.as_tensor(self.engine.get_global_grad_norm()).float()
-            if scalars:
-                if clip and gradients:
-                    torch._foreach_div_(gradients, ((norm + 1e-6) / clip).clamp(min=1.0).to(self.device))
-                scalars.step()
+            if clip and gradients:
+                torch._foreach_div_(gradients, ((norm + EPS) / clip).clamp(min=1.0).to(self.device))
+            for name, p in scalars.items():
+                self.own_parameters[name].grad = p.grad.view(-1)
+            self.optimizer.step()
         return self.concluded(totals, norm)
+
+    def used_anywhere(self, mine: set[str]) -> set[str]:
+        """The parameters that had a gradient on some rank, of those that had one on this."""
+        flags = torch.tensor(
+            [name in mine for name in self._parameters], dtype=torch.uint8, device=self.device
+        )
+        if self.ranks.size > 1:
+            dist.all_reduce(flags, dist.ReduceOp.MAX)
+        return {name for name, flag in zip(self._parameters, flags.tolist(), strict=True) if flag}
 
     def discard(self) -> None:
         """An unfinished step's gradients are dropped as DeepSpeed drops those of one that it skips."""
+        super().discard()
         self.zero.zero_grad(set_to_none=True)
-        for p in self._scalars.values():
+        for p in self._apart.values():
             p.grad = None
-        self._sums = {}
-
-    def moments(self, name: str) -> dict[str, Tensor]:
-        if name in self._apart:
-            found = self._scalar_optimizer.state.get(self._apart[name], {}) if self._scalar_optimizer else {}
-            return {kind: t.view(-1) if kind in MOMENTS else t for kind, t in found.items()}
-        group = self._flat_of(name)
-        if not self.optimizer.state[group]["step"]:
-            return {}  # there was no step yet
-        length = self.shards[name].values.numel()
-        found = {kind: self._moment(name, kind)[:length] for kind in MOMENTS}
-        return {"step": self.optimizer.state[group]["step"], **found}
-
-    def _moment(self, name: str, kind: str) -> Tensor:
         if self.config.zero_stage == 3:
-            return self._flat(name, kind)
-        p: Any = self._parameters[name]
-        found: Tensor = p._hp_mapping.optim_fragment[kind]
-        return found
-
-    def _flat_of(self, name: str) -> Tensor:
-        """The flat buffer that holds this rank's run of a parameter."""
-        p: Any = self._parameters[name]
-        if self.config.zero_stage == 3:
-            return self._partitions[self.zero.grad_position[self.zero.get_param_id(p)][0]]
-        return self._partitions[p._hp_mapping.param_group_index]
-
-    def set_moments(self, found: Mapping[str, Mapping[str, Tensor]]) -> None:
-        counts: dict[int, dict[float, str]] = {}
-        for name in self.shards:
-            if name in self._apart:
-                continue
-            moments = found.get(name)
-            for kind in MOMENTS:
-                place = self._moment(name, kind)
-                place.zero_()
-                if moments:
-                    place[: moments[kind].numel()].copy_(moments[kind])
-            flat = self._flat_of(name)
-            if moments:
-                counts.setdefault(id(flat), {})[float(moments["step"])] = name
-        for flat in self._partitions:
-            steps = counts.get(id(flat), {})
-            if len(steps) > 1:
-                said = ", ".join(f"{name} has {step:g}" for step, name in list(steps.items())[:2])
-                raise ValueError(
-                    f"its parameters were updated unequally often ({said} steps), and DeepSpeed has one count for all: "
-                    "go on with --engine fsdp2, ddp or single"
-                )
-            self.optimizer.state[flat]["step"].fill_(next(iter(steps), 0.0))
-        for name, p in self._scalars.items():
-            if self._scalar_optimizer and name in found:
-                moments = {kind: t.to(p.device).view(()) for kind, t in found[name].items()}
-                self._scalar_optimizer.state[p] = {kind: t.clone() for kind, t in moments.items()}
+            # The first backward of a step copies gradients into it and later ones add: what the first does not use would keep
+            # those of the step before.
+            self.zero.grad_partitions_flat_buffer.zero_()
+        self._used.clear()
 
     @torch.no_grad()
     def publish(self) -> None:
@@ -273,12 +228,19 @@ class DeepSpeedEngine(ShardedEngine):
                 if whole is not None:
                     p.copy_(whole)
 
-    def settings(self) -> list[dict[str, Any]]:
-        """Of all groups as a single process has them: those that DeepSpeed did not get have the same."""
-        theirs = dict(zip(self._their_groups, self.optimizer.param_groups, strict=False))
-        some = next(iter(theirs.values()))
-        decays = (self.config.optim.weight_decay, 0.0)
-        return [theirs.get(i, {**some, "weight_decay": decays[i]}) for i in range(len(self.group_names))]
+
+class Handover(torch.optim.Optimizer):
+    """The optimizer that DeepSpeed gets: it hands each flat buffer, gradient included, to a function."""
+
+    def __init__(self, groups: list[dict[str, Any]], lr: float, update: Callable[[Tensor], None]) -> None:
+        super().__init__(groups, {"lr": lr})
+        self.update = update
+
+    @torch.no_grad()
+    def step(self, closure: Any = None) -> None:  # type: ignore[override]
+        for group in self.param_groups:
+            for flat in group["params"]:
+                self.update(flat)
 
 
 def hide(model: nn.Module, parameters: set[int]) -> None:
@@ -289,53 +251,3 @@ def hide(model: nn.Module, parameters: set[int]) -> None:
             if id(p) in parameters:
                 del module._parameters[name]
                 module.__dict__[name] = p
-
-
-def settings_of(config: PretrainConfig, world_size: int, half: bool, device: torch.device) -> dict[str, Any]:
-    """DeepSpeed's configuration of a run: derived, so that there is no second truth."""
-    zero: dict[str, Any] = {
-        "stage": config.zero_stage,
-        "overlap_comm": config.zero_stage == 2 and device.type == "cuda" and not config.offload,
-        "contiguous_gradients": True,
-        "reduce_scatter": True,
-    }
-    if config.offload:
-        zero["offload_optimizer"] = {"device": "cpu", "pin_memory": device.type == "cuda"}
-    return {
-        "train_micro_batch_size_per_gpu": micro_batch(config, world_size),
-        # The loop knows which micro-step is the last. Counting on both sides is how gradients get lost.
-        "gradient_accumulation_steps": 1,
-        "managed_gradient_accumulation": False,
-        "gradient_clipping": config.optim.clip,
-        "zero_optimization": zero,
-        "zero_force_ds_cpu_optimizer": False,  # its own would be compiled for minutes; torch's is fused too
-        "bf16": {"enabled": half, "check_grad_overflow": True},
-        "data_types": {"grad_accum_dtype": "fp32"},
-        "steps_per_print": None,
-        "wall_clock_breakdown": False,
-    }
-
-
-def refusal() -> str | None:
-    """Why DeepSpeed cannot be used here; None where it can."""
-    if find_spec("deepspeed") is None:
-        return "it is not installed: pip install 'auroraio[deepspeed]'"
-    found = version("deepspeed")
-    if tuple(int(part) for part in found.split("+")[0].split(".")[:3]) < OLDEST:
-        return f"{found} is installed, {'.'.join(map(str, OLDEST))} or newer is needed"
-    return None
-
-
-def import_deepspeed(device: torch.device) -> Any:
-    """The package, quiet, and without what it would compile at the start on a CPU. Raises ConfigError."""
-    if (why := refusal()) is not None:
-        raise ConfigError(f"--engine deepspeed cannot run: {why}")
-    logging.getLogger("DeepSpeed").setLevel(logging.ERROR)
-    deepspeed = importlib.import_module("deepspeed")
-    logging.getLogger("DeepSpeed").setLevel(logging.ERROR)
-    if device.type == "cpu":
-        importlib.import_module("deepspeed.ops").__compatible_ops__["deepspeed_shm_comm"] = False
-    deepspeed.comm.init_distributed(
-        dist_backend="nccl" if device.type == "cuda" else "gloo", auto_mpi_discovery=False
-    )
-    return deepspeed

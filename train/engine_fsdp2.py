@@ -7,7 +7,7 @@ plain tensors inside the shards, so it is the one that a single process has, cli
 from __future__ import annotations
 
 import math
-from collections.abc import Iterator, Mapping
+from collections.abc import Iterator
 from contextlib import contextmanager
 from typing import Any
 
@@ -17,9 +17,8 @@ from torch import Tensor, nn
 from torch.distributed.device_mesh import init_device_mesh
 from torch.distributed.fsdp import FSDPModule, MixedPrecisionPolicy, fully_shard, register_fsdp_forward_method
 
-import models
 from train.engine import StepResult
-from train.optimizers import build_optimizer, clip_and_step, global_norm
+from train.optimizers import clip_and_step, global_norm
 from train.sharded import Shard, ShardedEngine, blocks_of, must_be_torch
 
 
@@ -29,23 +28,14 @@ class Fsdp2Engine(ShardedEngine):
     kind = "fsdp2"
 
     def build(self) -> None:
-        config = self.config
-        must_be_torch(config.optim.kind, self.kind)
-        groups = models.parameter_groups(self.model, config.optim.weight_decay)
-        names = {id(p): name for name, p in self.model.named_parameters()}
-        self.group_names = [[names[id(p)] for p in group["params"]] for group in groups]
-        self.shapes = {name: tuple(p.shape) for name, p in self.model.named_parameters()}
+        must_be_torch(self.config.optim.kind, self.kind)
+        groups = self.name_parameters()
         self._shard()
         self._parameters: dict[str, nn.Parameter] = dict(self.model.named_parameters())
         self.replicated = frozenset(name for name, p in self._parameters.items() if p.ndim == 0)
         owned = {name: self._own(name, p, self.shapes[name]) for name, p in self._parameters.items()}
         self.shards = {name: shard for name, shard in owned.items() if shard.values.numel()}
-        # Parameters that share memory with the shards: plain tensors, which every optimizer takes.
-        self._own_parameters = {name: nn.Parameter(shard.values) for name, shard in self.shards.items()}
-        for group, members in zip(groups, self.group_names, strict=True):
-            group["params"] = [self._own_parameters[name] for name in members if name in self.shards]
-        self.built = build_optimizer(self.model, config.optim, self.device, groups)
-        self.optimizer = self.built.optimizer
+        self.build_sharded_optimizer(groups)
         self.start_average()
 
     def _shard(self) -> None:
@@ -97,7 +87,7 @@ class Fsdp2Engine(ShardedEngine):
         for name, p in self._parameters.items():
             if p.grad is not None and name in self.shards:
                 gradient = p.grad if name in self.replicated else p.grad.to_local()  # type: ignore[attr-defined]
-                self._own_parameters[name].grad = gradient.reshape(-1)
+                self.own_parameters[name].grad = gradient.reshape(-1)
                 if name not in self.replicated:
                     sharded.append(gradient)
         squares = global_norm(sharded).to(self.device).double() ** 2
@@ -111,16 +101,3 @@ class Fsdp2Engine(ShardedEngine):
         super().discard()
         for p in self._parameters.values():
             p.grad = None
-
-    def moments(self, name: str) -> dict[str, Tensor]:
-        return dict(self.optimizer.state.get(self._own_parameters[name], {}))
-
-    def set_moments(self, found: Mapping[str, Mapping[str, Tensor]]) -> None:
-        held = [name for group in self.group_names for name in group if name in self.shards]
-        state = {held.index(name): dict(moments) for name, moments in found.items()}
-        self.optimizer.load_state_dict(
-            {"state": state, "param_groups": self.optimizer.state_dict()["param_groups"]}
-        )
-
-    def settings(self) -> list[dict[str, Any]]:
-        return self.optimizer.param_groups

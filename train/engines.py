@@ -17,17 +17,9 @@ import torch
 from torch import nn
 
 from train.config import OptimConfig, PretrainConfig
+from train.deepspeed_settings import refusal
 from train.engine import Ranks, TorchEngine
-from train.engine_deepspeed import DeepSpeedEngine, refusal
-from train.engine_fsdp2 import Fsdp2Engine
 from train.machine import Precision
-
-ENGINES: dict[str, type[TorchEngine]] = {
-    "single": TorchEngine,
-    "ddp": TorchEngine,
-    "fsdp2": Fsdp2Engine,
-    "deepspeed": DeepSpeedEngine,
-}
 
 
 def resolve(config: PretrainConfig, world_size: int) -> str:
@@ -90,4 +82,14 @@ def build_engine(
 ) -> TorchEngine:
     """The engine of a run. Raises ConfigError where it cannot run."""
     config = replace(config, optim=optimizer_of(config, ranks.size))
-    return ENGINES[resolve(config, ranks.size)](model, config, device, precision, ranks)
+    kind: type[TorchEngine] = TorchEngine
+    match resolve(config, ranks.size):
+        case "fsdp2":
+            from train.engine_fsdp2 import Fsdp2Engine  # more than a second of imports, in every rank
+
+            kind = Fsdp2Engine
+        case "deepspeed":
+            from train.engine_deepspeed import DeepSpeedEngine
+
+            kind = DeepSpeedEngine
+    return kind(model, config, device, precision, ranks)

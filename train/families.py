@@ -44,9 +44,6 @@ class Family(Protocol):
     def normalizers(self, shares: Sequence[float], micro_steps: int) -> Any:
         """What the losses are divided by: the sums over the number of ranks, at least 1 / ranks each."""
 
-    def idle(self, config: PretrainConfig) -> tuple[str, ...]:
-        """How the names of those parameters begin that none of this run's objectives uses: they get no gradient."""
-
     def forward(
         self,
         module: nn.Module,
@@ -92,18 +89,6 @@ class AuroraFamily:
     def normalizers(self, shares: Sequence[float], micro_steps: int) -> Normalizers:
         caption, mlm, mim = shares
         return Normalizers(caption, mlm, mim, itc_share=1 / micro_steps)
-
-    def idle(self, config: PretrainConfig) -> tuple[str, ...]:
-        on, found = config.objectives, ["pyramid.", "pixel_embedding.", "query_heads.", "decoder.queries."]
-        if not on.mim or config.data.uncaptioned_fraction == 0:
-            found += ["pixels.", "encoder.mask_token"]
-        if not on.itc:
-            found += ["image_pool.", "text_pool.", "logit_scale", "logit_bias"]
-        if not (on.caption or on.mlm):
-            found += ["projector.", "decoder.crossmodal.", "decoder.norm."]
-            if not on.itc or config.model.text_pooling == "words":
-                found.append("decoder.")
-        return tuple(found)
 
     def forward(
         self, module: nn.Module, batch: Batch, objectives: ObjectiveConfig, normalizers: Normalizers,
@@ -156,10 +141,6 @@ class PerceiverFamily:
 
     def normalizers(self, shares: Sequence[float], micro_steps: int) -> Mapping[str, float]:
         return dict(zip(COUNTED, shares, strict=True))
-
-    def idle(self, config: PretrainConfig) -> tuple[str, ...]:
-        """None is known beforehand: which parts are used depends on the modalities that a batch has."""
-        return ()
 
     def forward(
         self, module: nn.Module, batch: MultimodalBatch, objectives: PerceiverObjectives,

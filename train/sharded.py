@@ -5,7 +5,6 @@ checkpoints, their moving average, and a whole model on rank 0 to score.
 from __future__ import annotations
 
 import math
-from abc import abstractmethod
 from collections.abc import Iterator, Mapping
 from contextlib import contextmanager
 from dataclasses import dataclass
@@ -15,6 +14,7 @@ import torch
 import torch.distributed as dist
 from torch import Tensor, nn
 
+import models
 from models.aurora.encoder import SwinBlock
 from models.layers import Block
 from models.perceiver.classic import ClassicBlock
@@ -22,6 +22,7 @@ from models.perceiver.latents import InputRead
 from train.config import ConfigError
 from train.engine import EngineState, TorchEngine
 from train.optim import with_aliases
+from train.optimizers import build_optimizer
 from train.pieces import Piece, part_of
 
 BLOCKS = (SwinBlock, Block, ClassicBlock, InputRead)
@@ -68,17 +69,34 @@ class ShardedEngine(TorchEngine):
         """Where it is made: a whole model in fp32 may be more than a GPU holds."""
         return model
 
-    @abstractmethod
+    def name_parameters(self) -> list[dict[str, Any]]:
+        """The optimizer's groups, as a single process has them; before anything is sharded."""
+        groups = models.parameter_groups(self.model, self.config.optim.weight_decay)
+        names = {id(p): name for name, p in self.model.named_parameters()}
+        self.group_names = [[names[id(p)] for p in group["params"]] for group in groups]
+        self.shapes = {name: tuple(p.shape) for name, p in self.model.named_parameters()}
+        return groups
+
+    def build_sharded_optimizer(self, groups: list[dict[str, Any]]) -> None:
+        """The optimizer of this rank's numbers, in parameters that share memory with the shards: plain tensors, which every
+        optimizer takes."""
+        self.own_parameters = {name: nn.Parameter(shard.values) for name, shard in self.shards.items()}
+        for group, members in zip(groups, self.group_names, strict=True):
+            group["params"] = [self.own_parameters[name] for name in members if name in self.shards]
+        self.built = build_optimizer(self.model, self.config.optim, self.device, groups)
+        self.optimizer = self.built.optimizer
+
     def moments(self, name: str) -> dict[str, Tensor]:
         """exp_avg, exp_avg_sq (1-D, as the shard) and step [] of a parameter; empty before its first step."""
+        return dict(self.optimizer.state.get(self.own_parameters[name], {}))
 
-    @abstractmethod
     def set_moments(self, found: Mapping[str, Mapping[str, Tensor]]) -> None:
         """Take over moments by parameter."""
-
-    @abstractmethod
-    def settings(self) -> list[dict[str, Any]]:
-        """Hyperparameters of the optimizer's groups, without their parameters."""
+        held = [name for group in self.group_names for name in group if name in self.shards]
+        state = {held.index(name): dict(moments) for name, moments in found.items()}
+        self.optimizer.load_state_dict(
+            {"state": state, "param_groups": self.optimizer.state_dict()["param_groups"]}
+        )
 
     def publish(self) -> None:
         """Have the model compute with the master weights as they are now, after these were set from outside."""
@@ -123,7 +141,7 @@ class ShardedEngine(TorchEngine):
         """The optimizer's groups as JSON-able data, as `optim.optimizer_tensors` gives them."""
         plain = [
             {k: v.item() if isinstance(v, Tensor) else v for k, v in group.items() if k != "params"}
-            for group in self.settings()
+            for group in self.optimizer.param_groups
         ]
         return [{**group, "params": names} for group, names in zip(plain, self.group_names, strict=True)]
 

@@ -24,6 +24,7 @@ from typing import Any
 import torch.distributed as dist
 
 from train.engine import Ranks
+from train.meeting import ROUND
 
 EXIT_CODE = 1
 ANSWER = timedelta(seconds=20)  # the store has to
@@ -120,7 +121,7 @@ class Watchdog:
     def _store(self) -> Any:
         where = os.environ["MASTER_ADDR"], int(os.environ["MASTER_PORT"])
         store = dist.TCPStore(*where, is_master=False, wait_for_workers=False, timeout=ANSWER)
-        return dist.PrefixStore(f"watchdog/{os.environ.get('TORCHELASTIC_RESTART_COUNT', 0)}", store)
+        return dist.PrefixStore(f"watchdog/{os.environ.get(ROUND, '')}", store)
 
     def _publish(self, store: Any, look: int, stuck: bool) -> None:
         note = {

@@ -55,10 +55,6 @@ class TaskFamily:
     def normalizers(self, shares: Sequence[float], micro_steps: int) -> Sequence[float]:
         return shares
 
-    def idle(self, config: PretrainConfig) -> tuple[str, ...]:
-        """None is known beforehand: which parts of the model a task uses is the task's own affair."""
-        return ()
-
     def forward(
         self, module: nn.Module, batch: TaskBatch, objectives: Any, normalizers: Sequence[float], contrast: Any
     ) -> dict[str, Tensor]:  # fmt: skip

@@ -1,0 +1,1 @@
+"""Engines that shard: their steps, their checkpoints, another number of ranks. `python -m bench.engines`."""
