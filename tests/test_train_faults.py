@@ -182,10 +182,12 @@ def test_all_ranks_killed_at_a_random_moment(two_ranks: Path, tmp_path: Path) ->
     assert not list((out / "checkpoints").glob(".unfinished*"))
 
 
-def wait_for_step(out: Path, step: int, seconds: float = 200) -> None:
-    end = time.monotonic() + seconds
+def wait_for_step(out: Path, step: int, saved: int = 0, seconds: float = 200) -> None:
+    """Until this step is logged, and the checkpoint of step `saved` is whole: it is written beside later steps."""
+    end, metrics = time.monotonic() + seconds, out / "metrics.jsonl"
     while time.monotonic() < end:
-        if (out / "metrics.jsonl").is_file() and f'"step": {step},' in (out / "metrics.jsonl").read_text():
+        there = not saved or (out / f"checkpoints/step-{saved:06d}").is_dir()
+        if there and metrics.is_file() and f'"step": {step},' in metrics.read_text():
             return
         time.sleep(0.02)
     raise AssertionError(f"step {step} did not come")
@@ -200,7 +202,7 @@ def test_torchrun_starts_a_killed_rank_again(straight: Path, tmp_path: Path) -> 
     ]
     agent = Agent(launcher, run, arguments(out, *STILL), RANKS_OUTPUT=str(tmp_path / "said"))
     try:
-        wait_for_step(out, random.Random().choice([4, 5, 6]))
+        wait_for_step(out, random.Random().choice([4, 5, 6]), saved=3)
         os.kill(random.Random().choice(agent.ranks), signal.SIGKILL)
         assert agent.join(100) == [0]
     finally:
@@ -255,7 +257,7 @@ def test_a_lost_node_is_done_without(straight: Path, tmp_path: Path) -> None:
         for host in (1, 0)
     ]
     try:
-        wait_for_step(out, 4)
+        wait_for_step(out, 4, saved=3)
         lost.kill()
         assert kept.join(100) == [0]
     finally:
@@ -263,6 +265,7 @@ def test_a_lost_node_is_done_without(straight: Path, tmp_path: Path) -> None:
             node.kill()
         print(said := "".join(file.read_text() for file in sorted(tmp_path.glob("said*"))))
     assert "2 processes" in said and "engine      single: one process" in said
+    assert re.search(r"checkpoints/step-00000[36]: going on after step [36] of 9", said)
     same_losses(out, straight)
 
 
