@@ -21,7 +21,7 @@ from models.objectives import ObjectiveConfig
 from train import checkpoint
 from train.config import OptimConfig, PretrainConfig
 from train.engine import Ranks, TorchEngine, join, leave
-from train.engines import build_engine, engine_problems, in_words
+from train.engines import build_engine
 from train.machine import Precision
 from train.multimodal import PerceiverPretrainConfig
 from train.optim import lr_at
@@ -393,43 +393,6 @@ def test_deepspeed_leaves_alone_what_a_batch_has_nothing_for(one_rank: Any, out:
 
 def test_offloaded_optimizer_gives_the_same_losses(one_rank: Any, exact: Any) -> None:
     compare(one_rank[1], exact["fp32"][0], "fp32")
-
-
-@pytest.mark.parametrize(
-    "values, size, said",
-    [
-        ({"engine": "single"}, 2, "engine is single, and there are 2 processes"),
-        ({"engine": "ddp"}, 1, "engine is ddp, and there is one process"),
-        ({"engine": "fsdp2", "zero_stage": 1}, 2, "fsdp2 supports 2 and 3"),
-        ({"engine": "fsdp2", "optim": OptimConfig(kind="torch-8bit")}, 2, "'torch-8bit'; fsdp2 shards the moments of torch"),
-        ({"engine": "ddp", "offload": True}, 2, "only deepspeed puts the optimizer into main memory"),
-        ({"engine": "deepspeed", "compile": True}, 2, "compile is on, and the engine is deepspeed"),
-    ],
-)  # fmt: skip
-def test_what_does_not_go_together_is_refused(values: dict[str, Any], size: int, said: str) -> None:
-    found = engine_problems(dataclasses.replace(BASE, **values), size)
-    assert len(found) == 1 and said in found[0]
-
-
-def test_deepspeed_that_is_not_installed_is_said(monkeypatch: pytest.MonkeyPatch) -> None:
-    import train.deepspeed_settings as module
-
-    monkeypatch.setattr(module, "find_spec", lambda name: None)
-    (said,) = engine_problems(dataclasses.replace(BASE, engine="deepspeed"), 2)
-    assert "pip install 'auroraio[deepspeed]'" in said
-    monkeypatch.undo()
-    monkeypatch.setattr(module, "version", lambda name: "0.15.4")
-    (said,) = engine_problems(dataclasses.replace(BASE, engine="deepspeed"), 2)
-    assert "0.15.4 is installed, 0.19.8 or newer is needed" in said
-
-
-def test_an_engine_is_named_in_words() -> None:
-    assert in_words(BASE, 1) == "single: one process"
-    assert "everything on each of 4 ranks" in in_words(BASE, 4)
-    named = dataclasses.replace(BASE, engine="deepspeed", zero_stage=2, offload=True)
-    assert in_words(named, 64) == (
-        "deepspeed: DeepSpeed, ZeRO-2: gradients and optimizer in 64 shards, the optimizer in main memory"
-    )
 
 
 def test_a_checkpoint_of_another_optimizer_is_refused(tmp_path: Path) -> None:

@@ -118,7 +118,7 @@ def same_losses(out: Path, wanted: Path) -> None:
         assert found[step] == pytest.approx(parts, rel=2e-5, abs=2e-6), step
 
 
-def same_weights(a: Path, b: Path, step: int = 9) -> bool:
+def same_weights(a: Path, b: Path, step: int) -> bool:
     one, other = (checkpoint.read(out / f"checkpoints/step-{step:06d}")[0].engine for out in (a, b))
     pairs = ((one.model, other.model), (one.optimizer, other.optimizer))
     return all(set(x) == set(y) and all(torch.equal(x[name], y[name]) for name in x) for x, y in pairs)
@@ -156,11 +156,14 @@ def test_other_ranks_and_engines_take_over_and_no_sample_is_lost(straight: Path,
     assert Counter(seen.values()) == {3: 56, 2: 24 + 32, 1: 8}
 
 
+SHORT = ("--engine", "fsdp2", "--steps", "6", "--save-every", "2")
+
+
 @pytest.fixture(scope="module")
 def two_ranks(tmp_path_factory: pytest.TempPathFactory) -> Path:
     """The run that is killed below, left alone. With dropout."""
     out = tmp_path_factory.mktemp("two") / "run"
-    assert Launch(2, run, arguments(out, "--engine", "fsdp2", "--steps", "9")).results() == [0, 0]
+    assert Launch(2, run, arguments(out, *SHORT)).results() == [0, 0]
     return out
 
 
@@ -169,20 +172,22 @@ def test_all_ranks_killed_at_a_random_moment(two_ranks: Path, tmp_path: Path) ->
     out = tmp_path / "run"
     seconds = random.Random().uniform(0, 0.3)
     print(f"killed {seconds} s after a step")
-    ranks = Launch(2, run, [*arguments(out, "--engine", "fsdp2", "--steps", "9")])
-    wait_for_step(out, random.Random().choice([2, 3, 4, 5]))
+    ranks = Launch(2, run, arguments(out, *SHORT))
+    wait_for_step(out, random.Random().choice([2, 3, 4]))
     time.sleep(seconds)
     ranks.kill()
-    again = Launch(2, run, [*arguments(out, "--engine", "fsdp2", "--steps", "9", "--resume", "auto")])
+    again = Launch(2, run, arguments(out, *SHORT, "--resume", "auto"))
     assert again.results() == [0, 0]
-    assert same_weights(out, two_ranks) and losses(out) == losses(two_ranks)
+    assert same_weights(out, two_ranks, 6) and losses(out) == losses(two_ranks)
     assert not list((out / "checkpoints").glob(".unfinished*"))
 
 
-def wait_for_step(out: Path, step: int, seconds: float = 200) -> None:
-    end = time.monotonic() + seconds
+def wait_for_step(out: Path, step: int, saved: int = 0, seconds: float = 200) -> None:
+    """Until this step is logged, and the checkpoint of step `saved` is whole: it is written beside later steps."""
+    end, metrics = time.monotonic() + seconds, out / "metrics.jsonl"
     while time.monotonic() < end:
-        if (out / "metrics.jsonl").is_file() and f'"step": {step},' in (out / "metrics.jsonl").read_text():
+        there = not saved or (out / f"checkpoints/step-{saved:06d}").is_dir()
+        if there and metrics.is_file() and f'"step": {step},' in metrics.read_text():
             return
         time.sleep(0.02)
     raise AssertionError(f"step {step} did not come")
@@ -197,7 +202,7 @@ def test_torchrun_starts_a_killed_rank_again(straight: Path, tmp_path: Path) -> 
     ]
     agent = Agent(launcher, run, arguments(out, *STILL), RANKS_OUTPUT=str(tmp_path / "said"))
     try:
-        wait_for_step(out, random.Random().choice([4, 5, 6]))
+        wait_for_step(out, random.Random().choice([4, 5, 6]), saved=3)
         os.kill(random.Random().choice(agent.ranks), signal.SIGKILL)
         assert agent.join(100) == [0]
     finally:
@@ -252,7 +257,7 @@ def test_a_lost_node_is_done_without(straight: Path, tmp_path: Path) -> None:
         for host in (1, 0)
     ]
     try:
-        wait_for_step(out, 4)
+        wait_for_step(out, 4, saved=3)
         lost.kill()
         assert kept.join(100) == [0]
     finally:
@@ -260,6 +265,7 @@ def test_a_lost_node_is_done_without(straight: Path, tmp_path: Path) -> None:
             node.kill()
         print(said := "".join(file.read_text() for file in sorted(tmp_path.glob("said*"))))
     assert "2 processes" in said and "engine      single: one process" in said
+    assert re.search(r"checkpoints/step-00000[36]: going on after step [36] of 9", said)
     same_losses(out, straight)
 
 

@@ -25,6 +25,10 @@ def settings_of(config: PretrainConfig, world_size: int, half: bool, device: tor
     }
     if config.offload:
         zero["offload_optimizer"] = {"device": "cpu", "pin_memory": device.type == "cuda"}
+    if device.type == "cpu":
+        # A bucket is new memory in every step, which a CPU pays for page by page: with the default of 5e8 numbers the step
+        # of a model of 39M parameters took 1.20 of the CPU time that it takes fsdp2, with this 1.02.
+        zero |= {"reduce_bucket_size": 20_000_000, "allgather_bucket_size": 20_000_000}
     return {
         "train_micro_batch_size_per_gpu": micro_batch(config, world_size),
         # The loop knows which micro-step is the last. Counting on both sides is how gradients get lost.
