@@ -198,7 +198,7 @@ def numbers(path: Path) -> dict[str, dict[str, torch.Tensor]]:
     "case", [case for case in SEVERAL if case[2] == "fp32"], ids=lambda case: "-".join(map(str, case))
 )
 def test_every_engine_writes_the_same_checkpoint(case: Case, two: Any, exact: Any, out: Path) -> None:
-    """Names, shapes, counts of updates; weights, their averages and moments up to rounding. The second one comes after a step
+    """Names, shapes, counts of updates; weights, their averages and moments up to rounding, after a step
     without masked pictures: the decoder of pixels rests in it, and the dense heads do in all."""
     name = "-".join(map(str, case))
     mine, theirs = (numbers(out / f"{run}/step-{END:06d}") for run in (f"2/{name}", "single-2-fp32"))
@@ -207,9 +207,8 @@ def test_every_engine_writes_the_same_checkpoint(case: Case, two: Any, exact: An
         assert all(mine[kind][key].shape == tensor.shape for key, tensor in wanted.items())
     counts = {t.item() for key, t in theirs["optimizer"].items() if key.startswith("step.")}
     assert counts == {END - 1, END - 2}  # the step with a NaN is none
-    path = sum(
-        lr_at(i, BASE.steps, BASE.optim) for i in range(END)
-    )  # no weight has moved further, decay apart
+    # No weight has moved further, decay apart.
+    path = sum(lr_at(i, BASE.steps, BASE.optim) for i in range(END))
     bounds = {"model.": 1e-3 * path, "ema.": 1e-3 * path, "optimizer.step.": 0.0}
     for moment in ("exp_avg.", "exp_avg_sq."):
         found = [t for key, t in theirs["optimizer"].items() if key.startswith(moment)]
@@ -257,8 +256,8 @@ def same(a: Path, b: Path) -> None:
 
 
 def test_any_engine_on_any_number_of_ranks_goes_on_exactly(two: Any, out: Path) -> None:
-    """Written by two ranks of DeepSpeed ZeRO-2, read by one process, by four ranks of each engine, and by DeepSpeed ZeRO-3: every
-    number is the same, and so are the losses after it."""
+    """Written by two ranks of DeepSpeed ZeRO-2, read by one process, by four ranks, and by DeepSpeed ZeRO-3: every number is
+    the same, and so are the losses after it."""
     start = out / "2/deepspeed-2-fp32/step-000003"
     one = built(("single", 2, "fp32"), Ranks(0, 0, 1), seed=1)
     one.load(checkpoint.read(start)[0].engine)
