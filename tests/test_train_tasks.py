@@ -11,6 +11,7 @@ import numpy as np
 import pytest
 import torch
 from PIL import Image
+from safetensors.torch import load_file
 
 from dataload import annotations as notes
 from dataload import images, scenes, shards
@@ -25,7 +26,7 @@ from models.pretrained import fitted
 from tests.micro import arguments, corpus, losses
 from train import evaluate, finetune, generate
 from train.checkpoint import load_model, read_config
-from train.export_program import export_encoder, model_card
+from train.export import main as export
 from train.pretrain import main as pretrain
 from train.tasks.config import FinetuneConfig
 from train.tasks.presets import at_size
@@ -270,7 +271,22 @@ def test_lora_and_frozen_parts(started: Path, tmp_path: Path) -> None:
     assert all(torch.equal(after[f"base.{n}"], t) for n, t in before.items() if n.startswith("encoder."))
     assert not torch.equal(after["base.pyramid.smooth.0.weight"], before["pyramid.smooth.0.weight"])
     image = Image.new("RGB", (40, 30), "red")
-    assert load_pretrained(lora).segment(image).shape == (30, 40)  # merged
+    segmented = load_pretrained(lora).segment(image)
+    assert segmented.shape == (30, 40)  # merged
+    # an exported one is merged in its file, and read by all that reads a run
+    whole = tmp_path / "exported"
+    assert export(["--checkpoint", str(lora), "--output", str(whole)]) == 0
+    exported = load_pretrained(whole)
+    assert not any(".lora_" in name for name in load_file(whole / "model.safetensors"))
+    merged = load_pretrained(lora).model.state_dict()
+    assert all(torch.equal(merged[name], tensor) for name, tensor in exported.model.state_dict().items())
+    assert np.array_equal(exported.segment(image), segmented)
+    assert "fine-tuned for segmentation" in (whole / "README.md").read_text()
+    score = ["segmentation", "--device", "cpu", "--checkpoint"]
+    assert evaluate.main([*score, str(lora), "--output", str(tmp_path / "a.json")]) == 0
+    assert evaluate.main([*score, str(whole)]) == 0
+    both = [json.loads(path.read_text()) for path in (tmp_path / "a.json", whole / "segmentation.json")]
+    assert both[0]["scores"]["mIoU"]["value"] == pytest.approx(both[1]["scores"]["mIoU"]["value"], abs=1e-4)
     # the next task starts from this one's model, its LoRA merged
     assert finetune.main(tune("vqa", lora, tmp_path / "next")) == 0
 
@@ -349,16 +365,6 @@ def test_three_lines_say_what_the_command_says(
         model.answer(picture, "why?")
     with pytest.raises(FileNotFoundError, match="no checkpoint there"):
         load_pretrained(tmp_path / "nowhere")
-
-
-def test_the_encoders_program_gives_the_same_numbers(started: Path, tmp_path: Path) -> None:
-    loaded = load_model(started)
-    (program,) = export_encoder(loaded, tmp_path)
-    assert program.difference < 1e-4 and program.path.is_file()
-    card = model_card(loaded, {"R@1": 0.5})
-    assert "load_pretrained" in card and loaded.tokenizer.sha[:16] in card and '"R@1": 0.5' in card
-    with pytest.raises(ValueError, match="supported"):
-        export_encoder(loaded, tmp_path, ("coreml",))
 
 
 def test_written_answers_are_cut_to_fit() -> None:
