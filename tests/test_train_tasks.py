@@ -14,7 +14,7 @@ from PIL import Image
 from safetensors.torch import load_file
 
 from dataload import annotations as notes
-from dataload import images, scenes, shards
+from dataload import images, scenes, scenes_media, shards
 from dataload.annotated import Items, LoadingConfig, TaskLoader, TaskSet
 from dataload.annotations import Annotations, Object, read_annotations
 from dataload.scenes_text import Scene, SceneObject
@@ -28,6 +28,7 @@ from train import evaluate, finetune, generate
 from train.checkpoint import load_model, read_config
 from train.export import main as export
 from train.pretrain import main as pretrain
+from train.scores import captioning, java
 from train.tasks.config import FinetuneConfig
 from train.tasks.presets import at_size
 from train.tasks.registry import task_of
@@ -182,8 +183,14 @@ TASKS = {
 
 @pytest.mark.parametrize("task", TASKS)
 def test_a_task_from_start_to_page(
-    task: str, started: Path, tmp_path: Path, capsys: pytest.CaptureFixture
+    task: str, started: Path, tmp_path: Path, capsys: pytest.CaptureFixture, monkeypatch: pytest.MonkeyPatch
 ) -> None:
+    started_java: list[str] = []
+    for name, owner, function in (("PTB", captioning, "ptb_tokenize"), ("METEOR", java, "Meteor")):
+        real = getattr(owner, function)
+        monkeypatch.setattr(
+            owner, function, lambda *given, name=name, real=real: started_java.append(name) or real(*given)
+        )
     out = tmp_path / "run"
     more = ["--task.beams", "2"] if task in ("vqa", "captioning") else []
     assert finetune.main(tune(task, started, out, *more)) == 0, capsys.readouterr().err
@@ -209,6 +216,11 @@ def test_a_task_from_start_to_page(
     assert again["scores"] == scores and again["data"]["items"] == len(heldout_items(task, config))
     assert {"torch", "pycocotools"} <= set(again["versions"]) and again["tokenizer"]["sha256"]
     assert output.with_suffix(".html").is_file()
+    if (
+        task == "captioning"
+    ):  # Java takes most of the time: once a tokenizer for each evaluation, one METEOR for both
+        assert started_java.count("PTB") == 2 * again["caption_tokenizer"].startswith("ptb")
+        assert started_java.count("METEOR") <= 1
 
 
 def heldout_items(task: str, config: FinetuneConfig) -> Items:
@@ -339,6 +351,29 @@ def test_zero_shot_classes(started: Path, tmp_path: Path, capsys: pytest.Capture
     found = json.loads(output.read_text())
     assert found["templates"] == ["a {}", "there is a {}"] and found["counts"]["pictures"] == 12
     assert 0 <= found["scores"]["top-1"]["value"] <= found["scores"]["top-5"]["value"] <= 1
+
+
+def test_sounds_of_the_built_in_corpus_without_a_checkpoint(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture
+) -> None:
+    """Labels, classes and the tokenizer are the corpus' own; several labels are noticed."""
+    whole = scenes_media.build
+    small = {"train": 60, "uncaptioned": 0, "heldout": 4, "sounds": 40, "clips": 1, "heldout_media": 12}
+    monkeypatch.setattr(scenes_media, "build", lambda folder, size: whole(folder, size=size, **small))
+    out = tmp_path / "run"
+    words = ["audio", "--data.cache", str(tmp_path / "cache"), "--data.workers", "1", "--device", "cpu"]
+    words += ["--precision", "fp32", "--batch-size", "8", "--steps", "2", "--optim.warmup", "1"]
+    words += ["--eval-every", "0", "--save-every", "2", "--out", str(out)]
+    assert finetune.main(words) == 0, capsys.readouterr().err
+    config = read_config(out / "checkpoints/step-000002")
+    assert isinstance(config, FinetuneConfig) and config.task.several_labels and not config.checkpoint
+    assert config.task.classes == ("circle", "square", "triangle", "star", "cross", "ring")
+    evaluation = json.loads((out / "summary.json").read_text())["evaluation"]
+    assert 0 < evaluation["scores"]["mAP"]["value"] <= 1
+    again = tmp_path / "again.json"
+    command = ["audio", "--checkpoint", str(out), "--device", "cpu", "--output", str(again)]
+    assert evaluate.main(command) == 0, capsys.readouterr().err
+    assert json.loads(again.read_text())["scores"] == evaluation["scores"]
 
 
 # --- using a model --------------------------------------------------------------------------------
