@@ -107,7 +107,7 @@ def test_sounds_decode_to_a_second_and_their_captions_name_what_sounds(
 def test_the_labels_of_a_sound_are_its_timbres(corpus: scenes_media.MediaPaths) -> None:
     classes = read_classes(corpus.sounds[0])
     assert tuple(classes.labels) == tuple(classes.labels.values()) == tuple(HARMONICS) == tuple(SHAPES)
-    index = shards.index(list(map(str, corpus.sounds)))
+    index = shards.index(list(corpus.sounds))
     found = list(annotated(index, needs=("labels",)))
     assert len(found) == len(index) == SMALL["sounds"]
     for one in found:
@@ -116,7 +116,7 @@ def test_the_labels_of_a_sound_are_its_timbres(corpus: scenes_media.MediaPaths) 
             one.labels
         )
     assert {len(one.labels) for one in found} == {1, 2}
-    heldout = annotated(shards.index(list(map(str, corpus.heldout_sounds))), needs=("labels",))
+    heldout = annotated(shards.index(list(corpus.heldout_sounds)), needs=("labels",))
     assert {label for one in heldout for label in one.labels} == set(HARMONICS)
 
 
