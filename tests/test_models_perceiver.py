@@ -394,3 +394,13 @@ def test_contrast_is_with_as_many_texts_as_every_sample_has() -> None:
     # One sample has a single text: the first of each counts.
     uneven = packed(texts[:5], [0, 0, 1, 1, 4])
     torch.testing.assert_close(itc(uneven), itc(packed(texts[::2], [0, 1, 4])))
+
+
+def test_normalizers_may_be_less_than_one() -> None:
+    """A count over all ranks is divided by their number: one clip of four ranks is a quarter."""
+    model, found = tiny(), []
+    for normalizer in (1.0, 0.25):
+        torch.manual_seed(1)  # masks of sounds and clips
+        found.append(model(**batch(), objectives=ALL, normalizers=dict.fromkeys(ALL.weights(), normalizer)))
+    for name, loss in found[0].items():
+        assert found[1][name].item() == pytest.approx(4 * loss.item(), rel=1e-6), name

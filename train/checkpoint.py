@@ -44,6 +44,7 @@ FORMAT = 1
 HASHED_AT_ONCE = 8
 STEP = re.compile(r"step-(\d+)$")
 TEMPORARY = ".unfinished-"
+ASIDE = "set-aside-"
 
 
 class CheckpointError(ValueError):
@@ -164,9 +165,12 @@ def commit(
     }
     write_state(work, state)
     _sync(work)
-    if final.exists():  # a damaged one that the run went back beyond
-        shutil.rmtree(final)
+    former = final.with_name(f"{TEMPORARY}former-{final.name}")
+    if final.exists():  # it stays until the new one has its name
+        shutil.rmtree(former, ignore_errors=True)
+        final.rename(former)
     work.rename(final)
+    shutil.rmtree(former, ignore_errors=True)
     _replace_text(final.parent / "latest", final.name + "\n")
     _sync(final.parent)
     return final
@@ -179,11 +183,24 @@ def write_state(folder: Path, state: dict[str, Any]) -> None:
     _sync(folder / "state.json")
 
 
-def prune(directory: Path, keep: int, every: int = 0) -> None:
-    """Remove all but the newest `keep`; one whose step is a multiple of `every` stays for good (0: none does)."""
+def prune(directory: Path, keep: int, every: int = 0, new: Path | None = None) -> None:
+    """Remove all but the newest `keep`; one whose step is a multiple of `every` stays for good (0: none does), and so does
+    `new`, which has just been written."""
     for old in step_directories(directory)[keep:]:
-        if not every or step_of(old) % every:
+        if old != new and (not every or step_of(old) % every):
             shutil.rmtree(old)
+
+
+def set_aside(directory: Path, after: int) -> list[Path]:
+    """Rename the checkpoints of later steps, which a run that goes on from step `after` leaves behind: they would be taken for
+    its newest. Returns what they are called now. Raises OSError."""
+    renamed = []
+    for later in step_directories(directory):
+        if step_of(later) > after:
+            aside = later.with_name(f"{ASIDE}{later.name}")
+            shutil.rmtree(aside, ignore_errors=True)
+            renamed.append(later.rename(aside))
+    return renamed
 
 
 def read(path: Path, *, verified: bool = False) -> tuple[Snapshot, PretrainConfig]:
@@ -242,13 +259,17 @@ def verify(path: Path) -> dict[str, Any]:
     for name in recorded:
         if not (path / name).is_file():
             raise CheckpointError(f"{path} is damaged: {name} is missing")
-    with ThreadPoolExecutor(HASHED_AT_ONCE) as pool:
-        for name, found in zip(recorded, pool.map(lambda name: sha256(path / name), recorded), strict=True):
-            if found != recorded[name]:
-                size = (path / name).stat().st_size
-                raise CheckpointError(
-                    f"{path} is damaged: {name} ({size:,} bytes) differs from its recorded checksum"
-                )
+    try:
+        with ThreadPoolExecutor(HASHED_AT_ONCE) as pool:
+            sums = dict(zip(recorded, pool.map(lambda name: sha256(path / name), recorded), strict=True))
+    except OSError as error:
+        raise CheckpointError(f"{path} cannot be read: {error}") from error
+    for name, found in sums.items():
+        if found != recorded[name]:
+            size = (path / name).stat().st_size
+            raise CheckpointError(
+                f"{path} is damaged: {name} ({size:,} bytes) differs from its recorded checksum"
+            )
     return state
 
 
@@ -259,6 +280,8 @@ def _state(path: Path) -> dict[str, Any]:
         recorded = dict(state["sha256"])
     except FileNotFoundError:
         raise CheckpointError(f"{path} is no checkpoint: it has no state.json") from None
+    except OSError as error:
+        raise CheckpointError(f"{path} cannot be read: {error}") from error
     except (ValueError, KeyError, TypeError) as error:
         raise CheckpointError(f"{path} is damaged: state.json cannot be read ({error})") from None
     if state.get("format") != FORMAT:

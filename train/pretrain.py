@@ -109,12 +109,12 @@ def train(run: Run, stop: Stop) -> bool:
         run.log_step(result, lr, seconds=time.perf_counter() - started, waited=waited)
 
         last = run.step == config.steps
-        if not last and config.eval_every and run.step % config.eval_every == 0:
-            run.evaluate(stop)
         run.saver.poll()
         if last or (config.save_every and run.step % config.save_every == 0):
             run.save(run.position(), wait=last)
-    return not stop
+        if not last and config.eval_every and run.step % config.eval_every == 0:
+            run.evaluate(stop)
+    return not run.any_rank(bool(stop))
 
 
 def interrupted(run: Run, stop: Stop) -> int:

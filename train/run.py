@@ -7,6 +7,8 @@ from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any
 
+import torch
+import torch.distributed as dist
 from torch import Tensor
 
 from train import checkpoint
@@ -70,6 +72,13 @@ class Run:
         """A line on rank 0's output."""
         self.progress.say(text)
 
+    def any_rank(self, mine: bool) -> bool:
+        """Whether this is so on any rank. All ranks call this."""
+        told = torch.tensor(float(mine), device=self.engine.device)
+        if self.ranks.size > 1:
+            dist.all_reduce(told, dist.ReduceOp.MAX)
+        return bool(told.item())
+
     def position(self) -> Position:
         """Where the next step begins."""
         return Position(self.data.loader.state_dict(), rng_state(self.engine.device))
@@ -78,6 +87,10 @@ class Run:
         """Write the checkpoint of the steps done so far, unless it is there already. All ranks call this. wait: until it is
         on the disk, and raise saving.SaveError where it cannot be.
         """
+        if self.saver.writes(self.step):
+            if not wait:
+                return
+            self.saver.finish(must=False)
         if self.saver.saved is not None and checkpoint.step_of(self.saver.saved) == self.step:
             return
 

@@ -111,6 +111,10 @@ class Saver:
             self._finish(must=wait)
         self.stalled += time.monotonic() - started
 
+    def writes(self, step: int) -> bool:
+        """Whether the checkpoint of this step is being written."""
+        return self._writing is not None and self._writing.snapshot.step == step
+
     def poll(self) -> None:
         """Between two steps: conclude the checkpoint that is being written, if every rank has written its part."""
         if self._writing is None:
@@ -136,8 +140,8 @@ class Saver:
     def _write(self, writing: _Writing, kinds: dict[str, dict[str, Piece]]) -> None:
         try:
             writing.sums = checkpoint.write_part(writing.work, kinds, self.ranks.rank, self.ranks.size)
-        except OSError as error:
-            writing.error = writing.error or str(error)
+        except Exception as error:  # of whatever kind: the other ranks have to hear of it
+            writing.error = writing.error or in_words(error)
 
     def _finish(self, *, must: bool) -> None:
         writing, self._writing = self._writing, None
@@ -166,10 +170,10 @@ class Saver:
     def _named(self, writing: _Writing, sums: dict[str, str]) -> list[str]:
         """On rank 0, once all parts are there. Returns what went wrong."""
         try:
-            checkpoint.commit(writing.work, writing.snapshot, self.config, self.tokenizer, sums)
-        except OSError as error:
-            return [f"rank 0: {error}"]
-        keep = (self.directory, self.config.keep_checkpoints, self.config.keep_every)
+            new = checkpoint.commit(writing.work, writing.snapshot, self.config, self.tokenizer, sums)
+        except Exception as error:
+            return [f"rank 0: {in_words(error)}"]
+        keep = (self.directory, self.config.keep_checkpoints, self.config.keep_every, new)
         self._pruning = threading.Thread(
             target=checkpoint.prune, args=keep, name="old checkpoints", daemon=True
         )
@@ -201,6 +205,11 @@ class Saver:
         if self.device.type == "cuda":
             torch.cuda.current_stream().synchronize()
         return found
+
+
+def in_words(error: Exception) -> str:
+    """An OSError says what it is; others are named."""
+    return str(error) if isinstance(error, OSError) else f"{type(error).__name__}: {error}"
 
 
 def _on_cpu(piece: Piece) -> Piece:

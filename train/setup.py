@@ -30,6 +30,8 @@ from train.tasks.config import FinetuneConfig
 from train.tasks.data import TaskData, find_task_sources, open_task
 from train.watchdog import Watchdog
 
+LAUNCH = "launch.txt"  # in a run's directory: which launcher has started it
+
 
 def set_up(config: PretrainConfig, command: Sequence[str]) -> Run:
     """Everything up to the first step. Raises ConfigError or CheckpointError where the run cannot start as
@@ -41,10 +43,11 @@ def set_up(config: PretrainConfig, command: Sequence[str]) -> Run:
     device = join(ranks, config.device, alone=config.engine in ("fsdp2", "deepspeed"))
     if device.type == "cpu":
         keep_freed_memory()
-    if not config.resume and int(os.environ.get("TORCHELASTIC_RESTART_COUNT", 0)):
-        config = replace(config, resume="auto")  # torchrun starts the same command again after a fault
+    again = (
+        int(os.environ.get("TORCHELASTIC_RESTART_COUNT", 0)) > 0
+    )  # torchrun starts the same command after a fault
     progress = Progress(config.steps, config.batch_size, config.log_every, on=ranks.first)
-    out, start = _resolve(config, ranks, progress)
+    out, start = _resolve(config, ranks, progress, again)
     snapshot, former = checkpoint.read(start, verified=True) if start else (None, None)
     if former:
         _compare(former, config, progress)
@@ -79,6 +82,10 @@ def set_up(config: PretrainConfig, command: Sequence[str]) -> Run:
     if ranks.first:
         out.mkdir(parents=True, exist_ok=True)
         checkpoint.remove_unfinished(out / "checkpoints")
+        for left in checkpoint.set_aside(out / "checkpoints", run.step):
+            progress.say(
+                f"resume      {left.name}: a later step, which this run leaves behind; remove it when you like"
+            )
         checkpoint.write_config(out / "config.json", config)
         run.metrics = Metrics(out / "metrics.jsonl", keep_up_to=run.step, last=config.steps)
         run.board = TensorBoard(out / "tensorboard", start=run.step)
@@ -96,8 +103,8 @@ def _open(
     config: PretrainConfig, ranks: Ranks, device: torch.device, progress: Progress
 ) -> Data | MultimodalData | TaskData:
     """Rank 0 draws the built-in corpus and indexes the shards; then the others find both done."""
-    if not ranks.first:
-        share(None, ranks)
+    if not ranks.first and (failed := share(None, ranks)):
+        raise failed
     try:
         data: Data | MultimodalData | TaskData
         if isinstance(config, FinetuneConfig):
@@ -110,18 +117,26 @@ def _open(
             where = str(device) if device.type == "cuda" else "cpu"
             data = open_data(config, sources, ranks.rank, ranks.size, where)
     except (OSError, ValueError, ImportError) as error:
-        raise ConfigError(str(error)) from error
+        refused = ConfigError(str(error))
+        if ranks.first:
+            share(refused, ranks)  # the others must not wait for a rank that gave up
+        raise refused from error
     if ranks.first:
         share(None, ranks)
     return data
 
 
-def _resolve(config: PretrainConfig, ranks: Ranks, progress: Progress) -> tuple[Path, Path | None]:
+def _resolve(
+    config: PretrainConfig, ranks: Ranks, progress: Progress, again: bool
+) -> tuple[Path, Path | None]:
     """Rank 0's choice of the run's directory and of the step directory to go on from, told to all ranks."""
     choice: tuple[Path, Path | None] | Exception
     try:
-        choice = find_run(config, progress) if ranks.first else (Path(), None)
-    except (ConfigError, CheckpointError, FileNotFoundError) as error:
+        choice = find_run(config, progress, again) if ranks.first else (Path(), None)
+        if ranks.first and "TORCHELASTIC_RUN_ID" in os.environ:
+            choice[0].mkdir(parents=True, exist_ok=True)
+            (choice[0] / LAUNCH).write_text(launch())
+    except (ConfigError, CheckpointError, OSError) as error:
         choice = error  # the others must not wait for a rank that gave up
     choice = share(choice, ranks)
     if isinstance(choice, Exception):
@@ -129,9 +144,13 @@ def _resolve(config: PretrainConfig, ranks: Ranks, progress: Progress) -> tuple[
     return choice
 
 
-def find_run(config: PretrainConfig, progress: Progress) -> tuple[Path, Path | None]:
-    """(directory of the run, step directory to go on from or None)."""
+def find_run(config: PretrainConfig, progress: Progress, again: bool = False) -> tuple[Path, Path | None]:
+    """(directory of the run, step directory to go on from or None). again: a launcher has started the command anew after a
+    fault; what its first start has saved is gone on with, and no other run."""
     first = Path(config.out or f"runs/{config.name}")
+    if again and config.resume != "auto":
+        out, start = _begun(config, first, progress)
+        return out, checkpoint.newest_intact(out, progress.say) or start
     if not config.resume:
         if config.out and _occupied(first):
             raise ConfigError(
@@ -155,6 +174,21 @@ def find_run(config: PretrainConfig, progress: Progress) -> tuple[Path, Path | N
         raise CheckpointError(f"--resume {source}: there is no finished checkpoint in it")
     owner = intact.parent.parent if intact.parent.name == "checkpoints" else None
     return Path(config.out) if config.out else (owner or _numbered(first)[-1]), intact
+
+
+def _begun(config: PretrainConfig, first: Path, progress: Progress) -> tuple[Path, Path | None]:
+    """Where the first start of this command has put its run, and from what it started; a new run if it did not come so far."""
+    for out in [first] if config.out else reversed(_numbered(first)):
+        if (out / LAUNCH).is_file() and (out / LAUNCH).read_text() == launch():
+            given = replace(config, out=str(out))
+            return out, find_run(given, progress)[1] if config.resume else None
+    return find_run(config, progress)
+
+
+def launch() -> str:
+    """What all starts of a command by one launcher have in common; "" without one."""
+    name = os.environ.get("TORCHELASTIC_RUN_ID", "")
+    return f"{name} {os.getppid()}" if name in ("", "none") else name
 
 
 def _occupied(out: Path) -> bool:

@@ -256,7 +256,9 @@ def pretraining_losses(
     weights = config.weights()
     pieces = model.complete(pieces)
     text = pieces["text"]
-    totals = normalizers or count_targets(pieces, samples, mlm_targets, config, label_sample)
+    counts = normalizers or count_targets(pieces, samples, mlm_targets, config, label_sample)
+    # A count over ranks, divided by their number, may be below 1: only where there is nothing it must not be 0.
+    totals = counts if normalizers else {name: max(n, 1) for name, n in counts.items()}
     if contrast:
         texts = next(iter(contrast.values())).text.shape[1]
     else:
@@ -290,7 +292,7 @@ def pretraining_losses(
         if weights[loss]:
             patches, hidden, reading = was.asked[name]
             losses[loss] = model.patch_queries(name).loss(latents[reading], patches, hidden)
-    return known | {name: loss / max(totals[name], 1) for name, loss in losses.items()}
+    return known | {name: loss / totals[name] for name, loss in losses.items()}
 
 
 def read_pieces(
