@@ -2,7 +2,7 @@
 
 Sounds and clips lie in a folder of their own, with a tokenizer of all captions: sounds-*.tar, clips-*.tar, heldout-sounds-*.tar
 and heldout-clips-*.tar. Held-out ones show the triples of shape, color and texture that no training picture, sound or clip
-has, and none of their captions is true of another one in the same set.
+has, and none of their captions is true of another one in the same set. The labels of a sound are the timbres in it.
 
     python -m dataload.scenes_media --output DIR
 """
@@ -19,16 +19,18 @@ from collections.abc import Sequence
 from concurrent.futures import ThreadPoolExecutor
 from dataclasses import asdict, dataclass
 from pathlib import Path
+from typing import Any
 
 import numpy as np
 
 from dataload import scenes
+from dataload.annotations import CLASSES
 from dataload.pack.writer import ShardWriter
 from dataload.scenes_clip import ClipScene, draw_clip, encode_mp4, sample_clip, write_clip_captions
-from dataload.scenes_sound import encode_wav, render, sample_sound, write_sound_captions
+from dataload.scenes_sound import HARMONICS, encode_wav, labels_of, render, sample_sound, write_sound_captions
 from dataload.scenes_text import Claim, Scene
 
-VERSION = 1  # to be raised whenever the same parameters would give other frames, sounds or captions
+VERSION = 2  # to be raised whenever the same parameters would give other frames, sounds, captions or labels
 SAMPLES_PER_SHARD = 250
 KINDS = ("sounds", "clips")
 
@@ -141,6 +143,8 @@ def _make(home: Path, parameters: MediaParameters, pictures: scenes.Parameters, 
         train_tokenizer(iter(texts), home / "tokenizer.model", scenes.VOCABULARY, model_type="bpe")
         for one in running:
             one.result()  # raises what went wrong in it
+    labels = [{"id": name, "name": name} for name in HARMONICS]
+    (home / CLASSES).write_text(json.dumps({"labels": labels}, indent=1) + "\n", encoding="utf-8")
     scenes.write_listing(home, VERSION, parameters)
 
 
@@ -190,12 +194,14 @@ def write_shard(home: Path, parameters: MediaParameters, kind: str, heldout: boo
                 np.random.Philox(key=[parameters.seed, 4 * sample.number + stream], counter=[0, 0, 1, 0])
             )
             scene = sample.scene
+            facts: dict[str, Any] = {"scene": asdict(scene)}
             if isinstance(scene, ClipScene):
                 frames = draw_clip(scene, parameters.size, rng)
                 suffix, data = "mp4", encode_mp4(frames, render(Scene("", (scene.item,)), rng))
             else:
                 suffix, data = "wav", encode_wav(render(scene, rng))
-            writer.write(f"{sample.number:08d}", suffix, data, sample.captions, {"scene": asdict(scene)})
+                facts["labels"] = labels_of(scene)
+            writer.write(f"{sample.number:08d}", suffix, data, sample.captions, facts)
 
 
 def _child() -> None:

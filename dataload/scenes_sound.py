@@ -5,8 +5,8 @@
     texture  rhythm      solid: one held note; striped: three beats; dotted: six short taps
     size     loudness    small ones are a quarter as loud as large ones
 
-A sound is one object, or two one after the other. Place and background cannot be heard and are not said. Held-out sounds
-consist of held-out triples, as the pictures do.
+A sound is one object, or two one after the other; its labels are their shapes, which are heard as timbres. Place and background
+cannot be heard and are not said. Held-out sounds consist of held-out triples, as the pictures do.
 """
 
 from __future__ import annotations
@@ -57,6 +57,12 @@ def sample_sound(rng: random.Random, *, heldout: bool) -> Scene:
     count = 2 if heldout or rng.random() < TWO_SOUNDS else 1
     chosen = rng.sample(split_triples(heldout), count)
     return Scene("", tuple(SceneObject(*triple, rng.choice(tuple(SIZES)), "") for triple in chosen))
+
+
+def labels_of(scene: Scene) -> list[str]:
+    """The classes of a sound: what is in it, one or two of HARMONICS, in their order."""
+    heard = {item.shape for item in scene.objects}
+    return [name for name in HARMONICS if name in heard]
 
 
 def claim_of_sound(scene: Scene, left_out: frozenset[str] = frozenset()) -> Claim:

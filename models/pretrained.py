@@ -253,6 +253,10 @@ def find_checkpoint(path: Path) -> Path:
         if folder.is_dir()
         else []
     )
+    if not steps and any(folder.glob("**/model-00001-of-*.safetensors")):
+        raise FileNotFoundError(
+            f"{path}: its checkpoints are in parts, one of each rank; python -m train.export makes one file of them"
+        )
     if not steps:
         raise FileNotFoundError(
             f"{path}: no checkpoint there; give a run (runs/NAME), a checkpoint or an exported model"

@@ -12,11 +12,12 @@ from typing import Any
 import numpy as np
 import pytest
 
-from dataload import audio, scenes_media, video
+from dataload import audio, scenes_media, shards, video
+from dataload.annotations import annotated, read_classes
 from dataload.scenes_clip import FRAMES, MOTIONS, ROUND, ClipScene, draw_clip
 from dataload.scenes_draw import GROUND
-from dataload.scenes_sound import NOTES, PITCH, RATE, SILENT, claim_of_sound, render
-from dataload.scenes_text import Scene, SceneObject, heldout_triples, words_of
+from dataload.scenes_sound import HARMONICS, NOTES, PITCH, RATE, SILENT, claim_of_sound, render
+from dataload.scenes_text import SHAPES, Scene, SceneObject, heldout_triples, words_of
 
 pytest.importorskip("av", reason="needs PyAV: pip install 'auroraio[data]'")
 pytest.importorskip("soundfile", reason="needs soundfile: pip install 'auroraio[data]'")
@@ -101,6 +102,22 @@ def test_sounds_decode_to_a_second_and_their_captions_name_what_sounds(
         true = {item["color"] for item in objects}, {item["shape"] for item in objects}
         assert len(set(sidecar["captions"])) == 5
         assert all(words_of(caption) == true for caption in sidecar["captions"])
+
+
+def test_the_labels_of_a_sound_are_its_timbres(corpus: scenes_media.MediaPaths) -> None:
+    classes = read_classes(corpus.sounds[0])
+    assert tuple(classes.labels) == tuple(classes.labels.values()) == tuple(HARMONICS) == tuple(SHAPES)
+    index = shards.index(list(corpus.sounds))
+    found = list(annotated(index, needs=("labels",)))
+    assert len(found) == len(index) == SMALL["sounds"]
+    for one in found:
+        objects = index.record(one.sample)["scene"]["objects"]
+        assert set(one.labels) == {item["shape"] for item in objects} and len(set(one.labels)) == len(
+            one.labels
+        )
+    assert {len(one.labels) for one in found} == {1, 2}
+    heldout = annotated(shards.index(list(corpus.heldout_sounds)), needs=("labels",))
+    assert {label for one in heldout for label in one.labels} == set(HARMONICS)
 
 
 def test_heldout_triples_were_never_trained_on(corpus: scenes_media.MediaPaths) -> None:

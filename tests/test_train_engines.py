@@ -45,9 +45,8 @@ END = STEPS + 3
 Case = tuple[str, int, str]  # engine, zero_stage, precision
 
 SEVERAL: list[Case] = [
-    ("ddp", 2, "fp32"), ("fsdp2", 2, "fp32"), ("fsdp2", 3, "fp32"),
-    ("deepspeed", 1, "fp32"), ("deepspeed", 2, "fp32"), ("deepspeed", 3, "fp32"),
-    ("ddp", 2, "bf16"), ("fsdp2", 2, "bf16"), ("deepspeed", 1, "bf16"), ("deepspeed", 2, "bf16"),
+    ("ddp", 2, "fp32"), ("fsdp2", 2, "fp32"), ("deepspeed", 1, "fp32"), ("deepspeed", 2, "fp32"), ("deepspeed", 3, "fp32"),
+    ("fsdp2", 2, "bf16"), ("deepspeed", 1, "bf16"), ("deepspeed", 2, "bf16"),
 ]  # fmt: skip
 FOUR: list[Case] = [("ddp", 2, "fp32"), ("fsdp2", 2, "fp32"), ("deepspeed", 2, "fp32")]
 
@@ -199,26 +198,25 @@ def numbers(path: Path) -> dict[str, dict[str, torch.Tensor]]:
     "case", [case for case in SEVERAL if case[2] == "fp32"], ids=lambda case: "-".join(map(str, case))
 )
 def test_every_engine_writes_the_same_checkpoint(case: Case, two: Any, exact: Any, out: Path) -> None:
-    """Names, shapes, counts of updates; weights, their averages and moments up to rounding. The second one comes after a step
+    """Names, shapes, counts of updates; weights, their averages and moments up to rounding, after a step
     without masked pictures: the decoder of pixels rests in it, and the dense heads do in all."""
     name = "-".join(map(str, case))
-    for step, counts in ((STEPS, {STEPS}), (END, {END - 1, END - 2})):  # the step with a NaN is none
-        mine, theirs = (numbers(out / f"{run}/step-{step:06d}") for run in (f"2/{name}", "single-2-fp32"))
-        for kind, wanted in theirs.items():
-            assert set(mine[kind]) == set(wanted), kind
-            assert all(mine[kind][key].shape == tensor.shape for key, tensor in wanted.items())
-        assert {t.item() for key, t in theirs["optimizer"].items() if key.startswith("step.")} == counts
-        path = sum(
-            lr_at(i, BASE.steps, BASE.optim) for i in range(step)
-        )  # no weight has moved further, decay apart
-        bounds = {"model.": 1e-3 * path, "ema.": 1e-3 * path, "optimizer.step.": 0.0}
-        for moment in ("exp_avg.", "exp_avg_sq."):
-            found = [t for key, t in theirs["optimizer"].items() if key.startswith(moment)]
-            bounds[f"optimizer.{moment}"] = 1e-4 * max(tensor.abs().max().item() for tensor in found)
-        for kind, wanted in theirs.items():
-            for key, tensor in wanted.items():
-                (bound,) = (value for start, value in bounds.items() if f"{kind}.{key}".startswith(start))
-                assert (mine[kind][key] - tensor).abs().max().item() <= bound, (step, kind, key)
+    mine, theirs = (numbers(out / f"{run}/step-{END:06d}") for run in (f"2/{name}", "single-2-fp32"))
+    for kind, wanted in theirs.items():
+        assert set(mine[kind]) == set(wanted), kind
+        assert all(mine[kind][key].shape == tensor.shape for key, tensor in wanted.items())
+    counts = {t.item() for key, t in theirs["optimizer"].items() if key.startswith("step.")}
+    assert counts == {END - 1, END - 2}  # the step with a NaN is none
+    # No weight has moved further, decay apart.
+    path = sum(lr_at(i, BASE.steps, BASE.optim) for i in range(END))
+    bounds = {"model.": 1e-3 * path, "ema.": 1e-3 * path, "optimizer.step.": 0.0}
+    for moment in ("exp_avg.", "exp_avg_sq."):
+        found = [t for key, t in theirs["optimizer"].items() if key.startswith(moment)]
+        bounds[f"optimizer.{moment}"] = 1e-4 * max(tensor.abs().max().item() for tensor in found)
+    for kind, wanted in theirs.items():
+        for key, tensor in wanted.items():
+            (bound,) = (value for start, value in bounds.items() if f"{kind}.{key}".startswith(start))
+            assert (mine[kind][key] - tensor).abs().max().item() <= bound, (kind, key)
     untouched = {key for key in theirs["model"] if f"step.{key}" not in theirs["optimizer"]}
     start = built(("single", 2, "fp32"), Ranks(0, 0, 1)).model.state_dict()
     assert {"pyramid", "query_heads"} <= {key.split(".")[0] for key in untouched}
@@ -244,7 +242,7 @@ def go_on(cases: list[Case], start: Path, out: Path) -> list[Any]:
         one.load(checkpoint.read(start)[0].engine)
         keeper = saver(out / "-".join(map(str, case)), one)
         keeper.begin(lambda one=one: snapshot(one, STEPS), wait=True)  # type: ignore[misc]
-        found.append(steps(one, STEPS, STEPS + 2))
+        found.append(steps(one, STEPS, STEPS + 1))
     leave(ranks)
     return found
 
@@ -258,17 +256,17 @@ def same(a: Path, b: Path) -> None:
 
 
 def test_any_engine_on_any_number_of_ranks_goes_on_exactly(two: Any, out: Path) -> None:
-    """Written by two ranks of DeepSpeed ZeRO-2, read by one process, by four ranks, and by DeepSpeed's other stages: every
-    number is the same, and so are the losses after it."""
+    """Written by two ranks of DeepSpeed ZeRO-2, read by one process, by four ranks, and by DeepSpeed ZeRO-3: every number is
+    the same, and so are the losses after it."""
     start = out / "2/deepspeed-2-fp32/step-000003"
     one = built(("single", 2, "fp32"), Ranks(0, 0, 1), seed=1)
     one.load(checkpoint.read(start)[0].engine)
     keeper = saver(out / "again/single", one)
     keeper.begin(lambda: snapshot(one, STEPS), wait=True)
     same(out / "again/single/step-000003", start)
-    straight = steps(one, STEPS, STEPS + 2)
+    straight = steps(one, STEPS, STEPS + 1)
 
-    others: list[Case] = [("deepspeed", 1, "fp32"), ("deepspeed", 3, "fp32")]
+    others: list[Case] = [("deepspeed", 3, "fp32")]
     for size, cases in ((4, FOUR), (2, others)):
         found = Launch(size, go_on, cases, start, out / f"again/{size}").results()[0]
         for case, result in zip(cases, found, strict=True):

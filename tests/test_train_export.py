@@ -2,18 +2,30 @@
 
 from __future__ import annotations
 
+import json
+import sys
+from dataclasses import replace
 from pathlib import Path
 
 import pytest
 import torch
-from micro import corpus
+from micro import MODEL, corpus
 from safetensors.torch import load_file
 from test_train_checkpoint import CONFIG, snapshot, trained
 
+from dataload.tokenizer import Tokenizer
+from models import PERCEIVER_SIZES, Aurora, PerceiverIO, load_pretrained
+from models.aurora.encoder import remembered_offsets
+from models.perceiver import Piece as Pictures
 from train import checkpoint
-from train.checkpoint import CheckpointError
+from train.checkpoint import CheckpointError, LoadedModel
 from train.export import main
+from train.export_program import check_program, export_encoder
+from train.multimodal import PerceiverPretrainConfig
 from train.pieces import Piece, PiecesError, Stored, as_pieces, share_of, write_pieces
+from train.tasks.config import PerceiverFinetuneConfig, TaskConfig
+
+PERCEIVER = replace(PERCEIVER_SIZES["tiny"], encoder_layers=1, latent_layers=1)
 
 
 def by_ranks(directory: Path, size: int, step: int = 2) -> Path:
@@ -48,9 +60,102 @@ def test_weights_are_whole_and_averaged(
     found = load_file(tmp_path / "out/model.safetensors")
     assert all(torch.equal(found[name], p.bfloat16()) for name, p in one.model.named_parameters())
     assert sorted(path.name for path in (tmp_path / "out").iterdir()) == [
+        "README.md",
+        "config.json",
         "model.safetensors",
+        "state.json",
         "tokenizer.model",
     ]
+    # what reads a run reads it, in fp32
+    loaded, used = checkpoint.load_model(tmp_path / "out"), load_pretrained(tmp_path / "out")
+    for name, weight in loaded.model.named_parameters():
+        assert weight.dtype == torch.float32 and torch.equal(weight, found[name].float())
+        assert torch.equal(used.model.get_parameter(name), weight)
+    assert loaded.step == 2 and not loaded.averaged and loaded.config == CONFIG
+    card = (tmp_path / "out/README.md").read_text()
+    assert "load_pretrained" in card and "step 2; pre-trained" in card and loaded.tokenizer.sha[:16] in card
+
+
+def test_what_is_exported_does_not_mix_with_a_run(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
+    step = by_ranks(tmp_path / "run/checkpoints", 2)
+    with pytest.raises(FileNotFoundError, match="train.export makes one file"):
+        load_pretrained(tmp_path / "run")
+    assert main(["--checkpoint", str(tmp_path / "run"), "--output", str(step)]) == 2
+    assert "choose another --output" in capsys.readouterr().err and checkpoint.verify(step)
+    out = tmp_path / "out"
+    # the scores that lie beside the checkpoint are in the card; exporting what was exported changes nothing
+    scores = {"task": "retrieval", "scores": {"R@1": {"value": 0.25}}, "counts": {"pictures": 4}}
+    (step / "retrieval.json").write_text(json.dumps(scores))
+    assert main(["--checkpoint", str(tmp_path / "run"), "--output", str(out)]) == 0
+    assert '"R@1"' in (out / "README.md").read_text()
+    assert main([str(out), "--output", str(tmp_path / "again")]) == 0
+    assert "averaged weights of step 2" in capsys.readouterr().out
+    files = ("model.safetensors", "config.json")
+    assert all((out / name).read_bytes() == (tmp_path / "again" / name).read_bytes() for name in files)
+    with pytest.raises(CheckpointError, match="is an exported model"):
+        checkpoint.read(out)
+    with pytest.raises(SystemExit):
+        main(["--output", str(out)])
+    assert "one run or checkpoint is needed" in capsys.readouterr().err
+
+
+def test_programs_are_refused_before_anything_is_written(
+    tmp_path: Path, capsys: pytest.CaptureFixture[str], monkeypatch: pytest.MonkeyPatch
+) -> None:
+    by_ranks(tmp_path / "run/checkpoints", 1)
+    monkeypatch.setitem(sys.modules, "onnxruntime", None)
+    out = tmp_path / "out"
+    assert main([str(tmp_path / "run"), "--output", str(out), "--program", "onnx"]) == 2
+    assert "pip install 'auroraio[onnx]'" in capsys.readouterr().err and not out.exists()
+    sounds = PerceiverFinetuneConfig(task=TaskConfig("audio"))
+    with pytest.raises(ValueError, match="fine-tuned for audio"):
+        check_program(["torch"], sounds)
+    with pytest.raises(ValueError, match="supported: torch, onnx"):
+        check_program(["coreml"], CONFIG)
+
+
+@pytest.mark.slow
+def test_programs_give_the_models_numbers(tmp_path: Path) -> None:
+    """torch.export's and ONNX's, for any number of pictures, also where nothing has run before them."""
+    onnxruntime = pytest.importorskip("onnxruntime")
+    torch.manual_seed(0)
+    config = replace(
+        CONFIG, model=replace(MODEL, depths=(2, 1, 1, 1))
+    )  # the second block's windows are shifted
+    tokenizer = Tokenizer.load(corpus().tokenizer)
+    remembered_offsets.cache_clear()
+    loaded = LoadedModel(Aurora(config.model).eval(), tokenizer, config, 1, tmp_path, False)
+    made = export_encoder(loaded, tmp_path, ("torch", "onnx"))
+    assert [one.path.name for one in made] == ["encoder.pt2", "encoder.onnx"]
+    assert all(one.difference < 2e-6 for one in made)
+    session = onnxruntime.InferenceSession(str(tmp_path / "encoder.onnx"))
+    program = torch.export.load(tmp_path / "encoder.pt2").module()
+    for count in (1, 5):
+        images = torch.randn(count, 3, 32, 32)
+        with torch.no_grad():
+            maps = loaded.model.encode_image(images)
+            wanted = [loaded.model.image_embedding(maps), *maps]
+            for a, b in zip(program(images), wanted, strict=True):
+                torch.testing.assert_close(a, b)
+        for name, b in zip(("embedding", "map4", "map8", "map16", "map32"), wanted, strict=True):
+            (a,) = session.run([name], {"images": images.numpy()})
+            torch.testing.assert_close(torch.from_numpy(a), b, atol=2e-5, rtol=2e-5)
+
+
+def test_a_program_of_perceiverio(tmp_path: Path) -> None:
+    config = PerceiverPretrainConfig(model=PERCEIVER)
+    torch.manual_seed(0)
+    model = PerceiverIO(PERCEIVER).eval()
+    loaded = LoadedModel(model, Tokenizer.load(corpus().tokenizer), config, 1, tmp_path, False)
+    (made,) = export_encoder(loaded, tmp_path)
+    assert made.difference < 2e-6
+    # side by side as packed
+    images = torch.randn(3, 3, PERCEIVER.image_size, PERCEIVER.image_size)
+    with torch.no_grad():
+        packed = model.encode({"image": Pictures(images, torch.arange(3))}, 3)
+        embedding, latents = torch.export.load(made.path).module()(images)
+        torch.testing.assert_close(latents, packed)
+        torch.testing.assert_close(embedding, model.embedding(packed, "image"))
 
 
 def test_sharded_and_whole_checkpoints_read_alike(tmp_path: Path) -> None:

@@ -5,7 +5,6 @@ from __future__ import annotations
 import json
 import random
 import shutil
-from collections.abc import Iterator
 from pathlib import Path
 from typing import Any
 
@@ -34,12 +33,11 @@ REFERENCES = {
 
 
 @pytest.fixture(scope="module")
-def scorer() -> Iterator[CaptionScorer]:
-    """One for all tests that need Java: METEOR takes ten seconds to start."""
+def scorer() -> CaptionScorer:
+    """For all tests that need Java."""
     if shutil.which("java") is None:
         pytest.skip(NEEDS_JAVA)
-    with CaptionScorer(check()) as scorer:
-        yield scorer
+    return CaptionScorer(check())
 
 
 def oracle(real_data: Path, *names: str) -> Any:

@@ -11,9 +11,10 @@ import numpy as np
 import pytest
 import torch
 from PIL import Image
+from safetensors.torch import load_file
 
 from dataload import annotations as notes
-from dataload import images, scenes, shards
+from dataload import images, scenes, scenes_media, shards
 from dataload.annotated import Items, LoadingConfig, TaskLoader, TaskSet
 from dataload.annotations import Annotations, Object, read_annotations
 from dataload.scenes_text import Scene, SceneObject
@@ -25,8 +26,9 @@ from models.pretrained import fitted
 from tests.micro import arguments, corpus, losses
 from train import evaluate, finetune, generate
 from train.checkpoint import load_model, read_config
-from train.export_program import export_encoder, model_card
+from train.export import main as export
 from train.pretrain import main as pretrain
+from train.scores import captioning, java
 from train.tasks.config import FinetuneConfig
 from train.tasks.presets import at_size
 from train.tasks.registry import task_of
@@ -181,8 +183,14 @@ TASKS = {
 
 @pytest.mark.parametrize("task", TASKS)
 def test_a_task_from_start_to_page(
-    task: str, started: Path, tmp_path: Path, capsys: pytest.CaptureFixture
+    task: str, started: Path, tmp_path: Path, capsys: pytest.CaptureFixture, monkeypatch: pytest.MonkeyPatch
 ) -> None:
+    started_java: list[str] = []
+    for name, owner, function in (("PTB", captioning, "ptb_tokenize"), ("METEOR", java, "Meteor")):
+        real = getattr(owner, function)
+        monkeypatch.setattr(
+            owner, function, lambda *given, name=name, real=real: started_java.append(name) or real(*given)
+        )
     out = tmp_path / "run"
     more = ["--task.beams", "2"] if task in ("vqa", "captioning") else []
     assert finetune.main(tune(task, started, out, *more)) == 0, capsys.readouterr().err
@@ -208,6 +216,11 @@ def test_a_task_from_start_to_page(
     assert again["scores"] == scores and again["data"]["items"] == len(heldout_items(task, config))
     assert {"torch", "pycocotools"} <= set(again["versions"]) and again["tokenizer"]["sha256"]
     assert output.with_suffix(".html").is_file()
+    if (
+        task == "captioning"
+    ):  # Java takes most of the time: once a tokenizer for each evaluation, one METEOR for both
+        assert started_java.count("PTB") == 2 * again["caption_tokenizer"].startswith("ptb")
+        assert started_java.count("METEOR") <= 1
 
 
 def heldout_items(task: str, config: FinetuneConfig) -> Items:
@@ -270,7 +283,22 @@ def test_lora_and_frozen_parts(started: Path, tmp_path: Path) -> None:
     assert all(torch.equal(after[f"base.{n}"], t) for n, t in before.items() if n.startswith("encoder."))
     assert not torch.equal(after["base.pyramid.smooth.0.weight"], before["pyramid.smooth.0.weight"])
     image = Image.new("RGB", (40, 30), "red")
-    assert load_pretrained(lora).segment(image).shape == (30, 40)  # merged
+    segmented = load_pretrained(lora).segment(image)
+    assert segmented.shape == (30, 40)  # merged
+    # an exported one is merged in its file, and read by all that reads a run
+    whole = tmp_path / "exported"
+    assert export(["--checkpoint", str(lora), "--output", str(whole)]) == 0
+    exported = load_pretrained(whole)
+    assert not any(".lora_" in name for name in load_file(whole / "model.safetensors"))
+    merged = load_pretrained(lora).model.state_dict()
+    assert all(torch.equal(merged[name], tensor) for name, tensor in exported.model.state_dict().items())
+    assert np.array_equal(exported.segment(image), segmented)
+    assert "fine-tuned for segmentation" in (whole / "README.md").read_text()
+    score = ["segmentation", "--device", "cpu", "--checkpoint"]
+    assert evaluate.main([*score, str(lora), "--output", str(tmp_path / "a.json")]) == 0
+    assert evaluate.main([*score, str(whole)]) == 0
+    both = [json.loads(path.read_text()) for path in (tmp_path / "a.json", whole / "segmentation.json")]
+    assert both[0]["scores"]["mIoU"]["value"] == pytest.approx(both[1]["scores"]["mIoU"]["value"], abs=1e-4)
     # the next task starts from this one's model, its LoRA merged
     assert finetune.main(tune("vqa", lora, tmp_path / "next")) == 0
 
@@ -325,6 +353,29 @@ def test_zero_shot_classes(started: Path, tmp_path: Path, capsys: pytest.Capture
     assert 0 <= found["scores"]["top-1"]["value"] <= found["scores"]["top-5"]["value"] <= 1
 
 
+def test_sounds_of_the_built_in_corpus_without_a_checkpoint(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture
+) -> None:
+    """Labels, classes and the tokenizer are the corpus' own; several labels are noticed."""
+    whole = scenes_media.build
+    small = {"train": 60, "uncaptioned": 0, "heldout": 4, "sounds": 40, "clips": 1, "heldout_media": 12}
+    monkeypatch.setattr(scenes_media, "build", lambda folder, size: whole(folder, size=size, **small))
+    out = tmp_path / "run"
+    words = ["audio", "--data.cache", str(tmp_path / "cache"), "--data.workers", "1", "--device", "cpu"]
+    words += ["--precision", "fp32", "--batch-size", "8", "--steps", "2", "--optim.warmup", "1"]
+    words += ["--eval-every", "0", "--save-every", "2", "--out", str(out)]
+    assert finetune.main(words) == 0, capsys.readouterr().err
+    config = read_config(out / "checkpoints/step-000002")
+    assert isinstance(config, FinetuneConfig) and config.task.several_labels and not config.checkpoint
+    assert config.task.classes == ("circle", "square", "triangle", "star", "cross", "ring")
+    evaluation = json.loads((out / "summary.json").read_text())["evaluation"]
+    assert 0 < evaluation["scores"]["mAP"]["value"] <= 1
+    again = tmp_path / "again.json"
+    command = ["audio", "--checkpoint", str(out), "--device", "cpu", "--output", str(again)]
+    assert evaluate.main(command) == 0, capsys.readouterr().err
+    assert json.loads(again.read_text())["scores"] == evaluation["scores"]
+
+
 # --- using a model --------------------------------------------------------------------------------
 
 
@@ -349,16 +400,6 @@ def test_three_lines_say_what_the_command_says(
         model.answer(picture, "why?")
     with pytest.raises(FileNotFoundError, match="no checkpoint there"):
         load_pretrained(tmp_path / "nowhere")
-
-
-def test_the_encoders_program_gives_the_same_numbers(started: Path, tmp_path: Path) -> None:
-    loaded = load_model(started)
-    (program,) = export_encoder(loaded, tmp_path)
-    assert program.difference < 1e-4 and program.path.is_file()
-    card = model_card(loaded, {"R@1": 0.5})
-    assert "load_pretrained" in card and loaded.tokenizer.sha[:16] in card and '"R@1": 0.5' in card
-    with pytest.raises(ValueError, match="supported"):
-        export_encoder(loaded, tmp_path, ("coreml",))
 
 
 def test_written_answers_are_cut_to_fit() -> None:

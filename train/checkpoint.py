@@ -162,9 +162,7 @@ def commit(
         "torch": torch.__version__,
         "sha256": dict(sorted(found.items())),
     }
-    state["sha256"]["state.json"] = _own_sha(state)
-    (work / "state.json").write_text(json.dumps(state, indent=2) + "\n")
-    _sync(work / "state.json")
+    write_state(work, state)
     _sync(work)
     if final.exists():  # a damaged one that the run went back beyond
         shutil.rmtree(final)
@@ -172,6 +170,13 @@ def commit(
     _replace_text(final.parent / "latest", final.name + "\n")
     _sync(final.parent)
     return final
+
+
+def write_state(folder: Path, state: dict[str, Any]) -> None:
+    """state.json, which vouches for the files in state["sha256"] and for itself. Raises OSError."""
+    state["sha256"]["state.json"] = _own_sha(state)
+    (folder / "state.json").write_text(json.dumps(state, indent=2) + "\n")
+    _sync(folder / "state.json")
 
 
 def prune(directory: Path, keep: int, every: int = 0) -> None:
@@ -186,6 +191,11 @@ def read(path: Path, *, verified: bool = False) -> tuple[Snapshot, PretrainConfi
     kind. verified: `verify` has just been called, by any rank.
     """
     state = _state(path) if verified else verify(path)
+    if state.get("exported"):
+        raise CheckpointError(
+            f"{path} is an exported model: weights, without the optimizer's state. Give it as --checkpoint to "
+            "train.finetune or train.evaluate; --resume needs the run's own checkpoints"
+        )
     model, optimizer, rng = (stored(path, kind, state) for kind in ("model", "optimizer", "rng"))
     ema = stored(path, "ema", state) if _files(state, "ema") else None
     engine = EngineState(model, optimizer, state["optimizer_groups"], ema, state["ema_updates"])
@@ -326,11 +336,18 @@ def load_model(path: str | Path, device: torch.device | str = "cpu", *, ema: boo
     averaged = ema and bool(_files(state, "ema"))
     with torch.device("meta"):
         model: Any = family_of(config).model(config)
-    model.load_state_dict(with_aliases(stored(step, "model", state), model), assign=True)
+    weights = {name: _single(tensor) for name, tensor in stored(step, "model", state).items()}
+    model.load_state_dict(with_aliases(weights, model), assign=True)
     if averaged:
         model.load_state_dict(dict(stored(step, "ema", state)), strict=False, assign=True)
     tokenizer = Tokenizer.load(step / "tokenizer.model")
+    averaged = averaged or bool(state.get("averaged"))  # an exported one
     return LoadedModel(model.to(device).eval(), tokenizer, config, state["step"], step, averaged)
+
+
+def _single(tensor: Tensor) -> Tensor:
+    """fp32 of what was exported in a half type."""
+    return tensor.float() if tensor.is_floating_point() else tensor
 
 
 def remove_unfinished(directory: Path) -> None:

@@ -1,26 +1,48 @@
-"""Weights for use elsewhere: `python -m train.export RUN --output DIR`.
+"""A trained model for use elsewhere: `python -m train.export RUN --output DIR`.
 
-    python -m train.export runs/NAME --output exported/                 the newest checkpoint's weights, averaged where kept
-    python -m train.export runs/NAME/checkpoints/step-000100 --output exported/ --dtype bf16 --raw
+    python -m train.export runs/NAME --output exported                    the newest checkpoint's weights, averaged where kept
+    python -m train.export runs/NAME --output exported --program torch onnx       and its encoder as programs
+    python -m train.export runs/NAME/checkpoints/step-000100 --output exported --dtype bf16 --raw
 
-Writes DIR/model.safetensors (every tensor whole, however many ranks wrote the checkpoint and under which engine) and
-DIR/tokenizer.model. Checksums are compared first; nothing is unpickled.
+writes into DIR
+
+    model.safetensors   every tensor whole, however many ranks wrote the checkpoint and under which engine; LoRA merged
+    config.json         the configuration
+    tokenizer.model
+    README.md           a model card: what it is, what it was trained on, the scores that stand beside the checkpoint
+    state.json          checksums
+    encoder.pt2         --program torch: the encoder of pictures as torch.export's program, which torch.export.load reads
+    encoder.onnx        --program onnx: the same for ONNX (pip install 'auroraio[onnx]')
+
+models.load_pretrained, train.evaluate, train.generate and train.finetune --checkpoint read DIR as they read a run. A program
+takes normalised images [B, 3, S, S], any number of them, and gives embedding [B, E] and what lies under it (Aurora: map4 to
+map32; PerceiverIO: latents); it is run beside the model and must give the same numbers. Checksums of the checkpoint are
+compared first; nothing is unpickled.
 """
 
 from __future__ import annotations
 
 import argparse
+import json
+import re
 import shutil
 import sys
-from collections.abc import Sequence
-from dataclasses import dataclass
+from collections.abc import Mapping, Sequence
+from dataclasses import dataclass, replace
 from pathlib import Path
 
 import torch
+from torch import Tensor
 
+from dataload.tokenizer import Tokenizer
 from train import checkpoint
-from train.checkpoint import CheckpointError
+from train.checkpoint import CheckpointError, LoadedModel
+from train.config import PretrainConfig
+from train.export_card import model_card, scores_of
+from train.export_program import FORMATS, Program, check_program, export_encoder
+from train.families import family_of
 from train.pieces import Piece, write_pieces
+from train.tasks.config import FinetuneConfig
 
 DTYPES = {"fp32": torch.float32, "bf16": torch.bfloat16, "fp16": torch.float16}
 
@@ -40,28 +62,97 @@ class Exported:
 def consolidate(
     step: Path, output: Path, *, averaged: bool = True, dtype: torch.dtype = torch.float32
 ) -> Exported:
-    """Write `output`/model.safetensors of the step directory `step`: fp32 master weights, or the moving average where there is
-    one and `averaged` holds; floating numbers as `dtype`. Names are those of the model's state dict, every tensor once.
+    """Write `output`/model.safetensors of the step directory `step`, with config.json, tokenizer.model and state.json: fp32
+    master weights, or the moving average where there is one and `averaged` holds; floating numbers as `dtype`. Names are those
+    of the model's state dict, every tensor once; LoRA's changes are added to the weights beside which they stand.
 
-    Raises CheckpointError for a damaged checkpoint, OSError where the disk refuses.
+    Raises CheckpointError for a damaged checkpoint and where `output` holds a run's checkpoint, OSError where the disk refuses.
     """
-    state = checkpoint.verify(step)
+    state, config = checkpoint.verify(step), checkpoint.read_config(step)
+    _refuse_to_overwrite(output)
     weights = checkpoint.stored(step, "model", state)
     ema = checkpoint.stored(step, "ema", state) if averaged else {}
+    was_averaged = len(ema) > 0 or bool(state.get("averaged"))
     pieces = {}
     for name in weights:
-        tensor = (ema if name in ema else weights)[name]
-        pieces[name] = Piece.of(tensor.to(dtype) if tensor.is_floating_point() else tensor)
+        if ".lora_" not in name:
+            tensor = _merged(name, weights, ema, config)
+            plain = name.replace(".base_layer.", ".")
+            pieces[plain] = Piece.of(tensor.to(dtype) if tensor.is_floating_point() else tensor)
     output.mkdir(parents=True, exist_ok=True)
     file, unfinished = output / "model.safetensors", output / ".model.safetensors.unfinished"
+    (output / "state.json").unlink(missing_ok=True)  # what vouched for the files that were there
     try:
         digest = write_pieces(unfinished, pieces)
         unfinished.replace(file)
-        shutil.copyfile(step / "tokenizer.model", output / "tokenizer.model")
     finally:
         unfinished.unlink(missing_ok=True)
+    if isinstance(config, FinetuneConfig):
+        config = replace(config, tune=replace(config.tune, lora_rank=0))
+    checkpoint.write_config(output / "config.json", config)
+    shutil.copyfile(step / "tokenizer.model", output / "tokenizer.model")
+    sums = {name: checkpoint.sha256(output / name) for name in ("config.json", "tokenizer.model")}
+    checkpoint.write_state(
+        output,
+        {
+            "format": checkpoint.FORMAT,
+            "exported": True,
+            "step": state["step"],
+            "averaged": was_averaged,
+            "torch": torch.__version__,
+            "sha256": {"model.safetensors": digest, **sums},
+        },
+    )
     numbers = sum(piece.values.numel() for piece in pieces.values())
-    return Exported(file, state["step"], len(ema) > 0, len(pieces), numbers, digest)
+    return Exported(file, state["step"], was_averaged, len(pieces), numbers, digest)
+
+
+def _refuse_to_overwrite(output: Path) -> None:
+    """A checkpoint with an optimizer's state is not replaced by one without."""
+    if (output / "state.json").is_file():
+        try:
+            exported = json.loads((output / "state.json").read_text()).get("exported")
+        except (ValueError, AttributeError):
+            exported = False
+        if not exported:
+            raise CheckpointError(f"{output} is a checkpoint of a run; choose another --output")
+
+
+def _merged(
+    name: str, weights: Mapping[str, Tensor], ema: Mapping[str, Tensor], config: PretrainConfig
+) -> Tensor:
+    """A tensor, its average where there is one; W + (alpha / rank) B A of a layer with LoRA (models/lora.py)."""
+
+    def of(name: str) -> Tensor:
+        return (ema if name in ema else weights)[name]
+
+    layer = re.fullmatch(r"(.+)\.base_layer\.weight", name)
+    if layer is None:
+        return of(name)
+    assert isinstance(config, FinetuneConfig)
+    up, down = (of(f"{layer[1]}.lora_{side}.default.weight") for side in "BA")
+    return of(name) + (config.tune.lora_alpha / config.tune.lora_rank) * (up @ down)
+
+
+def described(output: Path) -> LoadedModel:
+    """An exported model without its weights, for the card."""
+    state, config = checkpoint.verify(output), checkpoint.read_config(output)
+    with torch.device("meta"):
+        model = family_of(config).model(config)
+    tokenizer = Tokenizer.load(output / "tokenizer.model")
+    return LoadedModel(model, tokenizer, config, state["step"], output, state["averaged"])
+
+
+def write_card(loaded: LoadedModel, step: Path, output: Path, programs: Sequence[Program] = ()) -> Path:
+    """`output`/README.md, with the scores that lie beside the checkpoint `step`. Raises OSError."""
+    lines = [
+        f"`{one.path.name}` is the encoder of pictures as a program; its outputs differ from the model's by "
+        f"{one.difference:.1e} at most, in shares of the largest."
+        for one in programs
+    ]
+    path = output / "README.md"
+    path.write_text(model_card(loaded, scores_of(step), lines), encoding="utf-8")
+    return path
 
 
 def parser() -> argparse.ArgumentParser:
@@ -71,26 +162,42 @@ def parser() -> argparse.ArgumentParser:
         description=__doc__,
         formatter_class=argparse.RawDescriptionHelpFormatter,
     )
-    one.add_argument("run", type=Path, help="a run (its newest intact checkpoint) or one step directory")
+    one.add_argument(
+        "run", type=Path, nargs="?",
+        help="a run (its newest intact checkpoint), one step directory, or an exported folder",
+    )  # fmt: skip
+    one.add_argument("--checkpoint", type=Path, help="the same by name, as the other commands take it")
     one.add_argument("--output", type=Path, required=True, help="directory to write into")
     one.add_argument("--dtype", choices=DTYPES, default="fp32", help="of the weights (default: fp32)")
     one.add_argument(
         "--raw", action="store_true", help="the weights themselves where a moving average is kept too"
     )
+    one.add_argument(
+        "--program", nargs="+", choices=FORMATS, default=[],
+        help="also write the encoder of pictures as a program, in fp32; onnx needs the extra of that name",
+    )  # fmt: skip
     return one
 
 
 def main(argv: Sequence[str] | None = None) -> int:
-    """The command. Exit codes: 0 done, 2 there is nothing to export, or it is damaged."""
-    args = parser().parse_args(argv)
+    """The command. Exit codes: 0 done, 2 there is nothing to export, it is damaged, or a program cannot be made of it."""
+    options = parser()
+    args = options.parse_args(argv)
+    if (args.run is None) == (args.checkpoint is None):
+        options.error("one run or checkpoint is needed: python -m train.export RUN --output DIR")
     try:
-        step = checkpoint.newest_intact(args.run, lambda said: print(said, file=sys.stderr))
+        run = args.run or args.checkpoint
+        step = checkpoint.newest_intact(run, lambda said: print(said, file=sys.stderr))
         if step is None:
             raise FileNotFoundError(
-                f"{args.run} has no finished checkpoint; give a run (runs/NAME) or one of its step directories"
+                f"{run} has no finished checkpoint; give a run (runs/NAME) or one of its step directories"
             )
+        check_program(args.program, checkpoint.read_config(step))
         done = consolidate(step, args.output, averaged=not args.raw, dtype=DTYPES[args.dtype])
-    except (CheckpointError, OSError) as error:
+        loaded = checkpoint.load_model(args.output) if args.program else described(args.output)
+        programs = export_encoder(loaded, args.output, args.program) if args.program else []
+        card = write_card(loaded, step, args.output, programs)
+    except (CheckpointError, ValueError, ImportError, OSError) as error:
         print(f"error: {error}", file=sys.stderr)
         return 2
     kind = "averaged weights" if done.averaged else "weights"
@@ -98,6 +205,9 @@ def main(argv: Sequence[str] | None = None) -> int:
         f"{done.file}: {kind} of step {done.step}, {done.tensors:,} tensors, {done.numbers:,} numbers, {args.dtype}"
     )
     print(f"sha256 {done.sha256}")
+    for one in programs:
+        print(f"{one.path}: the model's numbers within {one.difference:.1e}")
+    print(f"{card}: the model card; load_pretrained({str(args.output)!r}) uses the model")
     return 0
 
 

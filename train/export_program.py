@@ -1,16 +1,18 @@
 """A model's encoder as a program of its own: torch.export's, which torch loads without this project, or ONNX.
 
-    from train.export_program import export_encoder
-    export_encoder(load_model("runs/NAME"), Path("exported"), formats=("torch", "onnx"))
+    python -m train.export runs/NAME --output exported --program torch onnx
 
-The program takes normalised images and gives what retrieval compares: the embedding [B, E] of unit length (of Aurora also its
-four maps). It is run beside the model before it is called done, and must give the same numbers.
+The program takes normalised images, any number of them, and gives what retrieval compares: the embedding [B, E] of unit length,
+and what lies under it, Aurora's four maps or PerceiverIO's latents. It is run beside the model, with another number of images
+than it was traced with, before it is called done, and must give the same numbers.
 """
 
 from __future__ import annotations
 
-import json
-from collections.abc import Sequence
+import contextlib
+import io
+import warnings
+from collections.abc import Callable, Iterator, Sequence
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
@@ -22,10 +24,13 @@ from models import Aurora, PerceiverIO
 from models.lora import merge_lora
 from models.perceiver import Piece
 from train.checkpoint import LoadedModel
-from train.config import to_dict
+from train.config import PretrainConfig
 
-FORMATS = ("torch", "onnx")
-SAME = 1e-4  # largest difference of an output of unit length
+FORMATS = {"torch": "encoder.pt2", "onnx": "encoder.onnx"}
+SAME = 1e-4
+"""largest difference between program and model, in shares of the largest number of an output (at least 1)"""
+TRACED, TRIED = 2, (1, 3)  # images
+Run = Callable[[Tensor], Sequence[Tensor]]
 
 
 @dataclass(frozen=True)
@@ -39,6 +44,8 @@ class Program:
 class AuroraEncoder(nn.Module):
     """Normalised images [B, 3, S, S] -> embedding [B, E], and four maps [B, H_i, W_i, C_i]."""
 
+    names = ("embedding", "map4", "map8", "map16", "map32")
+
     def __init__(self, model: Aurora) -> None:
         super().__init__()
         self.model = model
@@ -51,105 +58,127 @@ class AuroraEncoder(nn.Module):
 class PerceiverEncoder(nn.Module):
     """Normalised images [B, 3, S, S] -> embedding [B, E] and latents [B, M, D]."""
 
+    names = ("embedding", "latents")
+
     def __init__(self, model: PerceiverIO) -> None:
         super().__init__()
         self.model = model
 
     def forward(self, images: Tensor) -> tuple[Tensor, ...]:
-        piece = Piece(images, torch.arange(len(images), device=images.device))
-        latents = self.model.encode({"image": piece}, len(images))
+        # one picture to a sample: the latents read them side by side, where batches of any pieces are packed
+        tokens = self.model.adapters["image"](
+            Piece(images, torch.arange(images.shape[0], device=images.device))
+        )
+        latents = self.model.latent(tokens.values)
         return self.model.embedding(latents, "image"), latents
 
 
-def encoder_of(loaded: LoadedModel) -> nn.Module:
-    """The image encoder of a checkpoint, LoRA merged, in eval mode."""
+def check_program(formats: Sequence[str], config: PretrainConfig) -> None:
+    """Whatever can be refused before anything is written. Raises ValueError for an unknown format and for a model without an
+    encoder of pictures, ImportError where a package is missing."""
+    if unknown := set(formats) - set(FORMATS):
+        raise ValueError(f"unknown formats {sorted(unknown)}; supported: {', '.join(FORMATS)}")
+    kind = getattr(getattr(config, "task", None), "kind", "")
+    if formats and kind == "audio":
+        raise ValueError(
+            "--program writes encoders of pictures; this model was fine-tuned for audio, and its sounds have any length"
+        )
+    if "onnx" in formats:
+        _onnx_packages()
+
+
+def encoder_of(loaded: LoadedModel) -> AuroraEncoder | PerceiverEncoder:
+    """The image encoder of a checkpoint, LoRA merged, in eval mode; of a fine-tuned model that of the model within."""
     base: Any = merge_lora(getattr(loaded.model, "base", loaded.model))
-    return (AuroraEncoder(base) if isinstance(base, Aurora) else PerceiverEncoder(base)).eval()
+    encoder = AuroraEncoder(base) if isinstance(base, Aurora) else PerceiverEncoder(base)
+    return encoder.eval().float()
 
 
 @torch.no_grad()
-def export_encoder(
-    loaded: LoadedModel, folder: Path, formats: Sequence[str] = ("torch",), batch: int = 2
-) -> list[Program]:
-    """Write encoder.pt2 (torch.export, for batches of `batch` images, to be run under torch.no_grad) and encoder.onnx,
-    as asked for, and run each beside the model. Raises ValueError for an unknown format and where the numbers differ,
-    ImportError where onnx is missing."""
-    if unknown := set(formats) - set(FORMATS):
-        raise ValueError(f"unknown formats {sorted(unknown)}; supported: {', '.join(FORMATS)}")
+def export_encoder(loaded: LoadedModel, folder: Path, formats: Sequence[str] = ("torch",)) -> list[Program]:
+    """Write encoder.pt2 (torch.export, to be run under torch.no_grad) and encoder.onnx, as asked for, and run each beside the
+    model. Raises what `check_program` does, and ValueError where the encoder cannot be traced or the numbers differ."""
+    check_program(formats, loaded.config)
     encoder = encoder_of(loaded)
     size = loaded.config.model.image_size
-    images = torch.randn(batch, 3, size, size, generator=torch.Generator().manual_seed(0))
+    images = [
+        torch.randn(count, 3, size, size, generator=torch.Generator().manual_seed(count))
+        for count in (TRACED, *TRIED)
+    ]
     folder.mkdir(parents=True, exist_ok=True)
-    wanted = encoder(images)
-    program = torch.export.export(encoder, (images,), strict=False)
+    program = _traced(encoder, images[0])
     made = []
     for kind in formats:
-        path = folder / ("encoder.pt2" if kind == "torch" else "encoder.onnx")
-        found = _torch(program, path, images) if kind == "torch" else _onnx(program, path, images)
-        difference = max(float((a - b).abs().max()) for a, b in zip(found, wanted, strict=True))
-        if not difference <= SAME * max(1.0, max(float(x.abs().max()) for x in wanted)):
+        path = folder / FORMATS[kind]
+        run = _torch(program, path) if kind == "torch" else _onnx(program, path, encoder.names)
+        difference = max(_difference(run(one), encoder(one)) for one in images)
+        if not difference <= SAME:
+            path.unlink()
             raise ValueError(f"{path}: the program's outputs differ by {difference:g} from the model's")
         made.append(Program(path, difference))
     return made
 
 
-def _torch(program: torch.export.ExportedProgram, path: Path, images: Tensor) -> list[Tensor]:
+def _traced(encoder: AuroraEncoder | PerceiverEncoder, images: Tensor) -> torch.export.ExportedProgram:
+    """The graph, for any number of images."""
+    try:
+        with warnings.catch_warnings():
+            warnings.simplefilter("ignore", FutureWarning)
+            any_number = {0: torch.export.Dim("batch", min=1)}
+            return torch.export.export(encoder, (images,), strict=False, dynamic_shapes=(any_number,))
+    except (RuntimeError, torch._dynamo.exc.TorchDynamoException) as error:
+        first = (str(error).strip() or type(error).__name__).splitlines()[0]
+        name = type(encoder.model).__name__
+        raise ValueError(f"torch.export cannot trace this {name}'s encoder of pictures: {first}") from error
+
+
+def _difference(found: Sequence[Tensor], wanted: Sequence[Tensor]) -> float:
+    """The largest, in shares of the output's largest number, which counts as 1 at least."""
+    return max(
+        float((a - b).abs().max()) / max(1.0, float(b.abs().max()))
+        for a, b in zip(found, wanted, strict=True)
+    )
+
+
+def _torch(program: torch.export.ExportedProgram, path: Path) -> Run:
     torch.export.save(program, path)
     loaded = torch.export.load(path).module()
-    return list(loaded(images))
+    return lambda images: loaded(images)
 
 
-def _onnx(program: torch.export.ExportedProgram, path: Path, images: Tensor) -> list[Tensor]:
+def _onnx(program: torch.export.ExportedProgram, path: Path, names: Sequence[str]) -> Run:
+    runtime = _onnx_packages()
+    try:
+        with _quiet():
+            written = torch.onnx.export(
+                program, (), dynamo=True, input_names=["images"], output_names=list(names), verbose=False
+            )
+        assert written is not None
+        written.save(str(path), external_data=False)
+    except torch.onnx.OnnxExporterError as error:
+        raise ValueError(f"{path}: torch.onnx cannot write this encoder: {error}") from error
+    session = runtime.InferenceSession(str(path), providers=["CPUExecutionProvider"])
+
+    def run(images: Tensor) -> list[Tensor]:
+        return [torch.from_numpy(one) for one in session.run(list(names), {"images": images.numpy()})]
+
+    return run
+
+
+@contextlib.contextmanager
+def _quiet() -> Iterator[None]:
+    """torch.onnx prints its progress and warns of its own dependencies."""
+    with warnings.catch_warnings(), contextlib.redirect_stdout(io.StringIO()):
+        warnings.simplefilter("ignore")
+        yield
+
+
+def _onnx_packages() -> Any:
+    """onnxruntime. Raises ImportError where one of the extra's packages is missing."""
     try:
         import onnx  # noqa: F401
         import onnxruntime
         import onnxscript  # noqa: F401
     except ImportError as error:
-        raise ImportError(f"ONNX needs pip install 'auroraio[onnx]' ({error})") from error
-    torch.onnx.export(program, (images,), str(path), dynamo=True)
-    session = onnxruntime.InferenceSession(str(path), providers=["CPUExecutionProvider"])
-    feed = {session.get_inputs()[0].name: images.numpy()}
-    return [torch.from_numpy(one) for one in session.run(None, feed)]
-
-
-def model_card(loaded: LoadedModel, scores: dict[str, Any] | None = None) -> str:
-    """README.md of an exported model: what it is, what it was trained on, its scores, and how to use it."""
-    config = to_dict(loaded.config)
-    task, data = config.get("task", {}), config["data"]
-    parameters = sum(p.numel() for p in loaded.model.parameters())
-    trained = data.get("train") or "the built-in generated corpus"
-    if isinstance(trained, list):
-        trained = ", ".join(f"`{name}`" for name in trained)
-    uses = {
-        "detection": 'print(model.detect("photo.jpg"))',
-        "segmentation": 'print(model.segment("photo.jpg").shape)',
-        "vqa": 'print(model.answer("photo.jpg", "what is this?"))',
-    }
-    use = uses.get(task.get("kind", ""), 'print(model.caption("photo.jpg"))')
-    lines = [
-        f"# {loaded.config.name}",
-        "",
-        f"{type(getattr(loaded.model, 'base', loaded.model)).__name__}, {parameters / 1e6:.1f}M parameters, "
-        f"{loaded.config.model.image_size} px, step {loaded.step}"
-        + (f"; fine-tuned for {task['kind']}" if task else "; pre-trained")
-        + (", averaged weights" if loaded.averaged else ""),
-        "",
-        f"Trained on {trained}. Tokenizer: {loaded.tokenizer.vocab_size:,} pieces, SHA-256 `{loaded.tokenizer.sha[:16]}`.",
-        "",
-        "    from models import load_pretrained",
-        '    model = load_pretrained("path/to/this/folder")',
-        f"    {use}",
-        "",
-        "## Scores",
-        "",
-        "```json",
-        json.dumps(scores, indent=2) if scores else "none recorded",
-        "```",
-        "",
-        "## Configuration",
-        "",
-        "```json",
-        json.dumps({"model": config["model"], "task": task or None}, indent=2),
-        "```",
-    ]
-    return "\n".join(lines) + "\n"
+        raise ImportError(f"--program onnx needs pip install 'auroraio[onnx]' ({error})") from error
+    return onnxruntime

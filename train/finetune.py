@@ -4,6 +4,7 @@
     python -m train.finetune captioning --checkpoint runs/aurora-tiny --data.train "shards/train-*.tar" \\
         --data.heldout "shards/val-*.tar"
     python -m train.finetune vqa --checkpoint runs/aurora-tiny --tune.lora-rank 8     # LoRA
+    python -m train.finetune audio                          # the built-in sounds; without --checkpoint a new model
     torchrun --nproc-per-node 8 -m train.finetune ...                                 # several GPUs, or CPU processes
 
 The loop, engines, checkpoints and `--resume auto` are those of train/pretrain.py; tasks are in train/tasks/.
@@ -21,6 +22,7 @@ from dataload.pipeline import TooManyBroken, WorkerStuck
 from dataload.sandbox import SandboxError
 from train.checkpoint import CheckpointError, read_config
 from train.config import ConfigError, PretrainConfig
+from train.presets_perceiver import perceiver_sounds
 from train.pretrain import TrainingError, pretrain
 from train.tasks.config import FinetuneConfig
 from train.tasks.data import find_items, find_task_sources, find_tokenizer
@@ -42,7 +44,7 @@ def parse(argv: Sequence[str]) -> FinetuneConfig:
         given = f"no task is called {args[0]!r}" if args else "no task was given"
         raise ConfigError(f"{given}; {PROG} TASK --checkpoint C, with one of these tasks:\n{names}")
     kind = args.pop(0)
-    start = _start(args)
+    start = _start(kind, args)
     default = task_preset(kind, start)
     config = tyro.cli(type(default), default=default, args=args, prog=f"{PROG} {kind}", description=__doc__)
     if config.model.image_size != start.model.image_size and task_of(kind).family == "Aurora":
@@ -51,14 +53,16 @@ def parse(argv: Sequence[str]) -> FinetuneConfig:
     return config
 
 
-def _start(args: Sequence[str]) -> PretrainConfig:
-    """The configuration of the checkpoint that the arguments name."""
+def _start(kind: str, args: Sequence[str]) -> PretrainConfig:
+    """The configuration of the checkpoint that the arguments name; of a new model where sounds are learned without one."""
     path = ""
     for word, after in zip(args, [*args[1:], ""], strict=True):
         if word == "--checkpoint":
             path = after
         elif word.startswith("--checkpoint="):
             path = word.split("=", 1)[1]
+    if not path and kind == "audio":
+        return perceiver_sounds()
     if not path and ("--help" in args or "-h" in args):
         return PretrainConfig()
     return read_config(find_tokenizer(path).parent)

@@ -95,6 +95,8 @@ def plan(qkv: Tensor, grid: Grid, cosine: bool, pads: bool) -> Plan:
     """What auto takes for this call. The figures behind it are in kernels/README.md."""
     why = triton_ops.refusal(qkv, grid, cosine, pads)
     refusals = NEVER if why is None else NEVER | {"triton": why}
+    if torch.compiler.is_exporting():
+        return Plan("reference", "its program does not depend on the batch (torch.export)", refusals)
     if qkv.device.type == "cpu":
         return Plan("eager", "measured faster on CPUs at every shape that was tried", refusals)
     if why is None and is_hopper(qkv.device) and qkv.dtype.itemsize == 2:

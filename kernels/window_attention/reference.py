@@ -89,4 +89,4 @@ def pad_token(qkv: Tensor, pad_kv: Tensor | None) -> Tensor:
     """The padding as one more token of each sample, [B, 1, 3, h, d]; its query is never used."""
     zero = qkv.new_zeros(3, *qkv.shape[-2:])
     token = zero if pad_kv is None else torch.cat([zero[:1], pad_kv.to(qkv.dtype)])
-    return token.expand(len(qkv), 1, -1, -1, -1)
+    return token.expand(qkv.shape[0], 1, -1, -1, -1)

@@ -216,7 +216,9 @@ class WindowAttention(nn.Module):
     def relative_bias(self, window: tuple[int, int]) -> Tensor:
         """The bias table [(2wy-1)*(2wx-1), h]: 16 * sigmoid(MLP(log-spaced offset)), section 3.3 of the
         paper."""
-        offsets = log_offsets(window, self.trained_window, self.q_bias.device).to(self.q_bias.dtype)
+        # a tensor that was made while tracing must not outlive the trace
+        make = log_offsets if torch.compiler.is_compiling() else remembered_offsets
+        offsets = make(window, self.trained_window, self.q_bias.device).to(self.q_bias.dtype)
         return 16 * torch.sigmoid(self.position_bias(offsets).float())
 
 
@@ -232,7 +234,6 @@ class GeluMLP(nn.Module):
         return self.out(F.gelu(self.up(x)))
 
 
-@lru_cache(maxsize=64)
 def log_offsets(window: tuple[int, int], trained_window: int, device: torch.device) -> Tensor:
     """Relative offsets [(2wy-1)*(2wx-1), 2] of a window, row-major, log-spaced: sign(t) log2(1 + |t|) / 3
     with t = 8 * offset / (w - 1).
@@ -246,3 +247,6 @@ def log_offsets(window: tuple[int, int], trained_window: int, device: torch.devi
         grid = torch.stack(torch.meshgrid(y, x, indexing="ij"), dim=-1).flatten(0, 1)
         offsets = grid * (8 / max(trained_window - 1, 1))
         return offsets.sign() * torch.log2(offsets.abs() + 1) / math.log2(8)
+
+
+remembered_offsets = lru_cache(maxsize=64)(log_offsets)

@@ -47,10 +47,10 @@ class ClassicBlock(nn.Module):
         """memory [B, N, E], or packed [N, E] with offsets int [B+1]. x [1, M, D] is the same for all samples."""
         attend, latents = self.attention, self.norm(x)
         if memory is None:
-            inputs, samples = latents, len(x)
+            inputs, samples = latents, x.shape[0]
         else:
             inputs = memory if self.memory_norm is None else self.memory_norm(memory)
-            samples = len(memory) if offsets is None else len(offsets) - 1
+            samples = memory.shape[0] if offsets is None else len(offsets) - 1
         q, k, v = attend.q(latents).expand(samples, -1, -1), attend.k(inputs), attend.v(inputs)
         q, k, v = (t.unflatten(-1, (attend.heads, -1)) for t in (q, k, v))
         y = attend.proj(latent_attention(q, k, v, cu_seqlens_k=offsets).flatten(-2))

@@ -50,8 +50,9 @@ class LatentTransformer(nn.Module):
             )  # fmt: skip
         self.read_before = {i * layers // config.input_reads: i for i in range(config.input_reads)}
 
-    def forward(self, inputs: Tensor, offsets: Tensor) -> Tensor:
-        """inputs [N, E], offsets int [B+1]: sample b has rows offsets[b] to offsets[b+1], none if they are equal."""
+    def forward(self, inputs: Tensor, offsets: Tensor | None = None) -> Tensor:
+        """inputs [N, E], offsets int [B+1]: sample b has rows offsets[b] to offsets[b+1], none if they are equal. Without
+        offsets inputs are [B, N, E]: all samples have as many, and nothing depends on what offsets hold."""
         x = self.latents[None]  # the same for all samples until they have read: its queries are computed once
         if not self.blocks:
             x = self.run(self.reads[0], x, inputs, offsets)
@@ -62,7 +63,7 @@ class LatentTransformer(nn.Module):
                 x = self.run(block, x)
         return self.norm(x)
 
-    def run(self, block: nn.Module, *inputs: Tensor) -> Tensor:
+    def run(self, block: nn.Module, *inputs: Tensor | None) -> Tensor:
         """One block or read, with activation checkpointing where that is on."""
         if self.gradient_checkpointing and self.training:
             return checkpoint(block, *inputs, use_reentrant=False)
@@ -84,12 +85,16 @@ class InputRead(nn.Module):
         self.feed = SwiGLU(dim)
         self.feed_scale = nn.Parameter(torch.full((dim,), config.layer_scale_init))
 
-    def forward(self, x: Tensor, inputs: Tensor, offsets: Tensor) -> Tensor:
-        """x [B, M, D], or [1, M, D] for all samples; inputs [N, E], offsets int [B+1] -> [B, M, D]."""
+    def forward(self, x: Tensor, inputs: Tensor, offsets: Tensor | None = None) -> Tensor:
+        """x [B, M, D], or [1, M, D] for all samples; inputs [N, E], offsets int [B+1], or inputs [B, N, E] -> [B, M, D]."""
         read = self.attention
-        k, v = read.keys_values(self.memory_norm(inputs)[None])  # [1, N, h, d]
         q = read.q_norm(read.q(self.norm(x)).unflatten(-1, (read.heads, read.head_dim)))
-        k, v = k[0].to(q.dtype), v[0].to(q.dtype)
-        y = latent_attention(q.expand(len(offsets) - 1, -1, -1, -1), k, v, cu_seqlens_k=offsets)
+        if offsets is None:
+            k, v = read.keys_values(self.memory_norm(inputs))  # [B, N, h, d]
+            y = latent_attention(q.expand(inputs.shape[0], -1, -1, -1), k.to(q.dtype), v.to(q.dtype))
+        else:
+            k, v = read.keys_values(self.memory_norm(inputs)[None])  # [1, N, h, d]
+            k, v = k[0].to(q.dtype), v[0].to(q.dtype)
+            y = latent_attention(q.expand(len(offsets) - 1, -1, -1, -1), k, v, cu_seqlens_k=offsets)
         x = x + self.scale * read.out(y.flatten(-2))
         return x + self.feed_scale * self.feed(self.feed_norm(x))

@@ -13,24 +13,23 @@ jars that the operator provides. What cannot be scored is None, with the reason;
 
 from __future__ import annotations
 
-import json
 import re
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, field
 from importlib import metadata
 from pathlib import Path
-from types import TracebackType
 from typing import Any
 
 from train.scores.java import (
     PUNCTUATION,
-    Meteor,
     find_java,
+    meteor,
     missing_spice_jars,
     package_folder,
     ptb_tokenize,
     spice,
 )
+from train.scores.results_file import ResultsFile, ordered
 
 METRICS = ("Bleu_1", "Bleu_2", "Bleu_3", "Bleu_4", "METEOR", "ROUGE_L", "CIDEr", "SPICE")
 TOKENIZERS = ("auto", "ptb", "regex", "none")
@@ -123,22 +122,43 @@ def check(
     return Plan(tuple(metrics), chosen, java, spice_jars, reasons, tuple(notes), versions)
 
 
+@dataclass(frozen=True)
+class Split:
+    """Captions as tokens with spaces between them, in the order of the ids."""
+
+    ids: list[ImageId]
+    candidates: list[str]
+    """one of each image"""
+    references: list[list[str]]
+
+    def saying(self, candidates: Sequence[str]) -> Split:
+        """The same images with other captions, which are tokens already."""
+        return Split(self.ids, list(candidates), self.references)
+
+
 class CaptionScorer:
-    """Scores several sets by one plan; METEOR, which takes seconds to start, is started once. A context manager."""
+    """Scores sets by one plan."""
 
     def __init__(self, plan: Plan | None = None) -> None:
         self.plan = plan or check()
-        self._meteor: Meteor | None = None
 
     def score(
         self, candidates: Mapping[ImageId, str], references: Mapping[ImageId, Sequence[str]]
     ) -> CaptionScores:
         """Scores one caption per image against the image's references. ValueError where ids do not fit, or an image has
         no reference; JavaError where a Java program fails."""
+        return self.score_split(self.split(candidates, references))
+
+    def split(self, candidates: Mapping[ImageId, str], references: Mapping[ImageId, Sequence[str]]) -> Split:
+        """All captions by one call of the tokenizer, which takes half a second to start. Errors as of `score`."""
         ids = _fitting(candidates, references)
-        split = self.tokenize([candidates[i] for i in ids] + [text for i in ids for text in references[i]])
-        mine, texts = split[: len(ids)], iter(split[len(ids) :])
-        theirs = [[next(texts) for _ in references[i]] for i in ids]
+        found = self.tokenize([candidates[i] for i in ids] + [text for i in ids for text in references[i]])
+        texts = iter(found[len(ids) :])
+        return Split(ids, found[: len(ids)], [[next(texts) for _ in references[i]] for i in ids])
+
+    def score_split(self, split: Split) -> CaptionScores:
+        """The scores of what `split` gave. Raises JavaError."""
+        ids, mine, theirs = split.ids, split.candidates, split.references
         scores: dict[str, float | None] = dict.fromkeys(self.plan.metrics)
         per_image: dict[ImageId, dict[str, float]] = {i: {} for i in ids}
         for name, (value, each) in self._measure(mine, theirs).items():
@@ -196,31 +216,15 @@ class CaptionScorer:
                 found[name] = (float(value), list(map(float, single)))
         if "METEOR" in wanted and "METEOR" not in self.plan.reasons:
             assert self.plan.java is not None
-            self._meteor = self._meteor or Meteor(self.plan.java)
-            found["METEOR"] = self._meteor.score(mine, theirs)
+            found["METEOR"] = meteor(self.plan.java).score(mine, theirs)
         return found
-
-    def __enter__(self) -> CaptionScorer:
-        return self
-
-    def __exit__(
-        self, kind: type[BaseException] | None, error: BaseException | None, trace: TracebackType | None
-    ) -> None:
-        self.close()
-
-    def close(self) -> None:
-        """Ends METEOR."""
-        if self._meteor is not None:
-            self._meteor.close()
-            self._meteor = None
 
 
 def score_captions(
     candidates: Mapping[ImageId, str], references: Mapping[ImageId, Sequence[str]], plan: Plan | None = None
 ) -> CaptionScores:
     """Scores one set; `plan` is what `check` found (None: everything that can be scored here)."""
-    with CaptionScorer(plan) as scorer:
-        return scorer.score(candidates, references)
+    return CaptionScorer(plan).score(candidates, references)
 
 
 def regex_tokenize(text: str) -> str:
@@ -245,29 +249,16 @@ def _fitting(candidates: Mapping[ImageId, str], references: Mapping[ImageId, Seq
         raise ValueError(
             f"{len(empty):,} images have no reference that is not blank; the first is {empty[0]!r}"
         )
-    return sorted(candidates, key=lambda one: (isinstance(one, str), one))
+    return ordered(candidates)
 
 
 # --- the official results file -------------------------------------------------------------------------------
 
-
-def write_results(path: Path, captions: Mapping[ImageId, str]) -> None:
-    """COCO's results file: [{"image_id": 139, "caption": "..."}, ...], sorted by id."""
-    order = sorted(captions, key=lambda one: (isinstance(one, str), one))
-    entries = [{"image_id": number, "caption": captions[number]} for number in order]
-    path.write_text(json.dumps(entries, ensure_ascii=False) + "\n", encoding="utf-8")
-
-
-def read_results(path: Path) -> dict[ImageId, str]:
-    """Captions by image id. ValueError for another layout, and for an image that has two captions."""
-    try:
-        entries = json.loads(path.read_text(encoding="utf-8"))
-        captions = {entry["image_id"]: str(entry["caption"]) for entry in entries}
-    except (ValueError, KeyError, TypeError) as error:
-        raise ValueError(
-            f'{path} is no results file of COCO captions, [{{"image_id": 139, "caption": "..."}}]: '
-            f"{type(error).__name__}: {error}"
-        ) from None
-    if len(captions) != len(entries):
-        raise ValueError(f"{path}: {len(entries) - len(captions):,} images have more than one caption")
-    return captions
+RESULTS = ResultsFile(
+    "results file of COCO captions",
+    "image_id",
+    "caption",
+    '[{"image_id": 139, "caption": "..."}]',
+    "images have more than one caption",
+)
+write_results, read_results = RESULTS.write, RESULTS.read

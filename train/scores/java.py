@@ -7,6 +7,7 @@ they write into their own folder, do not look whether a line was lost, and hang 
 
 from __future__ import annotations
 
+import atexit
 import contextlib
 import json
 import os
@@ -38,11 +39,18 @@ def package_folder() -> Path:
     return Path(next(iter(spec.submodule_search_locations)))
 
 
+_versions: dict[tuple[str, int], str] = {}
+_meteors: dict[str, Meteor] = {}
+
+
 def find_java() -> tuple[str | None, str]:
-    """(path of a java that runs, its version), or (None, why there is none)."""
+    """(path of a java that runs, its version), or (None, why there is none). One that ran is not asked again."""
     path = shutil.which("java")
     if path is None:
         return None, "there is no java (Debian, Ubuntu: apt-get install default-jre-headless)"
+    place = path, os.stat(path).st_mtime_ns
+    if place in _versions:
+        return path, _versions[place]
     try:
         done = subprocess.run([path, "-version"], capture_output=True, text=True, timeout=60)
     except (OSError, subprocess.TimeoutExpired) as error:
@@ -50,6 +58,7 @@ def find_java() -> tuple[str | None, str]:
     said = (done.stderr or done.stdout).strip().splitlines()
     if done.returncode or not said:
         return None, f"{path} does not run: {said[-1] if said else f'exit status {done.returncode}'}"
+    _versions[place] = said[0]
     return path, said[0]
 
 
@@ -83,8 +92,20 @@ def ptb_tokenize(java: str, lines: Sequence[str]) -> list[str]:
     return [" ".join(word for word in line.split(" ") if word not in PUNCTUATION) for line in found[:-1]]
 
 
+def meteor(java: str) -> Meteor:
+    """METEOR, for all sets that this process scores: it takes seconds to start. It ends with this process, or by `close`;
+    after it failed, the next call starts it anew."""
+    found = _meteors.get(java)
+    if found is None or not found.running:
+        if found is not None:
+            found.close()
+        found = _meteors[java] = Meteor(java)
+        atexit.register(found.close)
+    return found
+
+
 class Meteor:
-    """A METEOR 1.5 process. It takes seconds to start, so one serves as many sets as there are; `close` it."""
+    """A METEOR 1.5 process; `close` it."""
 
     def __init__(self, java: str) -> None:
         jar = package_folder() / "meteor" / "meteor-1.5.jar"
@@ -98,18 +119,27 @@ class Meteor:
             stdout=subprocess.PIPE,
             stderr=self._errors,
         )
+        self._between_sets = True
+
+    @property
+    def running(self) -> bool:
+        """Whether it can be asked: it has not ended, and no answer of an earlier set is still to come."""
+        return self._between_sets and self._process.poll() is None
 
     def score(
         self, candidates: Sequence[str], references: Sequence[Sequence[str]]
     ) -> tuple[float, list[float]]:
         """(score of the set, score of each candidate); all tokenised. Raises JavaError."""
+        self._between_sets = False
         counted = [
             self._ask(" ||| ".join(["SCORE", *map(_one_line, texts), _one_line(candidate)]))
             for candidate, texts in zip(candidates, references, strict=True)
         ]
         first = self._ask(" ||| ".join(["EVAL", *counted]))
         each = [float(first), *(float(self._line()) for _ in counted[1:])]
-        return float(self._line()), each
+        whole = float(self._line())
+        self._between_sets = True
+        return whole, each
 
     def _ask(self, line: str) -> str:
         assert self._process.stdin is not None
@@ -132,7 +162,7 @@ class Meteor:
         return _tail(self._errors.read())
 
     def close(self) -> None:
-        """Ends the process."""
+        """Ends the process. A second time does nothing."""
         if self._process.stdin is not None:
             with contextlib.suppress(OSError):
                 self._process.stdin.close()

@@ -14,8 +14,6 @@ Rule: https://visualqa.org/evaluation.html and its code (GT-Vision-Lab/VQA at a0
 
 from __future__ import annotations
 
-import gzip
-import json
 import re
 from collections.abc import Iterable, Mapping
 from dataclasses import dataclass
@@ -24,6 +22,7 @@ from pathlib import Path
 from typing import Any
 
 from dataload.annotations import Question
+from train.scores.results_file import ResultsFile, load_json, ordered
 
 QuestionId = int | str
 ANSWER_FIELDS = ("auto", "answer", "raw_answer")
@@ -135,7 +134,7 @@ def score_vqa(answers: Mapping[QuestionId, str], truth: Mapping[QuestionId, Trut
             f"answers and annotations do not fit: {len(missing):,} of {len(truth):,} questions have no answer, "
             f"{len(unknown):,} of {len(answers):,} answers belong to no question; the first is {(missing or unknown)[0]!r}"
         )
-    found = {number: 100 * accuracy(answers[number], truth[number].answers) for number in _ordered(truth)}
+    found = {number: 100 * accuracy(answers[number], truth[number].answers) for number in ordered(truth)}
     by_answer: dict[str, list[float]] = {}
     by_question: dict[str, list[float]] = {}
     for number, value in found.items():
@@ -151,10 +150,6 @@ def _mean(values: list[float]) -> float:
 
 def _means(parts: dict[str, list[float]]) -> dict[str, float]:
     return {name: _mean(values) for name, values in sorted(parts.items())}
-
-
-def _ordered(questions: Iterable[QuestionId]) -> list[QuestionId]:
-    return sorted(questions, key=lambda one: (isinstance(one, str), one))
 
 
 def best_constant(
@@ -204,7 +199,7 @@ def read_truth(annotations: Path, field: str = "auto") -> dict[QuestionId, Truth
     name = "answer" if field == "auto" else field
     try:
         found: dict[QuestionId, Truth] = {}
-        for entry in _load(annotations)["annotations"]:
+        for entry in load_json(annotations)["annotations"]:
             answers = tuple(str(one[name]) for one in entry["answers"])
             found[entry["question_id"]] = Truth(
                 answers, str(entry.get("question_type", "")), str(entry.get("answer_type", ""))
@@ -217,27 +212,11 @@ def read_truth(annotations: Path, field: str = "auto") -> dict[QuestionId, Truth
     return found
 
 
-def write_results(path: Path, answers: Mapping[QuestionId, str]) -> None:
-    """The official results file: [{"question_id": 262148000, "answer": "down"}, ...], sorted by id."""
-    entries = [{"question_id": number, "answer": answers[number]} for number in _ordered(answers)]
-    path.write_text(json.dumps(entries, ensure_ascii=False) + "\n", encoding="utf-8")
-
-
-def read_results(path: Path) -> dict[QuestionId, str]:
-    """Answers by question id. ValueError for another layout, and for a question with two answers."""
-    try:
-        entries = _load(path)
-        answers = {entry["question_id"]: str(entry["answer"]) for entry in entries}
-    except (ValueError, KeyError, TypeError) as error:
-        raise ValueError(
-            f'{path} is no VQA results file, [{{"question_id": 262148000, "answer": "down"}}]: '
-            f"{type(error).__name__}: {error}"
-        ) from None
-    if len(answers) != len(entries):
-        raise ValueError(f"{path}: {len(entries) - len(answers):,} questions have more than one answer")
-    return answers
-
-
-def _load(path: Path) -> Any:
-    data = path.read_bytes()
-    return json.loads(gzip.decompress(data) if data[:2] == b"\x1f\x8b" else data)
+RESULTS = ResultsFile(
+    "VQA results file",
+    "question_id",
+    "answer",
+    '[{"question_id": 262148000, "answer": "down"}]',
+    "questions have more than one answer",
+)
+write_results, read_results = RESULTS.write, RESULTS.read

@@ -41,12 +41,11 @@ class AudioClassification:
         return 1
 
     def complete(self, task: TaskConfig, items: Items) -> TaskConfig:
-        """The classes of classes.json, or the labels that the training sounds have."""
+        """The classes of classes.json, or the labels that the training sounds have; several of them at once where a
+        sound has several."""
         if task.classes:
             return task
-        several = max(len(one.labels) for one in items.all()) > 1
-        if several and not task.several_labels:
-            raise ConfigError("some sounds have several labels; say --task.several-labels for them")
+        several = task.several_labels or max(len(one.labels) for one in items.all()) > 1
         try:
             listed = read_classes(classes_beside(items)).labels
         except (OSError, ValueError):
@@ -55,7 +54,7 @@ class AudioClassification:
         names = tuple(listed.values()) if set(counts) <= set(listed.values()) else tuple(sorted(counts))
         if len(names) < 2:
             raise ConfigError(f"the training sounds have {len(names)} class: {names}; two or more are needed")
-        return replace(task, classes=names)
+        return replace(task, classes=names, several_labels=several)
 
     def model(self, config: FinetuneConfig) -> nn.Module:
         return SoundClassifier(config.model, len(config.task.classes))  # type: ignore[arg-type]

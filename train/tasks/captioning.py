@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 from collections import Counter
-from collections.abc import Mapping, Sequence
+from collections.abc import Sequence
 from dataclasses import replace
 from pathlib import Path
 from typing import Any
@@ -21,7 +21,7 @@ from models.aurora.answering import Writer
 from models.generation import generate
 from models.tokens import IGNORE
 from train.result import Score
-from train.scores.captioning import METRICS, CaptionScorer, Plan, check, score_captions
+from train.scores.captioning import METRICS, CaptionScorer, Plan, Split, check
 from train.scores.cider import CiderD
 from train.scores.shuffle import derangement
 from train.tasks.base import Example, Prediction, TaskResult, item_of
@@ -109,14 +109,17 @@ class Captioning:
         }
         said: dict[int | str, str] = {one.item: str(one.value) for one in predictions}
         plan = self.plan()
-        scored = score_captions(said, references, plan)
-        with CaptionScorer(replace(plan, metrics=QUICK, reasons={})) as quick:
-            baselines = {"the best single caption": best_single(references, quick)}
-            if len(predictions) > 1:
-                order = derangement(len(predictions), config.seed).tolist()
-                numbers = list(said)
-                other = {numbers[i]: said[numbers[j]] for i, j in enumerate(order)}
-                baselines["captions of other pictures"] = quick.score(other, references).scores
+        scorer, quick = CaptionScorer(plan), CaptionScorer(replace(plan, metrics=QUICK, reasons={}))
+        split = scorer.split(said, references)  # Java splits all captions at once, those of the baselines too
+        scored = scorer.score_split(split)
+        baselines = {"the best single caption": best_single(split, quick)}
+        if len(predictions) > 1:
+            order = derangement(len(predictions), config.seed).tolist()
+            numbers, tokens = list(said), dict(zip(split.ids, split.candidates, strict=True))
+            other = {numbers[i]: tokens[numbers[j]] for i, j in enumerate(order)}
+            baselines["captions of other pictures"] = quick.score_split(
+                split.saying([other[i] for i in split.ids])
+            ).scores
         scores = {
             name: Score(
                 value,
@@ -169,23 +172,17 @@ def caption(base: Any, images: Tensor, config: FinetuneConfig, tokenizer: Tokeni
     return [tokenizer.decode([token for token in ids if token != EOS]) for ids in found]
 
 
-def best_single(
-    references: Mapping[int | str, Sequence[str]], scorer: CaptionScorer
-) -> dict[str, float | None]:
+def best_single(split: Split, scorer: CaptionScorer) -> dict[str, float | None]:
     """Scores of the one caption that does best (by CIDEr) when it is said of every picture, of those whose words are most
     common: what a model has to beat."""
-    owners = [item for item, texts in references.items() for _ in texts]
-    split = scorer.tokenize([text for texts in references.values() for text in texts])
-    texts: dict[int | str, list[str]] = {}
-    for owner, text in zip(owners, split, strict=True):
-        texts.setdefault(owner, []).append(text)
-    cider = CiderD(texts.values())
-    words = Counter(word for text in split for word in set(text.split()))
+    given = split.references
+    cider = CiderD(given)
+    texts = [text for several in given for text in several]
+    words = Counter(word for text in texts for word in set(text.split()))
     tried = sorted(
-        dict.fromkeys(split),
+        dict.fromkeys(texts),
         key=lambda text: sum(words[word] for word in text.split()) / max(len(text.split()), 1),
         reverse=True,
     )[:CONSTANTS]
-    given = list(texts.values())
     best = max(tried, key=lambda text: float(np.mean(cider([text] * len(given), given))))
-    return scorer.score(dict.fromkeys(references, best), references).scores
+    return scorer.score_split(split.saying([best] * len(given))).scores

@@ -37,7 +37,8 @@ class TaskConfig:
     prompt: str = ""
     """What the text stack reads before it writes. Questions: with {question} in it."""
     several_labels: bool = False
-    """Sounds: several classes may be true of one (AudioSet); scored by mean average precision instead of accuracy."""
+    """Sounds: several classes may be true of one (AudioSet), scored by mean average precision instead of accuracy. On by itself
+    where a training sound has several labels."""
     beams: int = 3
     """Beam search of captions and written answers; 1 is greedy."""
     length_penalty: float = 1.0
@@ -135,7 +136,8 @@ class FinetuneConfig(PretrainConfig):
     name: str = "finetune"
     """Name of the run; its output goes to runs/NAME unless --out says otherwise."""
     checkpoint: str = ""
-    """What to start from: a run (its newest checkpoint) or one checkpoint directory, pre-trained or fine-tuned."""
+    """What to start from: a run (its newest checkpoint) or one checkpoint directory, pre-trained, fine-tuned or exported. audio
+    may go without: a new model of the size of perceiver-sounds."""
     task: TaskConfig = field(default_factory=TaskConfig)
     """What is learned."""
     tune: TuneConfig = field(default_factory=TuneConfig)

@@ -40,8 +40,14 @@ def find_task_sources(config: FinetuneConfig, say: Callable[[str], None]) -> Tas
     """Expand the shards; makes the built-in corpus first where none are named. Raises ValueError or OSError where something
     named is not there."""
     data = config.data
-    tokenizer = Path(data.tokenizer) if data.tokenizer else find_tokenizer(config.checkpoint)
-    if not tokenizer.is_file():
+    sounds = task_of(config.task.kind).media == "audio"
+    if data.tokenizer:
+        tokenizer = Path(data.tokenizer)
+    elif sounds and not config.checkpoint and not data.train:
+        tokenizer = Path()  # the corpus' own, below
+    else:
+        tokenizer = find_tokenizer(config.checkpoint)
+    if tokenizer != Path() and not tokenizer.is_file():
         raise ConfigError(
             f"data.tokenizer {tokenizer} does not exist; make one with python -m dataload.tokenizer"
         )
@@ -53,12 +59,13 @@ def find_task_sources(config: FinetuneConfig, say: Callable[[str], None]) -> Tas
     say(
         f"data        the built-in corpus, in {directory} (drawn the first time; --data.train takes your own)"
     )
-    if task_of(config.task.kind).media == "audio":
+    if sounds:
         from dataload import scenes_media
 
         media = scenes_media.build(directory, size=LARGEST_SCENE)
+        train, heldout = (tuple(map(str, paths)) for paths in (media.sounds, media.heldout_sounds))
         return TaskSources(
-            tuple(map(str, media.sounds)), tuple(map(str, media.heldout_sounds)), tokenizer, builtin=True
+            train, heldout, media.tokenizer if tokenizer == Path() else tokenizer, builtin=True
         )
     paths = scenes.build(directory, size=min(config.model.image_size, LARGEST_SCENE))
     return TaskSources(tuple(map(str, paths.train)), tuple(map(str, paths.heldout)), tokenizer, builtin=True)

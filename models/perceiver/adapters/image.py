@@ -47,7 +47,7 @@ class ImageAdapter(Adapter):
         if height % self.patch or width % self.patch:
             raise ValueError(f"images of {height}x{width} pixels; patches are {self.patch}x{self.patch}")
         x = patchify(images, (self.patch, self.patch))
-        return x, torch.full((len(x),), x.shape[1], device=x.device)
+        return x, torch.full(x.shape[:1], x.shape[1], device=x.device)
 
     def hidden(self, piece: Piece, patches: Tensor, lengths: Tensor, share: float) -> Tensor:
         """A piece's mask is in cells [P, rows, columns]: a patch is hidden where its centre's cell is."""
@@ -168,7 +168,7 @@ def patchify(x: Tensor, patch: tuple[int, ...]) -> Tensor:
 
 def unpatchify(x: Tensor, shape: tuple[int, ...], patch: tuple[int, ...]) -> Tensor:
     """[P, n, C * patch] on a grid of this shape -> [P, C, ...]."""
-    batch, directions = len(x), len(shape)
+    batch, directions = x.shape[0], len(shape)
     channels = x.shape[-1] // torch.Size(patch).numel()
     x = x.reshape(batch, *shape, channels, *patch)
     order = [0, 1 + directions]

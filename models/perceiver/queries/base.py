@@ -46,7 +46,7 @@ class QueryDecoder(nn.Module):
 
     def forward(self, latents: Tensor) -> Tensor:
         """All queries: [B, M, D] -> [B, Q, F]."""
-        x = self.queries.expand(len(latents), -1, -1)
+        x = self.queries.expand(latents.shape[0], -1, -1)
         for block in self.blocks:
             if self.gradient_checkpointing and self.training:
                 x = checkpoint(block, x, latents, use_reentrant=False)
