@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import math
-from collections import Counter
+from collections import defaultdict
 from collections.abc import Sequence
 from dataclasses import replace
 from pathlib import Path
@@ -23,7 +23,7 @@ from models.generation import generate
 from models.tokens import IGNORE
 from train.result import Score
 from train.scores.captioning import METRICS, CaptionScorer, Plan, Split, check
-from train.scores.cider import SIGMA, CiderD
+from train.scores.cider import SIGMA, CiderD, Gram
 from train.scores.shuffle import derangement
 from train.tasks.base import Example, Prediction, TaskResult, item_of
 from train.tasks.config import FinetuneConfig, TaskConfig
@@ -191,10 +191,10 @@ def best_constant(texts: Sequence[str], references: Sequence[Sequence[str]]) -> 
     """
     cider = CiderD(references)
     given = [[cider.weigh(text) for text in several] for several in references]
-    sums: dict[int, Counter[tuple[str, ...]]] = {}
+    sums: dict[int, defaultdict[Gram, float]] = {}
     for several in given:
         for one in several:
-            of_length = sums.setdefault(one.length, Counter())
+            of_length = sums.setdefault(one.length, defaultdict(float))
             for weights, norm in zip(one.weights, one.norms, strict=True):
                 for gram, weight in weights.items() if norm else ():
                     of_length[gram] += weight / norm / len(several)
@@ -204,7 +204,7 @@ def best_constant(texts: Sequence[str], references: Sequence[Sequence[str]]) -> 
         total = 0.0
         for length, of_length in sums.items():
             found = sum(
-                weight / norm * of_length[gram]
+                weight / norm * of_length.get(gram, 0.0)
                 for weights, norm in zip(mine.weights, mine.norms, strict=True)
                 if norm
                 for gram, weight in weights.items()
