@@ -247,3 +247,17 @@ def test_averaging_may_start_at_a_resume(tmp_path: Path) -> None:
     one.load(state)
     assert one.ema
     assert all(torch.equal(one.ema.weights[name], p) for name, p in without.model.named_parameters())
+
+
+def test_weights_of_another_model_are_named(tmp_path: Path) -> None:
+    path = save(tmp_path, trained())
+    checkpoint.write_config(
+        path / "config.json", dataclasses.replace(CONFIG, model=dataclasses.replace(MODEL, width=32))
+    )
+    state = json.loads((path / "state.json").read_text())
+    state["sha256"]["config.json"] = checkpoint.sha256(path / "config.json")
+    checkpoint.write_state(
+        path, {**state, "sha256": {k: v for k, v in state["sha256"].items() if k != "state.json"}}
+    )
+    with pytest.raises(CheckpointError, match=r"does not fit this version's model: .*size mismatch for "):
+        checkpoint.load_model(path)

@@ -25,7 +25,7 @@ from train.multimodal import PerceiverPretrainConfig
 from train.pieces import Piece, PiecesError, Stored, as_pieces, share_of, write_pieces
 from train.tasks.config import PerceiverFinetuneConfig, TaskConfig
 
-PERCEIVER = replace(PERCEIVER_SIZES["tiny"], encoder_layers=1, latent_layers=1)
+PERCEIVER = replace(PERCEIVER_SIZES["tiny"], encoder_layers=1, latent_layers=1, latents=12)
 
 
 def by_ranks(directory: Path, size: int, step: int = 2) -> Path:

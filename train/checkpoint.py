@@ -337,9 +337,15 @@ def load_model(path: str | Path, device: torch.device | str = "cpu", *, ema: boo
     with torch.device("meta"):
         model: Any = family_of(config).model(config)
     weights = {name: _single(tensor) for name, tensor in stored(step, "model", state).items()}
-    model.load_state_dict(with_aliases(weights, model), assign=True)
-    if averaged:
-        model.load_state_dict(dict(stored(step, "ema", state)), strict=False, assign=True)
+    try:
+        model.load_state_dict(with_aliases(weights, model), assign=True)
+        if averaged:
+            model.load_state_dict(dict(stored(step, "ema", state)), strict=False, assign=True)
+    except RuntimeError as error:  # torch lists every name
+        first = str(error).splitlines()[1:2] or [str(error)]
+        raise CheckpointError(
+            f"{step} does not fit this version's model: {first[0].strip()[:300]}"
+        ) from error
     tokenizer = Tokenizer.load(step / "tokenizer.model")
     averaged = averaged or bool(state.get("averaged"))  # an exported one
     return LoadedModel(model.to(device).eval(), tokenizer, config, state["step"], step, averaged)

@@ -126,7 +126,7 @@ def _traced(encoder: AuroraEncoder | PerceiverEncoder, images: Tensor) -> torch.
             warnings.simplefilter("ignore", FutureWarning)
             any_number = {0: torch.export.Dim("batch", min=1)}
             return torch.export.export(encoder, (images,), strict=False, dynamic_shapes=(any_number,))
-    except (RuntimeError, torch._dynamo.exc.TorchDynamoException) as error:
+    except (RuntimeError, AssertionError, torch._dynamo.exc.TorchDynamoException) as error:
         first = (str(error).strip() or type(error).__name__).splitlines()[0]
         name = type(encoder.model).__name__
         raise ValueError(f"torch.export cannot trace this {name}'s encoder of pictures: {first}") from error

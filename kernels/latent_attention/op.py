@@ -165,6 +165,8 @@ def prefer(
     """The backend that auto takes for this call, and why. The figures behind it are in kernels/README.md; those of GPUs
     also in auto.json."""
     able = not (return_lse or dropout_p > 0 or k.shape[-3] == 0)  # sdpa
+    if able and dense and torch.compiler.is_exporting():
+        return "sdpa", "its program does not depend on the batch (torch.export)"
     if q.device.type == "cpu":
         if not able:
             return "eager", "the fastest that was measured"
