@@ -30,6 +30,7 @@ from dataload.multimodal import PAIRS
 from dataload.pipeline import EvalSet
 from train.checkpoint import LoadedModel, load_model
 from train.data import Sources, find_sources
+from train.engine import Ranks
 from train.machine import choose_device, choose_precision
 from train.measure import evaluate_model, unigram_counts
 from train.multimodal import PerceiverPretrainConfig
@@ -98,6 +99,8 @@ def main(arguments: Sequence[str] | None = None) -> int:
     try:
         if args.task not in TASKS or is_matcher(args):
             return evaluate_checkpoint(args, given)
+        if not Ranks.from_environment().first:
+            return 0  # a pre-trained model is scored, and the file written, by rank 0 alone
         loaded = load_model(args.checkpoint)
         output = args.output or loaded.path / f"{args.task}.json"
         _check(args, loaded, output)
@@ -148,6 +151,11 @@ def _check(args: argparse.Namespace, loaded: LoadedModel, output: Path) -> None:
             f"{loaded.path} was trained without masked language modelling (objectives.mlm is 0), so its perplexity "
             "says nothing"
         )
+    check_request(args, output)
+
+
+def check_request(args: argparse.Namespace, output: Path) -> None:
+    """What does not depend on the checkpoint. Raises ValueError or OSError."""
     for name in ("max_images", "batch_size"):
         if (value := getattr(args, name)) is not None and value < 1:
             raise ValueError(f"--{name.replace('_', '-')} must be at least 1; got {value}")

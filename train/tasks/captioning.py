@@ -2,7 +2,8 @@
 
 from __future__ import annotations
 
-from collections import Counter
+import math
+from collections import defaultdict
 from collections.abc import Sequence
 from dataclasses import replace
 from pathlib import Path
@@ -22,14 +23,16 @@ from models.generation import generate
 from models.tokens import IGNORE
 from train.result import Score
 from train.scores.captioning import METRICS, CaptionScorer, Plan, Split, check
-from train.scores.cider import CiderD
+from train.scores.cider import SIGMA, CiderD, Gram
 from train.scores.shuffle import derangement
 from train.tasks.base import Example, Prediction, TaskResult, item_of
 from train.tasks.config import FinetuneConfig, TaskConfig
 from train.tasks.detection import view_of
 
 QUICK = ("Bleu_4", "ROUGE_L", "CIDEr")
-CONSTANTS = 300  # captions tried as the one that is said of every picture
+CONSTANTS = (
+    50  # of the best candidates for the one caption that is said of every picture, so many are scored in full
+)
 
 
 class Captioning:
@@ -173,16 +176,41 @@ def caption(base: Any, images: Tensor, config: FinetuneConfig, tokenizer: Tokeni
 
 
 def best_single(split: Split, scorer: CaptionScorer) -> dict[str, float | None]:
-    """Scores of the one caption that does best (by CIDEr) when it is said of every picture, of those whose words are most
-    common: what a model has to beat."""
-    given = split.references
-    cider = CiderD(given)
-    texts = [text for several in given for text in several]
-    words = Counter(word for text in texts for word in set(text.split()))
-    tried = sorted(
-        dict.fromkeys(texts),
-        key=lambda text: sum(words[word] for word in text.split()) / max(len(text.split()), 1),
-        reverse=True,
-    )[:CONSTANTS]
-    best = max(tried, key=lambda text: float(np.mean(cider([text] * len(given), given))))
-    return scorer.score_split(split.saying([best] * len(given))).scores
+    """Scores of the one caption that does best (by CIDEr) when it is said of every picture: what a model has to beat. All
+    captions that people gave are candidates."""
+    texts = list(dict.fromkeys(text for several in split.references for text in several))
+    best = best_constant(texts, split.references)
+    return scorer.score_split(split.saying([best] * len(split.references))).scores
+
+
+def best_constant(texts: Sequence[str], references: Sequence[Sequence[str]]) -> str:
+    """Which of the texts has the best mean CIDEr when it is said of every picture.
+
+    All are ordered by CIDEr without its clipping, which is linear, so that sums over the references do for each length; the
+    first ones are scored in full. Clipping only matters to texts with a word more often than a reference has it.
+    """
+    cider = CiderD(references)
+    given = [[cider.weigh(text) for text in several] for several in references]
+    sums: dict[int, defaultdict[Gram, float]] = {}
+    for several in given:
+        for one in several:
+            of_length = sums.setdefault(one.length, defaultdict(float))
+            for weights, norm in zip(one.weights, one.norms, strict=True):
+                for gram, weight in weights.items() if norm else ():
+                    of_length[gram] += weight / norm / len(several)
+
+    def unclipped(text: str) -> float:
+        mine = cider.weigh(text)
+        total = 0.0
+        for length, of_length in sums.items():
+            found = sum(
+                weight / norm * of_length.get(gram, 0.0)
+                for weights, norm in zip(mine.weights, mine.norms, strict=True)
+                if norm
+                for gram, weight in weights.items()
+            )
+            total += found * math.exp(-((mine.length - length) ** 2) / (2 * SIGMA**2))
+        return total
+
+    tried = sorted(texts, key=unclipped, reverse=True)[:CONSTANTS]
+    return max(tried, key=lambda text: float(np.mean(cider([text] * len(given), given))))

@@ -16,6 +16,7 @@ from datetime import UTC, datetime
 from pathlib import Path
 from typing import Any
 
+import torch.distributed as dist
 from torch import nn
 
 from dataload import shards
@@ -65,18 +66,21 @@ def add_parsers(tasks: Any, shared: argparse.ArgumentParser) -> None:
 
 def evaluate_checkpoint(args: argparse.Namespace, given: Sequence[str]) -> int:
     """Run one task; what it raises is for `train.evaluate.main`."""
+    from train.evaluate import check_request  # it is built on this module
+
     task = choose_task(args)
-    if args.task == "captioning":
+    ranks = Ranks.from_environment()
+    if args.task == "captioning" and ranks.first:
         print(task.plan(), file=sys.stderr)  # type: ignore[attr-defined]  # before any compute
     loaded = load_model(args.checkpoint)
     config = config_for(args, loaded)
     output = args.output or loaded.path / f"{args.task}.json"
+    check_request(args, output)
     patterns = shards_for(args, config)
     items = find_items(task, patterns, config, training=False)
     if args.task == CLASSIFY and not config.task.classes:
         config = replace(config, task=task.complete(config.task, items))
     most = args.max_images
-    ranks = Ranks.from_environment()
     device = join(ranks, args.device)
     try:
         heldout = TaskSet(
@@ -86,8 +90,10 @@ def evaluate_checkpoint(args: argparse.Namespace, given: Sequence[str]) -> int:
             model_for(task, loaded, config).to(device), heldout, config, loaded.tokenizer, device=device,
             autocast=choose_precision(args.precision, device).autocast, most=most, ranks=ranks, task=task,
         )  # fmt: skip
-    finally:
-        leave(ranks)
+    except BaseException:
+        abandon()  # the others may wait for this rank: torchrun ends them once it is gone
+        raise
+    leave(ranks)
     if result is None:  # another rank than the first
         return 0
     for broken in heldout.broken:
@@ -103,6 +109,12 @@ def evaluate_checkpoint(args: argparse.Namespace, given: Sequence[str]) -> int:
     print("\n".join(result.lines()))
     print(f"written to {output}, {page}" + "".join(f", {path}" for path in further))
     return 0
+
+
+def abandon() -> None:
+    """Leave without the others, after an error."""
+    if dist.is_available() and dist.is_initialized():
+        dist.destroy_process_group()
 
 
 def is_matcher(args: argparse.Namespace) -> bool:

@@ -12,6 +12,7 @@ from typing import TYPE_CHECKING, Any
 import torch
 
 from dataload.annotated import TaskSet
+from dataload.broken import Broken
 from dataload.tokenizer import Tokenizer
 from train.engine import Ranks
 from train.machine import Precision, device_name, peak_memory
@@ -86,6 +87,7 @@ def score_task(
                 predictions += task.predict(model, batch.to(device), heldout.items, config, tokenizer)
         mine: dict[int | str, Any] = {one.item: one.value for one in predictions}
         gathered = gather_samples(mine) if ranks.size > 1 else mine
+        heldout.broken = all_broken(heldout.broken, ranks)
         if gathered is None:
             return None
         ordered = [Prediction(int(item), value) for item, value in gathered.items()]
@@ -96,6 +98,14 @@ def score_task(
     if heldout.broken:
         result.counts["broken_left_out"] = len(heldout.broken)
     return result
+
+
+def all_broken(mine: list[Broken], ranks: Ranks) -> list[Broken]:
+    """On rank 0, what any rank could not read, each once; on the others their own. All ranks call this."""
+    if ranks.size == 1:
+        return mine
+    found = gather_samples({f"{one.shard}/{one.key}": one for one in mine})
+    return mine if found is None else list(found.values())
 
 
 def evaluate_task(run: Run, stop: Stop, model: Any, most: int | None) -> TaskResult:
