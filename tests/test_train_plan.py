@@ -15,16 +15,17 @@ from torch.utils.flop_counter import FlopCounterMode
 
 from models.aurora.encoder import SwinEncoder
 from tests.micro import MODEL
-from train import pretrain
+from train import dryrun, pretrain
 from train.config import PretrainConfig
 from train.devices import DEVICES
+from train.engine import Ranks
 from train.peak import peak_memory
 from train.plan import __main__ as command
 from train.plan.arithmetic import flops_of
 from train.plan.batches import batch_of, kinds, split
 from train.plan.budget import Setup, bus, make_plan, to_json
 from train.plan.calibration import RESULTS, read, summary
-from train.plan.engines import EngineChoice, engine_of, static_memory, traffic
+from train.plan.engines import EngineChoice, checkpoint_bytes, engine_of, static_memory, traffic
 from train.plan.measure import encoder_step, filled, training_step
 from train.plan.meter import Meter
 from train.plan.stated import RECIPES, findings
@@ -155,6 +156,64 @@ def test_engines() -> None:
             engine_of(MICRO, 4, *words)  # type: ignore[arg-type]
 
 
+def test_the_average_is_in_the_checkpoint_and_eight_bits_are_eight_bits() -> None:
+    assert checkpoint_bytes(replace(MICRO, ema_decay=0.9), 1000) == 16_000
+    eight = replace(MICRO, optim=replace(MICRO.optim, kind="torch-8bit"))
+    assert checkpoint_bytes(eight, 1000) == 6_000
+
+
+def test_offload_is_refused_where_a_run_refuses_it() -> None:
+    for name, gpus in (("ddp", 4), ("fsdp2", 4), ("single", 1)):
+        with pytest.raises(ValueError, match="only deepspeed puts the optimizer into main memory"):
+            engine_of(MICRO, gpus, name, offload=True)
+    assert engine_of(MICRO, 4, "deepspeed", offload=True).offload
+
+
+def test_an_evaluation_needs_a_whole_copy_under_engines_that_shard() -> None:
+    """Micro has P parameters: 2 P of bf16 weights, 16 P / 8 of shards, the buckets, and 4 P of fp32 weights to score."""
+    engine = EngineChoice("deepspeed", 2)
+    scored = replace(MICRO, data=replace(MICRO.data, train=("a",), heldout=("b",)))
+    plan = make_plan(scored, Setup(8, A100, engine, 0.4, A100.network))
+    p = plan.parameters["total"]
+    assert plan.scoring == (2 + 16 / 8 + 6 + 4) * p and not plan.problems
+    tight = Setup(8, replace(A100, memory=13 * p), engine, 0.4, A100.network)
+    said = [problem for problem in make_plan(scored, tight).problems if "evaluation" in problem]
+    assert len(said) == 1 and "no --data.heldout" in said[0] and "train.evaluate" in said[0]
+    assert not any("evaluation" in problem for problem in make_plan(MICRO, tight).problems)
+    whole = replace(tight, engine=EngineChoice("ddp"))
+    assert not any("evaluation" in problem for problem in make_plan(scored, whole).problems)
+
+
+def test_a_dry_run_judges_memory_by_the_engine(
+    monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
+) -> None:
+    p = 1_000_000
+    static = {}
+    for words in (
+        {"engine": "ddp"},
+        {"engine": "fsdp2"},
+        {"engine": "deepspeed", "zero_stage": 3, "offload": True},
+    ):
+        found = dryrun.estimate_memory(replace(MICRO, **words), p, 4, 2)
+        static[words["engine"]] = {
+            k: v for k, v in found.items() if k not in ("activations", "logits", "buckets")
+        }
+    assert static["ddp"] == {"weights": 4 * p, "gradients": 4 * p, "optimizer": 8 * p}
+    assert static["fsdp2"] == {"weights": 2 * p, "gradients": p, "optimizer": 3 * p}
+    assert static["deepspeed"] == {"weights": p / 2, "gradients": p, "optimizer": 0}
+
+    config = replace(
+        MICRO, engine="fsdp2", device="cpu", precision="fp32",
+        data=replace(MICRO.data, train=("a",), heldout=("b",)), batch_size=4,
+    )  # fmt: skip
+    monkeypatch.setattr(dryrun, "total_memory", lambda device: 1)
+    found = dryrun._check_machine(config, Ranks(0, 0, 4))
+    assert "on rank 0 while it scores" in capsys.readouterr().out
+    assert any(line.startswith("evaluation: rank 0 needs") for line in found)
+    found = dryrun._check_machine(replace(config, data=MICRO.data), Ranks(0, 0, 4))
+    assert not any(line.startswith("evaluation") for line in found)
+
+
 def test_a_ring_over_machines_is_as_fast_as_their_adapters() -> None:
     engine = EngineChoice("deepspeed", 2)
     inside = Setup(8, A100, engine, 0.4, A100.network)
@@ -181,7 +240,9 @@ def test_a_plan_adds_up() -> None:
         and plan.parameters["total"] == sum(plan.parameters.values()) / 2
     )
     assert plan.compute_seconds == pytest.approx(16 * plan.flops.total / (4 * 0.4 * 311.9e12), rel=1e-3)
-    assert found["checkpoint"]["bytes"] == 12 * plan.parameters["total"]
+    kept = found["checkpoint"]
+    assert kept["bytes"] == 12 * plan.parameters["total"] and kept["per_rank"] == kept["bytes"] / 4
+    assert kept["write"] == kept["bytes"] / plan.setup.disk
     assert found["data"]["bytes_per_second"] == pytest.approx(16 / plan.step_seconds * plan.bytes_per_sample)
     assert json.loads(json.dumps(found)) == found
     for on, memory in plan.memory.items():

@@ -16,7 +16,7 @@ from models.perceiver import PerceiverConfig, PerceiverObjectives
 from train.config import ConfigError, PretrainConfig, micro_batch, problems, to_dict
 from train.data import find_sources, load_tokenizer
 from train.engine import Ranks
-from train.engines import engine_problems, optimizer_of
+from train.engines import engine_problems, optimizer_of, resolve
 from train.engines import in_words as engine_in_words
 from train.greeting import pair_lines
 from train.machine import choose_device, choose_precision, device_name, free_disk, gigabytes, total_memory
@@ -24,7 +24,18 @@ from train.multimodal import PerceiverPretrainConfig
 from train.multimodal_data import find_pairs, open_pairs
 from train.optimizers import in_words
 from train.plan.__main__ import plan_for
+from train.plan.budget import largest_block
+from train.plan.engines import (
+    EngineChoice,
+    checkpoint_bytes,
+    engine_of,
+    scores,
+    scoring_memory,
+    scoring_problem,
+    static_memory,
+)
 from train.plan.stated import RECIPES
+from train.plan.trace import empty_model
 
 # Values kept for the backward pass per token and channel of a block: 3.1 GB per 448 px image of XL in bf16.
 KEPT_PER_TOKEN = 19
@@ -190,10 +201,11 @@ def _check_machine(config: PretrainConfig, ranks: Ranks) -> list[str]:
         help_ = "" if config.activation_checkpointing else "--activation-checkpointing, "
         found.append(
             f"memory: about {gigabytes(needed)} needed, {device.type} has {gigabytes(has)}; what helps: "
-            f"{help_}more --accumulation, more processes, a smaller preset"
+            f"{help_}more --accumulation, more processes, an engine that shards, a smaller preset"
         )
+    found += _check_scoring(config, parameters, memory, ranks.size, has)
 
-    each = parameters * 4 * (4 if config.ema_decay else 3)
+    each = checkpoint_bytes(config, parameters)
     out = Path(config.out or f"runs/{config.name}")
     needed, free = (
         each * (config.keep_checkpoints + 1),
@@ -211,16 +223,37 @@ def _check_machine(config: PretrainConfig, ranks: Ranks) -> list[str]:
     return found
 
 
+def engine_for(config: PretrainConfig, world_size: int) -> EngineChoice:
+    """The engine of this run, as plans name it."""
+    return engine_of(config, world_size, resolve(config, world_size))
+
+
+def _check_scoring(
+    config: PretrainConfig, parameters: int, memory: dict[str, float], world_size: int, room: float | None
+) -> list[str]:
+    """The copy of the model that an engine that shards makes for an evaluation: is there room for it?"""
+    engine = engine_for(config, world_size)
+    if not engine.shards or not scores(config):
+        return []
+    static = {name: size for name, size in memory.items() if name not in ("activations", "logits")}
+    needed = scoring_memory(static, parameters, engine)
+    print(
+        f"            about {gigabytes(needed)} on rank 0 while it scores, with a whole fp32 copy of the model "
+        f"({gigabytes(4 * parameters)})"
+    )
+    return [scoring_problem(parameters, needed, room)] if room and needed > room else []
+
+
 def estimate_memory(
     config: PretrainConfig, parameters: int, world_size: int, bytes_per_value: int
 ) -> dict[str, float]:
-    """Bytes by part on one rank. Weights and optimizer are exact, activations within a factor of two."""
-    moments = 2.0 if config.optim.kind == "torch-8bit" else 8.0
-    memory = {"weights": 4.0 * parameters, "gradients": 4.0 * parameters, "AdamW": moments * parameters}
-    if config.ema_decay:
-        memory["EMA"] = 4.0 * parameters
-    if world_size > 1:
-        memory["reduction buckets"] = 4.0 * parameters
+    """Bytes by part on one rank, under the engine that is asked for. Weights and optimizer are exact, activations within a
+    factor of two."""
+    engine = engine_for(config, world_size)
+    largest = largest_block(empty_model(config)) if engine.shards else 0
+    memory = static_memory(config, parameters, largest, world_size, engine)
+    if engine.shards and bytes_per_value == 4:
+        memory["weights"] *= 2  # not in bf16 then
     if isinstance(config, PerceiverPretrainConfig):
         values = perceiver_activations(config.model, config.objectives, config.activation_checkpointing)
         memory["activations"] = bytes_per_value * micro_batch(config, world_size) * values

@@ -236,25 +236,39 @@ def _go_on_from(run: Run, snapshot: Snapshot, start: Path | None) -> None:
         run.data.loader.load_state_dict(snapshot.loader)
     except (ValueError, RuntimeError) as error:
         raise CheckpointError(f"{start} does not fit this run: {error}") from error
-    if not load_rng(snapshot.rng, run.ranks.rank, run.engine.device):
+    known = load_rng(snapshot.rng, run.ranks.rank, run.engine.device)
+    if run.ranks.size > snapshot.world_size:  # rank 0, which says it, is never a new one
         run.say(f"resume      written by {snapshot.world_size} ranks: dropout of the new ones is seeded anew")
+    elif not known:
+        run.say("resume      written on another kind of device: dropout is seeded anew")
     run.step, run.seconds_before, run.skipped = snapshot.step, snapshot.seconds, snapshot.skipped
     run.saver.saved = start if start and start.parent == run.out / "checkpoints" else None
+
+
+def _nodes(ranks: Ranks) -> int:
+    """Machines that take part, as torchrun says, or the ranks per machine that any launcher says."""
+    here = int(os.environ.get("LOCAL_WORLD_SIZE", ranks.size))
+    return max(int(os.environ.get("GROUP_WORLD_SIZE", 1)), -(-ranks.size // max(here, 1)))
 
 
 def _command(typed: Sequence[str], ranks: Ranks, program: str = "train.pretrain") -> str:
     launcher = "python -m"
     if ranks.size > 1:
-        launcher = f"torchrun --nproc-per-node {os.environ.get('LOCAL_WORLD_SIZE', ranks.size)} -m"
+        nodes = f"--nnodes {nodes} " if (nodes := _nodes(ranks)) > 1 else ""
+        launcher = f"torchrun {nodes}--nproc-per-node {os.environ.get('LOCAL_WORLD_SIZE', ranks.size)} -m"
     return shlex.join([*launcher.split(), program, *typed])
 
 
 def _resume_command(typed: Sequence[str], out: Path, ranks: Ranks, program: str = "train.pretrain") -> str:
-    """The command as typed, with --out and --resume auto in place of what was said about them."""
+    """The command as typed, with --out and --resume auto in place of what was said about them. What launches it on several
+    machines (addresses, numbers of machines, a scheduler's script) is not known here."""
+    anew = ["--out", str(out), "--resume", "auto"]
+    if _nodes(ranks) > 1:
+        return f"the same launcher command with {shlex.join(anew)}, on every machine"
     kept = []
     skip = False
     for word in typed:
         if not skip and word.split("=")[0] not in ("--out", "--resume"):
             kept.append(word)
         skip = word in ("--out", "--resume")
-    return _command([*kept, "--out", str(out), "--resume", "auto"], ranks, program)
+    return _command([*kept, *anew], ranks, program)

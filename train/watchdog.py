@@ -2,7 +2,8 @@
 
 Every rank notes its progress, and a thread publishes it in the store through which the ranks have met. A rank that makes none
 for `limit` seconds looks at the others' notes: those that wait in a collective have got further than the one they wait for. All
-that still can say so and exit, so that a launcher can start the run anew.
+that still can say so and exit, so that a launcher can start the run anew. A process that gives no sign of life for that long is
+named also while others may take their time, in a checkpoint or an evaluation.
 """
 
 from __future__ import annotations
@@ -89,12 +90,15 @@ class Watchdog:
     def _watch(self) -> None:
         store = None
         seen: dict[int, Seen] = {}
-        own, since, look = -1, time.monotonic(), 0
+        begun = since = moved = (
+            time.monotonic()
+        )  # since: as moved, but begins anew while somebody takes his time
+        own, look = -1, 0
         while not self._over.wait(self._period):
             look += 1
             now = time.monotonic()
             if self._count != own:
-                own, since = self._count, now
+                own, since, moved = self._count, now, now
             stuck = now - since > self.limit
             try:
                 store = store or self._store()
@@ -107,27 +111,41 @@ class Watchdog:
                         now - since,
                     )
                 continue
-            if any(one.note["patient"] and self._lives(one, now) for one in seen.values()):
-                since = now
-            elif stuck and not self._over.is_set():
-                time.sleep(self._period)  # the others publish where they are
-                try:
-                    self._read(store, seen, time.monotonic())
-                except (RuntimeError, ValueError):
-                    pass
-                if self._count == own:
-                    self._leave(culprits(seen, self._silent(seen)), now - since)
+            if self._excused(seen, now):
+                since, stuck = now, False
+            gone = now - moved > self.limit and self._gone(seen, begun)
+            if not (stuck or gone) or self._over.is_set():
+                continue
+            time.sleep(self._period)  # the others publish where they are
+            try:
+                self._read(store, seen, time.monotonic())
+            except (RuntimeError, ValueError):
+                pass
+            if self._count != own or self._over.is_set():
+                continue
+            if lost := self._gone(seen, begun):
+                self._leave(culprits(seen, lost), now - moved)
+            elif stuck:
+                self._leave(culprits(seen, self._silent(seen)), now - since)
+        self._say_over(store, look + 1)
+
+    def _say_over(self, store: Any, look: int) -> None:
+        """A last note: from now on this rank's silence means nothing."""
+        try:
+            self._publish(store or self._store(), look, False, over=True)
+        except (RuntimeError, ValueError):
+            pass  # nobody is left to read it
 
     def _store(self) -> Any:
         where = os.environ["MASTER_ADDR"], int(os.environ["MASTER_PORT"])
         store = dist.TCPStore(*where, is_master=False, wait_for_workers=False, timeout=ANSWER)
         return dist.PrefixStore(f"watchdog/{os.environ.get(ROUND, '')}", store)
 
-    def _publish(self, store: Any, look: int, stuck: bool) -> None:
+    def _publish(self, store: Any, look: int, stuck: bool, *, over: bool = False) -> None:
         note = {
             "look": look, "count": self._count, "place": self._place, "patient": self._patient > 0,
             "host": socket.gethostname(), "pid": os.getpid(), "stack": self._stack() if stuck else "",
-            "waits": stuck and self._waits(),
+            "waits": stuck and self._waits(), "over": over,
         }  # fmt: skip
         store.set(str(self.ranks.rank), json.dumps(note))
 
@@ -146,6 +164,24 @@ class Watchdog:
 
     def _lives(self, one: Seen, now: float) -> bool:
         return now - one.alive < SILENT * self._period
+
+    def _excused(self, seen: Mapping[int, Seen], now: float) -> bool:
+        """Whether this rank, or a living one that it may be waiting for, takes its time. One that has got further waits for
+        this rank, and is no excuse."""
+        return self._patient > 0 or any(
+            one.note["patient"] and one.note["count"] <= self._count and self._lives(one, now)
+            for one in seen.values()
+        )
+
+    def _gone(self, seen: Mapping[int, Seen], begun: float) -> set[int]:
+        """Ranks without a sign of life for `limit` seconds that have not said that they are done."""
+        now = time.monotonic()
+        return {
+            rank
+            for rank in self._silent(seen)
+            if now - (seen[rank].alive if rank in seen else begun) > self.limit
+            and not (rank in seen and seen[rank].note["over"])
+        }
 
     def _silent(self, seen: Mapping[int, Seen]) -> set[int]:
         now = time.monotonic()
@@ -174,13 +210,7 @@ class Watchdog:
 def culprits(seen: Mapping[int, Seen], silent: set[int]) -> list[str]:
     """Who holds up the others, in words."""
     if silent:
-        last = {
-            rank: f", last seen at: {seen[rank].note['place']}" if rank in seen else "" for rank in silent
-        }
-        return [
-            f"rank {rank} hangs: it gives no sign of life{last[rank]}{_where(seen, rank)}"
-            for rank in sorted(silent)
-        ]
+        return [_lost(seen, rank) for rank in sorted(silent)]
     least, most = (pick(one.note["count"] for one in seen.values()) for pick in (min, max))
     behind = [rank for rank, one in sorted(seen.items()) if one.note["count"] == least]
     if least == most:  # in the same micro-step, then: some of them wait there for those that do not
@@ -197,6 +227,13 @@ def culprits(seen: Mapping[int, Seen], silent: set[int]) -> list[str]:
         f"{seen[rank].note['stack']}"
         for rank in behind
     ]
+
+
+def _lost(seen: Mapping[int, Seen], rank: int) -> str:
+    last = f", last seen at: {seen[rank].note['place']}" if rank in seen else ""
+    over = rank in seen and seen[rank].note["over"]
+    what = "has left the run" if over else "hangs: it gives no sign of life"
+    return f"rank {rank} {what}{last}{_where(seen, rank)}"
 
 
 def _where(seen: Mapping[int, Seen], rank: int) -> str:

@@ -15,7 +15,15 @@ from train.devices import Device
 from train.multimodal import PerceiverPretrainConfig
 from train.plan.arithmetic import Flops, flops_of, mean_flops
 from train.plan.batches import kinds
-from train.plan.engines import EngineChoice, static_memory, traffic
+from train.plan.engines import (
+    EngineChoice,
+    checkpoint_bytes,
+    scores,
+    scoring_memory,
+    scoring_problem,
+    static_memory,
+    traffic,
+)
 from train.plan.trace import Traced, empty_model, plain, trace
 
 LINK_SHARE, NETWORK_SHARE = 0.8, 0.85  # of the data sheet's rates that NCCL's rings are said to reach
@@ -86,6 +94,8 @@ class Plan:
     gather_seconds: float  # of a step, besides
     bytes_per_sample: float
     save_every: int
+    checkpoint_bytes: float  # of all ranks together
+    scoring: float  # bytes on rank 0's GPU while it scores held-out data, without activations
     problems: list[str] = field(default_factory=list)
 
     @property
@@ -108,11 +118,6 @@ class Plan:
         """Of the peak, with what is recomputed."""
         recomputed = self.recompute if self.checkpointing else 0.0
         return self.setup.mfu * (1 + recomputed / self.flops.total)
-
-    @property
-    def checkpoint_bytes(self) -> float:
-        """Weights and two moments in fp32, of all ranks together."""
-        return 12.0 * self.parameters["total"]
 
 
 def contrasted(config: PretrainConfig) -> float:
@@ -146,11 +151,15 @@ def make_plan(config: PretrainConfig, setup: Setup, *, checkpointing: bool | Non
     step = compute + accumulation * max(0.0, reduce - backward) + gather
     one = traced[True][1]
     heavy = one.model_flops
+    scoring = scoring_memory(static, parameters["total"], setup.engine)
+    if setup.engine.shards and scores(config) and scoring > setup.device.memory:
+        found = [*found, scoring_problem(parameters["total"], scoring, setup.device.memory)]
     return Plan(
         config.name, setup, parameters, shares, flops, by_kind,
         one.counts.flops["recompute"] / heavy * flops.total, memory, ask, micro, accumulation, as_asked, config.batch_size,
         config.steps, negatives, step, compute, floor(traced[ask], flops.total, micro, accumulation), reduce, gather,
-        sum(share * stored_bytes(config, kind) for kind, share in shares.items()), config.save_every, found,
+        sum(share * stored_bytes(config, kind) for kind, share in shares.items()), config.save_every,
+        checkpoint_bytes(config, parameters["total"]), scoring, found,
     )  # fmt: skip
 
 
@@ -298,6 +307,7 @@ def to_json(plan: Plan) -> dict[str, Any]:
         "batch": {
             "global": plan.batch_size, "micro": plan.micro_batch, "accumulation": plan.accumulation,
             "checkpointing": plan.checkpointing, "memory": memory.needed(plan.micro_batch), "negatives": plan.negatives,
+            "scoring_memory": plan.scoring,
         },
         "time": {
             "step": plan.step_seconds, "compute": plan.compute_seconds, "floor": plan.floor_seconds, "steps": plan.steps,
@@ -318,13 +328,13 @@ def to_json(plan: Plan) -> dict[str, Any]:
 
 
 def checkpoint(plan: Plan) -> dict[str, float]:
-    """Its size, the time to copy a rank's part aside (the stall of an asynchronous one), and the time to write it."""
-    setup, size = plan.setup, plan.checkpoint_bytes
+    """Its size, the time to copy a rank's part aside (the stall of an asynchronous one), and the time to write it. Every rank
+    writes a part, whatever the engine."""
+    setup, size, ranks = plan.setup, plan.checkpoint_bytes, plan.setup.gpus
     nodes = -(-setup.gpus // setup.device.per_node)
-    ranks = setup.gpus if setup.engine.shards else 1
     between = plan.save_every * plan.step_seconds
     stall = size / ranks / setup.copy
-    write = size / (setup.disk * (nodes if setup.engine.shards else 1))
+    write = size / (setup.disk * nodes)
     return {
         "bytes": size, "per_rank": size / ranks, "stall": stall, "write": write, "between": between,
         "stall_share": stall / between if between else 0.0,

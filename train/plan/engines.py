@@ -6,10 +6,12 @@ copies gradients into buckets; `fully_shard` gathers bf16 weights and reduces gr
 
 from __future__ import annotations
 
+from collections.abc import Mapping
 from dataclasses import dataclass
 from typing import Any
 
 from train.config import PretrainConfig
+from train.multimodal import PerceiverPretrainConfig
 
 ENGINES = ("single", "ddp", "fsdp2", "deepspeed")
 BUCKET = 5e8 * 2  # DeepSpeed's reduce_bucket_size and allgather_bucket_size, in bf16
@@ -43,7 +45,7 @@ def engine_of(
     config: PretrainConfig, gpus: int, name: str = "", stage: int = 0, offload: bool = False
 ) -> EngineChoice:
     """What was asked for, or what the configuration says, or what `auto` means for so many GPUs. Raises ValueError for an
-    engine that does not exist, or that so many GPUs cannot use."""
+    engine that does not exist, that so many GPUs cannot use, or that keeps its optimizer on the GPU where `offload` is on."""
     chosen = name or str(_field(config, "engine", "auto"))
     if chosen == "auto":
         chosen = "single" if gpus == 1 else "ddp"
@@ -57,7 +59,11 @@ def engine_of(
     if zero not in (1, 2, 3) or (zero == 1 and chosen == "fsdp2"):
         raise ValueError(f"zero_stage {zero} of {chosen}; supported: 1 (deepspeed), 2, 3")
     off = offload or bool(_field(config, "offload", False))
-    return EngineChoice(chosen, zero, off and chosen == "deepspeed")
+    if off and chosen != "deepspeed":
+        raise ValueError(
+            f"offload is on, and the engine is {chosen}: only deepspeed puts the optimizer into main memory"
+        )
+    return EngineChoice(chosen, zero, off)
 
 
 def _field(config: PretrainConfig, name: str, default: Any) -> Any:
@@ -89,6 +95,35 @@ def static_memory(
     if config.ema_decay:
         found["average"] = 4 * p / (n if engine.shards else 1)
     return found
+
+
+def scoring_memory(static: Mapping[str, float], parameters: int, engine: EngineChoice) -> float:
+    """Bytes on rank 0's GPU in an evaluation during the run, without activations. Engines that shard gather a whole fp32 copy
+    of the model there (`ShardedEngine.scored_weights`) beside what they keep; others score the model that they train. fsdp2
+    holds no gradients then, DeepSpeed holds its buffers for good."""
+    kept = sum(static.values()) - (static["gradients"] if engine.name == "fsdp2" else 0.0)
+    return kept + (4.0 * parameters if engine.shards else 0.0)
+
+
+def scores(config: PretrainConfig) -> bool:
+    """Whether held-out data is named, which the run then evaluates. (Built-in corpora are held out too, for small models.)"""
+    if isinstance(config, PerceiverPretrainConfig):
+        return any(pair.heldout for pair in config.data.pairs().values())
+    return bool(config.data.heldout)
+
+
+def scoring_problem(parameters: int, needed: float, room: float) -> str:
+    """What does not fit, and what to do."""
+    return (
+        f"evaluation: rank 0 needs about {needed / 1e9:.1f} GB of {room / 1e9:.1f} while it scores held-out data, since the "
+        f"engine gathers a whole fp32 copy of the model there ({4 * parameters / 1e9:.1f} GB); what helps: no held-out data "
+        "in this run (no --data.heldout, no --data.*.heldout), and a checkpoint evaluated elsewhere by python -m train.evaluate"
+    )
+
+
+def checkpoint_bytes(config: PretrainConfig, parameters: int) -> float:
+    """Of all ranks together: fp32 weights, two moments, and the average where one is kept."""
+    return parameters * (4.0 + MOMENTS.get(config.optim.kind, 8.0) + (4.0 if config.ema_decay else 0.0))
 
 
 @dataclass(frozen=True)

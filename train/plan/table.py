@@ -75,6 +75,12 @@ def _memory(plan: Plan) -> Iterator[str]:
             f"            {words} {size(found.per_sample)} per sample and {size(found.fixed)} besides (logits "
             f"{size(found.logits)} at a time): micro-batches up to {found.largest}"
         )
+    if plan.setup.engine.shards:
+        fits = "" if plan.scoring <= room else ", which does not fit: evaluate checkpoints elsewhere"
+        yield (
+            "            scoring held-out data in the run gathers a whole fp32 copy of "
+            f"{size(4 * plan.parameters['total'])} on rank 0: {size(plan.scoring)} there{fits}"
+        )
 
 
 def _batch(plan: Plan, found: dict[str, Any]) -> Iterator[str]:
