@@ -116,7 +116,8 @@ class Watchdog:
             gone = now - moved > self.limit and self._gone(seen, begun)
             if not (stuck or gone) or self._over.is_set():
                 continue
-            time.sleep(self._period)  # the others publish where they are
+            # The others publish where they are; those that wait speak before the one that holds them up breaks their connection.
+            time.sleep(self._period * (1 if gone or self._waits() else 3))
             try:
                 self._read(store, seen, time.monotonic())
             except (RuntimeError, ValueError):
