@@ -116,7 +116,7 @@ class Watchdog:
             gone = now - moved > self.limit and self._gone(seen, begun)
             if not (stuck or gone) or self._over.is_set():
                 continue
-            # The others publish where they are; those that wait speak before the one that holds them up breaks their connection.
+            # The others publish where they are. Those that wait speak before the one that holds them up cuts them off.
             time.sleep(self._period * (1 if gone or self._waits() else 3))
             try:
                 self._read(store, seen, time.monotonic())
