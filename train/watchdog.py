@@ -90,11 +90,11 @@ class Watchdog:
     def _watch(self) -> None:
         store = None
         seen: dict[int, Seen] = {}
-        begun = since = moved = (
-            time.monotonic()
-        )  # since: as moved, but begins anew while somebody takes his time
+        # since: as moved, but it begins anew while somebody may take his time
+        begun = since = moved = time.monotonic()
         own, look = -1, 0
-        while not self._over.wait(self._period):
+        # The first note at once: it says which process this is.
+        while not self._over.wait(self._period if look else 0):
             look += 1
             now = time.monotonic()
             if self._count != own:
@@ -116,7 +116,8 @@ class Watchdog:
             gone = now - moved > self.limit and self._gone(seen, begun)
             if not (stuck or gone) or self._over.is_set():
                 continue
-            time.sleep(self._period)  # the others publish where they are
+            # The others publish where they are. Those that wait speak before the one that holds them up cuts them off.
+            time.sleep(self._period * (1 if gone or self._waits() else 3))
             try:
                 self._read(store, seen, time.monotonic())
             except (RuntimeError, ValueError):
@@ -186,7 +187,9 @@ class Watchdog:
     def _silent(self, seen: Mapping[int, Seen]) -> set[int]:
         now = time.monotonic()
         return {
-            rank for rank in range(self.ranks.size) if rank not in seen or not self._lives(seen[rank], now)
+            rank
+            for rank in range(self.ranks.size)
+            if rank not in seen or seen[rank].note["over"] or not self._lives(seen[rank], now)
         }
 
     def _stack(self) -> str:
