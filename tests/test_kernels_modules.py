@@ -218,7 +218,7 @@ def test_examples_in_the_readme_run(timm: ModuleType, file: str, capsys: pytest.
         r"^```python\n(.*?)^```$", (ROOT / file).read_text(encoding="utf-8"), re.MULTILINE | re.DOTALL
     )
     names: dict[str, Tensor] = {}
-    blocks = [block for block in blocks if "from kernels import" in block]
+    blocks = [block for block in blocks if "from models import" not in block]  # those need a trained model
     for block in blocks:
         exec(compile(block, file, "exec"), names)
     assert len(blocks) >= 2 and "on window_attention" in capsys.readouterr().out
