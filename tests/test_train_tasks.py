@@ -29,9 +29,10 @@ from train.checkpoint import load_model, read_config
 from train.export import main as export
 from train.pretrain import main as pretrain
 from train.scores import captioning, java
-from train.tasks.config import FinetuneConfig
+from train.tasks.config import FinetuneConfig, TuneConfig
 from train.tasks.presets import at_size
 from train.tasks.registry import task_of
+from train.tasks.tuning import prepare
 from train.tasks.vqa import written
 
 
@@ -422,3 +423,20 @@ def test_annotations_of_a_sample_are_read_back(started: Path) -> None:
     sample = int(np.flatnonzero(index.captioned)[0])
     one = read_annotations(index, sample)
     assert isinstance(one, Annotations) and one.width == 32 and one.objects[0].category in scenes.SHAPES
+
+
+def test_statistics_of_frozen_parts_stay() -> None:
+    class Two(torch.nn.Module):
+        def __init__(self) -> None:
+            super().__init__()
+            parts = {name: torch.nn.Sequential(torch.nn.BatchNorm1d(3)) for name in ("encoder", "head")}
+            self.base = torch.nn.ModuleDict(parts)
+
+        def forward(self, x: torch.Tensor) -> torch.Tensor:
+            return self.base["head"](self.base["encoder"](x))
+
+    model = prepare(Two(), TuneConfig(freeze=("encoder",))).train()
+    model(torch.randn(8, 3) + 5)
+    before = torch.zeros(3)
+    assert torch.equal(model.base["encoder"][0].running_mean, before)
+    assert not torch.equal(model.base["head"][0].running_mean, before)

@@ -6,6 +6,7 @@ from collections.abc import Collection, Mapping
 
 import torch
 from torch import Tensor, nn
+from torch.nn.modules.batchnorm import _BatchNorm
 
 from models.lora import add_lora
 from train.config import ConfigError
@@ -33,7 +34,24 @@ def prepare(model: nn.Module, tune: TuneConfig, fresh: Collection[str] = ()) -> 
             raise ConfigError(f"tune.freeze {part}: the model has no such part; it has {parts}")
     for part in fresh:
         _base(model).get_submodule(part).requires_grad_(True)
+    _keep_still(model)
     return model
+
+
+def _keep_still(model: nn.Module) -> None:
+    """Batch norms with frozen weights normalise by what they have seen before, and their statistics stay, too."""
+    still = [
+        module
+        for module in model.modules()
+        if isinstance(module, _BatchNorm) and not any(p.requires_grad for p in module.parameters())
+    ]
+
+    def rest(*_: object) -> None:
+        for norm in still:
+            norm.eval()
+
+    if still:
+        model.register_forward_pre_hook(rest)
 
 
 def load_base(model: nn.Module, weights: Mapping[str, Tensor], optional: Collection[str] = ()) -> list[str]:
