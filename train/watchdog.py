@@ -116,12 +116,14 @@ class Watchdog:
             gone = now - moved > self.limit and self._gone(seen, begun)
             if not (stuck or gone) or self._over.is_set():
                 continue
-            # The others publish where they are. Those that wait speak before the one that holds them up cuts them off.
-            time.sleep(self._period * (1 if gone or self._waits() else 3))
-            try:
-                self._read(store, seen, time.monotonic())
-            except (RuntimeError, ValueError):
-                pass
+            # The others publish where they are. Those that wait speak before the one that holds them up cuts them off; when
+            # rank 0 goes, the notes go with it, so what it says is read as soon as it is said.
+            for _ in range(2 if gone or self._waits() else 6):
+                time.sleep(self._period / 2)
+                try:
+                    self._read(store, seen, time.monotonic())
+                except (RuntimeError, ValueError):
+                    break
             if self._count != own or self._over.is_set():
                 continue
             if lost := self._gone(seen, begun):
