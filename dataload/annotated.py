@@ -336,7 +336,7 @@ class TaskSet:
     ) -> None:  # fmt: skip
         self.items, self.maker, self.ragged = items, maker, frozenset(ragged)
         self.batch_size, self.workers = batch_size, max(1, workers)
-        self.broken: list[Broken] = []
+        self.broken: list[Broken] = list(items.broken)  # whose annotations cannot be read; pictures follow
         """samples that could not be read, each once"""
 
     def __len__(self) -> int:
