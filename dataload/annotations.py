@@ -57,7 +57,10 @@ class Object:
             inside[round(top) : round(top + h), round(left) : round(left + w)] = True
             return inside
         tools = mask_tools()
-        decoded: np.ndarray = tools.decode(run_lengths(self.segmentation, height, width)).astype(bool)
+        try:
+            decoded: np.ndarray = tools.decode(run_lengths(self.segmentation, height, width)).astype(bool)
+        except Exception as error:  # pycocotools raises the class itself
+            raise BrokenSample(f"an object's mask cannot be read: {error}") from None
         return decoded
 
 
@@ -204,6 +207,8 @@ def parse(
             label_map=decode_label_map(label_map) if label_map is not None and read_map else None,
             has=frozenset(has),
         )
+    except BrokenSample:  # the label map's own
+        raise
     except KeyError as error:
         raise BrokenSample(f"{key}: the json has an entry without {error}") from None
     except (TypeError, ValueError, AttributeError) as error:

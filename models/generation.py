@@ -95,8 +95,9 @@ def beam_search(
     model: Generator, memory: Tensor, max_length: int, beams: int, length_penalty: float,
     prompt: Tensor | None = None,
 ) -> list[list[int]]:  # fmt: skip
-    """Beam search over all rows at once; an unfinished hypothesis counts as finished at max_length. A hypothesis' length
-    counts its end token, not the prompt."""
+    """Beam search over all rows at once, each as if it were alone: it is done when as many hypotheses as `beams` have ended. The
+    best of those that ended; at max_length, where none has, the best unfinished one. A hypothesis' length counts its end token,
+    not the prompt."""
     batch, device = len(memory), memory.device
     state = model.start(memory)
     first, begun = read_prompt(model, memory, state, prompt)
@@ -115,7 +116,8 @@ def beam_search(
         beam, token = index // vocabulary, index % vocabulary
         ends = token == EOS
         for row, column in ends[:, :beams].nonzero().tolist():
-            if best[row, column] > -torch.inf:
+            # A row that has enough takes no more, however long the others go on: it is the same alone.
+            if best[row, column] > -torch.inf and len(finished[row]) < beams:
                 ids = history[row, beam[row, column], 1:].tolist()
                 finished[row].append((best[row, column].item() / length**length_penalty, ids))
         keep = best.masked_fill(ends, -torch.inf).topk(beams, dim=1)

@@ -56,6 +56,13 @@ def test_beam_search_finds_the_best_sentence() -> None:
     assert wide == [best_by_hand(table, 5, 1.0) for table in memory]
 
 
+def test_a_row_of_a_batch_is_searched_as_if_alone() -> None:
+    memory = tables(rows=48, seed=5)
+    options = {"method": "beam", "beams": 3, "max_length": 12, "length_penalty": 1.0}
+    together = generate(Bigram(), memory, **options)
+    assert together == [generate(Bigram(), row[None], **options)[0] for row in memory]
+
+
 def test_one_beam_without_penalty_is_greedy_where_greedy_ends() -> None:
     memory = tables(rows=16, seed=3)
     greedy = generate(Bigram(), memory, max_length=30)

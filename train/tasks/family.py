@@ -30,7 +30,11 @@ class TaskFamily:
 
     def model(self, config: PretrainConfig) -> nn.Module:
         assert isinstance(config, FinetuneConfig)
-        return prepare(self.task.model(config), config.tune, self.task.fresh)
+        model, fresh = self.task.model(config), self.task.fresh
+        if config.data.tokenizer:  # new words have new embeddings
+            names = [name for name, _ in model.base.named_modules()]  # type: ignore[union-attr]
+            fresh = (*fresh, *(word.rstrip(".") for word in WORDS if word.rstrip(".") in names))
+        return prepare(model, config.tune, fresh)
 
     def begin(self, model: nn.Module, config: PretrainConfig) -> list[str]:
         """Take over the weights of the run's checkpoint; lines that say so."""

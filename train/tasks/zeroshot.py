@@ -26,6 +26,8 @@ from train.tasks.config import FinetuneConfig, TaskConfig
 
 TEMPLATES = ("{}", "a {}", "a picture of a {}", "there is a {}")
 
+NOTHING = "zero-shot classification trains nothing: python -m train.evaluate classify"
+
 
 class ZeroShot:
     """An item is a picture with labels; where there are none, with objects, whose categories are its labels."""
@@ -50,7 +52,7 @@ class ZeroShot:
         return replace(task, classes=tuple(names))
 
     def model(self, config: FinetuneConfig) -> nn.Module:
-        raise ConfigError("zero-shot classification trains nothing: python -m train.evaluate classify")
+        raise ConfigError(NOTHING)
 
     def maker(self, config: FinetuneConfig, tokenizer: Tokenizer) -> Maker:
         size = config.model.image_size
@@ -61,12 +63,12 @@ class ZeroShot:
         return make
 
     def counts(self, batch: TaskBatch, config: FinetuneConfig) -> Sequence[float]:
-        raise NotImplementedError
+        raise ConfigError(NOTHING)
 
     def forward(
         self, module: nn.Module, batch: TaskBatch, config: FinetuneConfig, shares: Sequence[float]
     ) -> dict[str, Tensor]:
-        raise NotImplementedError
+        raise ConfigError(NOTHING)
 
     def predict(
         self, model: Any, batch: TaskBatch, items: Items, config: FinetuneConfig, tokenizer: Tokenizer
