@@ -95,9 +95,9 @@ def beam_search(
     model: Generator, memory: Tensor, max_length: int, beams: int, length_penalty: float,
     prompt: Tensor | None = None,
 ) -> list[list[int]]:  # fmt: skip
-    """Beam search over all rows at once, each as if it were alone: it is done when as many hypotheses as `beams` have ended. The
-    best of those that ended; at max_length, where none has, the best unfinished one. A hypothesis' length counts its end token,
-    not the prompt."""
+    """Beam search over all rows at once, each as if it were alone: it is done when `beams` hypotheses have ended. The best
+    of those that ended; at max_length, where none has, the best unfinished one. A hypothesis' length counts its end
+    token, not the prompt."""
     batch, device = len(memory), memory.device
     state = model.start(memory)
     first, begun = read_prompt(model, memory, state, prompt)
