@@ -13,6 +13,7 @@ from torch import Tensor, nn
 
 from dataload.annotated import Item, Items, Maker, TaskBatch
 from dataload.annotations import IGNORE, Annotations, read_classes
+from dataload.broken import BrokenSample
 from dataload.images import normalize
 from dataload.tokenizer import Tokenizer
 from dataload.views import paint, training_view, whole_view
@@ -159,6 +160,12 @@ class Truth:
                 self.table[value] = number
 
     def __call__(self, known: Annotations, width: int, height: int) -> np.ndarray:
+        """Raises BrokenSample for a sample with the other kind of truth: its numbers mean other classes."""
+        if ("segmentation" in known.has) == self.objects:
+            asked, there = ("objects", "a label map") if self.objects else ("a label map", "objects")
+            raise BrokenSample(
+                f"it has {there}, and this task's truth is {asked}: keep one kind in a set of shards"
+            )
         stored = paint(known, self.numbers, width, height)
         return stored if self.objects else self.table[stored]
 
