@@ -23,6 +23,7 @@ class Config(NamedTuple):
     late: bool = False  # window attention's backward in one kernel: see LATE there
     programs: int = 4  # to a multiprocessor, of a kernel that walks over windows and keeps a bias meanwhile
     apart: bool = False  # latent attention: see APART there
+    by_product: bool = False  # window attention's backward in one kernel: see BY_PRODUCT there
 
     @property
     def options(self) -> dict[str, Any]:

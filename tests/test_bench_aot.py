@@ -64,6 +64,9 @@ def sample(cases: list[aot.AotCase], each: int = 40) -> list[aot.AotCase]:
     return [case for some in found.values() for case in some[::each]]
 
 
+ON_HOPPER = {"walking_query_grad_kernel", "walking_key_grad_kernel", "half_bias_kernel"}  # alone
+
+
 def test_every_kernel_is_listed() -> None:
     """Every function under triton.jit in kernels/ whose name ends in _kernel has cases; nothing else has."""
     found = set()
@@ -74,8 +77,8 @@ def test_every_kernel_is_listed() -> None:
             ):
                 found.add(node.name)
     kernels = {name for name in found if name.endswith("_kernel")}
-    for arch in ARCHS:
-        assert {case.name for case in aot.cases(arch)} == kernels
+    for arch, others in zip(ARCHS, (ON_HOPPER, set()), strict=True):
+        assert {case.name for case in aot.cases(arch)} == kernels - others
 
 
 def launches(arch: int, monkeypatch: pytest.MonkeyPatch, launch: Callable[[], None]) -> set[Any]:
@@ -153,7 +156,9 @@ def test_window_launches_are_the_listed_ones(arch: int, monkeypatch: pytest.Monk
     def launch_all() -> None:
         for dtype, form in window_aot.forms(arch):
             wy, wx = form.window
-            qkv = torch.zeros(2, wy + 1, 2 * wx, 3, 3, form.head_dim, dtype=dtypes[dtype])
+            qkv = torch.zeros(
+                2, 2 * wy if form.exact else wy + 1, 2 * wx, 3, 3, form.head_dim, dtype=dtypes[dtype]
+            )
             numbers = (wy, wx, 1, 0, 0.5)
             scale = torch.zeros(3) if form.cosine else None
             pads = torch.zeros(7, 3, form.head_dim).to(qkv)[1:3] if form.pads_are_keys else None

@@ -6,6 +6,7 @@ plain PyTorch is in the same dtype, a gradient by three times that.
 
 from __future__ import annotations
 
+import importlib
 import math
 from typing import Any
 from unittest import mock
@@ -24,6 +25,7 @@ from kernels.window_attention import launch, reference
 
 triton = pytest.importorskip("triton", reason="needs Triton, which is for Linux: pip install 'triton>=3.6'")
 pytestmark = pytest.mark.usefixtures("interpreter")
+backward_walking = importlib.import_module("kernels.window_attention.backward_walking")  # needs Triton
 
 HALF, SINGLE = torch.float16, torch.float32
 
@@ -191,6 +193,40 @@ def test_exact_with_the_tiles_of_sm_90(device: str) -> None:
         for name in ("shifted", "many-heads", "hidden-pads", "two-slots"):
             check(*some(**CALLS[name], dtype=HALF, device=device))
         check(*some((8, 8), 2, 32, 4, 2, cosine=True, dtype=HALF, device=device))
+
+
+# Pieces of 64 + 64, 64 + 16, 64 + 64 + 64; one kind of window and four; a table, all pairs and none.
+WALKS: dict[str, dict[str, Any]] = {
+    "one-window": {"map_size": (10, 10), "heads": 2, "head_dim": 32, "window": 10, "bias": "full", "cosine": True},
+    "shifted": {"map_size": (18, 18), "heads": 1, "head_dim": 32, "window": 9, "shift": (4, 2)},
+    "three-pieces": {"map_size": (12, 28), "heads": 1, "head_dim": 64, "window": (12, 14), "shift": (0, 7), "cosine": True},
+    "no-bias": {"map_size": (9, 9), "heads": 1, "head_dim": 64, "window": 9, "bias": "none"},
+}  # fmt: skip
+
+
+@pytest.mark.parametrize("name", WALKS)
+@on_each_device
+def test_exact_where_the_backward_walks(device: str, name: str) -> None:
+    """As it does on Hopper, where the window divides the map."""
+    with mock.patch.object(launch, "processor", lambda _: (90, 2)):
+        tensors, numbers = some(**WALKS[name], dtype=HALF, device=device)
+        with mock.patch.object(backward_walking, "backward", wraps=backward_walking.backward) as walked:
+            check(tensors, numbers)
+            assert walked.called
+            # A bias far from 0, as fp16 could not hold it to a hundredth: what it adds to all logits is taken off.
+            if "bias" in tensors:
+                check(tensors | {"bias": tensors["bias"] + 30}, numbers)
+
+
+@on_each_device
+def test_a_scale_too_small_to_walk_with(device: str) -> None:
+    """The bias, divided by it, would leave fp16's range: the kernels in tiles do such a call."""
+    tensors, numbers = some((9, 9), 1, 32, 9, dtype=HALF, device=device)
+    with (
+        mock.patch.object(launch, "processor", lambda _: (90, 2)),
+        mock.patch.object(backward_walking, "backward", side_effect=AssertionError),
+    ):
+        check(tensors, numbers | {"scale": 1e-3})
 
 
 @on_each_device

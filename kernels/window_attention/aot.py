@@ -12,12 +12,10 @@ from typing import Any
 
 from kernels.aot import AotCase, Expects
 from kernels.launch import Config
-from kernels.window_attention.backward import (
-    bias_grad_kernel,
-    key_grad_kernel,
-    query_grad_kernel,
-    whole_backward_kernel,
-)
+from kernels.window_attention import half_bias
+from kernels.window_attention.backward import bias_grad_kernel, key_grad_kernel, query_grad_kernel
+from kernels.window_attention.backward_walking import walking_key_grad_kernel, walking_query_grad_kernel
+from kernels.window_attention.backward_whole import whole_backward_kernel
 from kernels.window_attention.forward import tiled_forward_kernel, whole_forward_kernel
 from kernels.window_attention.launch import (
     Form,
@@ -26,6 +24,7 @@ from kernels.window_attention.launch import (
     constants,
     fused_config,
     tail_of,
+    walking_config,
 )
 
 DATA = {
@@ -54,12 +53,17 @@ def forms(arch: int) -> Iterator[tuple[str, Form]]:
     small, large = (7, 7), (14, 14)
     for window, head_dim, cosine, pads in product((small, large), HEAD_DIMS, both, both):
         yield "bf16", Form(window, head_dim, True, cosine, pads, arch)
+    for window, head_dim, cosine in product((small, large), HEAD_DIMS, both):
+        yield "bf16", Form(window, head_dim, True, cosine, False, arch, exact=True)
+    for window, head_dim in (((4, 4), 32), ((8, 8), 64), ((9, 9), 32), ((12, 12), 64), ((16, 16), 32)):
+        yield "bf16", Form(window, head_dim, True, False, False, arch, exact=True)
     for window, head_dim in product(((4, 4), (4, 8), (9, 9), (16, 16)), (16, 64)):
         yield "bf16", Form(window, head_dim, True, False, False, arch)
     for window, head_dim in ((small, 24), (large, 24), (large, 48), (large, 96)):
         yield "bf16", Form(window, head_dim, True, True, False, arch)
     for window, cosine in product((small, large), both):
         yield "fp16", Form(window, 32, True, cosine, False, arch)
+        yield "fp16", Form(window, 32, True, cosine, False, arch, exact=True)
     for window, head_dim in product(((4, 4), small), (32, 64, 128)):
         yield "fp32", Form(window, head_dim, False, True, False, arch)
 
@@ -77,14 +81,26 @@ def launched(dtype: str, form: Form) -> Iterator[AotCase]:
     forward = configure("forward", form)
     keep_lse = fused is None
     if form.whole:
-        about = {"BLOCK": form.padded, "KEEP_LSE": keep_lse, **common}
+        about = {"BLOCK": form.padded, "KEEP_LSE": keep_lse, "TABLE": True, "EXACT": form.exact, **common}
         yield _case(whole_forward_kernel, dtype, form, forward, about)
     else:
         about = _tiles(forward, form) | {"TAIL": tail_of(form), "KEEP_LSE": keep_lse, **common}
         yield _case(tiled_forward_kernel, dtype, form, forward, about)
     if fused is not None:
         about = {"BLOCK": form.padded, "BIAS_GRAD": True, "LATE": fused.late, **constants(form)}
+        about |= {"TABLE": True, "EXACT": form.exact, "BY_PRODUCT": fused.by_product}
         yield _case(whole_backward_kernel, dtype, form, fused, about)
+        return
+    if form.walks:
+        yield half_bias.aot_case(form)
+        about = {key: value for key, value in constants(form).items() if key != "BLOCK_D"} | {
+            "SIDE": form.side
+        }
+        about |= dict(zip(("N0", "N1", "N2", "N3"), form.pieces, strict=True))
+        queries, keys = walking_config("walking queries", form), walking_config("walking keys", form)
+        more = {"BLOCK": queries.queries, "BIAS_GRAD": True}
+        yield _case(walking_query_grad_kernel, dtype, form, queries, about | more)
+        yield _case(walking_key_grad_kernel, dtype, form, keys, about | {"BLOCK": keys.keys})
         return
     for name, kernel in TILED:
         config = configure(name, form)
@@ -102,7 +118,11 @@ def _case(kernel: Any, dtype: str, form: Form, config: Config, about: dict[str, 
         if parameter.name not in about
     }
     pointers = {name for name, kind in numbers.items() if kind == "tensor" or not kind}
+    unaligned = {parameter.name for parameter in kernel.params if parameter.do_not_specialize_on_alignment}
+    walks = kernel in (walking_query_grad_kernel, walking_key_grad_kernel)
     types = {name: f"*{dtype}" if name in DATA else "*fp32" for name in pointers}
+    if walks:
+        types["bias"] = "*fp16"
     wide = (
         form.arch == 90 and _rows(kernel, about) >= 64
     )  # sm_90's own instruction takes 64 rows of four warps
@@ -125,7 +145,8 @@ def _case(kernel: Any, dtype: str, form: Form, config: Config, about: dict[str, 
         max_local_accesses=accesses,
     )
     what = ["cosine" if form.cosine else "dot", *(["pads"] if form.pads_are_keys else [])]
-    flags = [name.lower() for name in ("KEEP_LSE", "BIAS_GRAD", "LATE") if about.get(name)]
+    all_flags = ("KEEP_LSE", "BIAS_GRAD", "LATE", "EXACT", "BY_PRODUCT")
+    flags = [name.lower() for name in all_flags if about.get(name)]
     sizes = [f"{key.lower()} {about[key]}" for key in ("BLOCK", "BLOCK_Q", "BLOCK_K", "TAIL") if key in about]
     return AotCase(
         kernel=kernel,
@@ -134,7 +155,7 @@ def _case(kernel: Any, dtype: str, form: Form, config: Config, about: dict[str, 
         ),
         signature=numbers | types,
         constants=about,
-        divisible=frozenset(pointers - {"pad_kv"}) | ({"kind_stride", "bias_stride"} & numbers.keys()),
+        divisible=frozenset(pointers - unaligned) | ({"kind_stride", "bias_stride"} & numbers.keys()),
         num_warps=config.num_warps,
         num_stages=config.num_stages,
         expects=expects,

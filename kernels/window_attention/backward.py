@@ -1,10 +1,7 @@
-"""Window attention, backward, in Triton: each kernel beside its launcher. Nothing is added atomically.
+"""Window attention, backward, in tiles, in Triton: each kernel beside its launcher. Nothing is added atomically.
 
-    whole_backward_kernel   a window fits in one tile, and no pads are keys: recompute its logits, then all gradients at
-                            once; the bias gradient grows in registers while the program walks over windows, and is
-                            stored once per program
-
-and for larger windows three kernels, as in FlashAttention-2 (arXiv:2307.08691), each with what it owns in registers:
+Where no faster kernels fit (backward_whole.py, backward_walking.py), three, as in FlashAttention-2 (arXiv:2307.08691),
+each with what it owns in registers:
 
     query_grad_kernel       dq, and delta = sum(dout * out), for a tile of queries, over all keys
     key_grad_kernel         dk and dv for a tile of keys, over all queries
@@ -19,15 +16,14 @@ tiles.py has the legend, launch.py the choice. Importing this file imports Trito
 
 from __future__ import annotations
 
-from typing import NamedTuple
-
 import torch
 import triton
 import triton.language as tl
 from torch import Tensor
 
 from kernels.triton_parts import LN_2, load_rows, product, store_rows
-from kernels.window_attention.launch import Call, bias_strides, configure, fused_config
+from kernels.window_attention.launch import Call, bias_strides, configure
+from kernels.window_attention.partials import Gradients, empty_partials
 from kernels.window_attention.tiles import (
     SIZES,
     bias_of,
@@ -39,128 +35,10 @@ from kernels.window_attention.tiles import (
     number_of,
     own_window,
     place_of,
-    regions,
     scaled_products,
     windows_of,
     with_pads,
 )
-
-
-class Gradients(NamedTuple):
-    """What the launchers return; bias, multiplier and pads are partial sums, None where nobody asked."""
-
-    qkv: Tensor  # [B, H, W, 3, h, D]
-    bias: Tensor | None  # [G, h, Np, Np] fp32: of the bias itself, without log2 e
-    multiplier: Tensor | None  # [G, h] fp32: of the logarithm of the multiplier
-    pads: Tensor | None  # [G, 2, h, D] fp32
-
-
-@triton.jit(do_not_specialize=SIZES)
-def whole_backward_kernel(
-    grad_out: tl.tensor,  # [B, H, W, h, D]
-    qkv: tl.tensor,  # [B, H, W, 3, h, D]
-    bias: tl.tensor,  # [h, BLOCK, BLOCK] fp32, times log2 e, -inf for keys from N on
-    multiplier: tl.tensor,  # [h] fp32: COSINE's multiplier, times log2 e
-    grad_qkv: tl.tensor,  # [B, H, W, 3, h, D]
-    grad_bias: tl.tensor,  # [G, h, BLOCK, BLOCK] fp32
-    grad_multiplier: tl.tensor,  # [G, h] fp32
-    batch: tl.int32,
-    height: tl.int32,
-    width: tl.int32,
-    rows: tl.int32,
-    columns: tl.int32,
-    sy: tl.int32,
-    sx: tl.int32,
-    heads: tl.int32,
-    bias_stride: tl.int32,
-    scale: tl.float32,  # times log2 e
-    group_size: tl.int32,
-    WY: tl.constexpr,
-    WX: tl.constexpr,
-    BLOCK: tl.constexpr,
-    HEAD_DIM: tl.constexpr,
-    BLOCK_D: tl.constexpr,
-    COSINE: tl.constexpr,
-    BIAS_GRAD: tl.constexpr,
-    LATE: tl.constexpr,  # store gradients at the end of a window's turn, not as they are produced
-) -> None:
-    """The windows of one group, for one head. Grid: groups * h, head fastest."""
-    head = tl.program_id(0) % heads
-    group = tl.program_id(0) // heads
-    first, last, at_bottom, at_right, down, across = windows_of(group, group_size, batch, rows, columns)
-    n = tl.arange(0, BLOCK)
-    query_region, key_region = regions(
-        n, at_bottom, at_right, height, width, rows, columns, WY, WX, sy, sx, False
-    )
-    hidden = query_region[:, None] != key_region[None, :]
-    bias_tile = tl.load(bias + head * bias_stride + n[:, None] * BLOCK + n[None, :])
-    bias_tile = tl.where(hidden, float("-inf"), bias_tile)
-    if COSINE:
-        scale = tl.load(multiplier + head)
-    natural = scale * LN_2  # without log2 e
-
-    bias_acc = tl.zeros([BLOCK, BLOCK], tl.float32)
-    multiplier_acc = tl.zeros([BLOCK], tl.float32)
-    token_stride = 3 * heads * HEAD_DIM
-    sample, row, column = place_of(first, down, across)
-    for _ in range(first, last):
-        top, left = corner_of(row, column, at_bottom, at_right, rows, columns, WY, WX)
-        token, real = locate(n, top, left, height, width, WY, WX, sy, sx)
-        plane = sample.to(tl.int64) * (height * width)
-        q_start = qkv + plane * token_stride + head * HEAD_DIM
-        q = load_rows(q_start, token, token_stride, real, HEAD_DIM, BLOCK_D)
-        k = load_rows(q_start + heads * HEAD_DIM, token, token_stride, real, HEAD_DIM, BLOCK_D)
-        v = load_rows(q_start + 2 * heads * HEAD_DIM, token, token_stride, real, HEAD_DIM, BLOCK_D)
-        out_start = grad_out + plane * (heads * HEAD_DIM) + head * HEAD_DIM
-        d_out = load_rows(out_start, token, heads * HEAD_DIM, real, HEAD_DIM, BLOCK_D)
-
-        logits = product(q, tl.trans(k))
-        if COSINE:
-            q_norm, k_norm = inverse_norm(q), inverse_norm(k)
-            logits = logits * q_norm[:, None] * k_norm[None, :]
-        logits = logits * scale + bias_tile
-        largest = tl.max(logits, 1)
-        largest = tl.where(largest == float("-inf"), 0.0, largest)
-        weights = tl.exp2(logits - largest[:, None])
-        total = tl.sum(weights, 1)
-        weights = weights * (1.0 / tl.where(total == 0.0, 1.0, total))[:, None]
-
-        d_start = grad_qkv + plane * token_stride + head * HEAD_DIM
-        d_v = product(tl.trans(weights.to(d_out.dtype)), d_out)
-        if not LATE:
-            store_rows(d_start + 2 * heads * HEAD_DIM, token, token_stride, real, d_v, HEAD_DIM, BLOCK_D)
-        d_weights = product(d_out, tl.trans(v))
-        delta = tl.sum(weights * d_weights, 1)
-        d_logits = weights * (d_weights - delta[:, None])
-        if BIAS_GRAD:
-            bias_acc += d_logits
-
-        low = d_logits.to(q.dtype)
-        if COSINE:
-            d_q, along = grad_of_unit(product(low, (k * k_norm[:, None]).to(k.dtype)), q, q_norm, natural)
-            multiplier_acc += along
-        else:
-            d_q = product(low, k) * natural
-        if not LATE:
-            store_rows(d_start, token, token_stride, real, d_q, HEAD_DIM, BLOCK_D)
-        if COSINE:
-            d_k, _ = grad_of_unit(
-                product(tl.trans(low), (q * q_norm[:, None]).to(q.dtype)), k, k_norm, natural
-            )
-        else:
-            d_k = product(tl.trans(low), q) * natural
-        store_rows(d_start + heads * HEAD_DIM, token, token_stride, real, d_k, HEAD_DIM, BLOCK_D)
-        if LATE:
-            store_rows(d_start + 2 * heads * HEAD_DIM, token, token_stride, real, d_v, HEAD_DIM, BLOCK_D)
-            store_rows(d_start, token, token_stride, real, d_q, HEAD_DIM, BLOCK_D)
-        sample, row, column = next_place(sample, row, column, down, across)
-
-    place = group * heads + head
-    if BIAS_GRAD:
-        grad_start = grad_bias + place.to(tl.int64) * (BLOCK * BLOCK)
-        tl.store(grad_start + n[:, None] * BLOCK + n[None, :], bias_acc)
-    if COSINE:
-        tl.store(grad_multiplier + place, tl.sum(multiplier_acc, 0))
 
 
 @triton.jit(do_not_specialize=SIZES, do_not_specialize_on_alignment=["pad_kv"])
@@ -431,50 +309,7 @@ def backward(
     bias_grad: bool,
 ) -> Gradients:
     """The gradients of `forward.forward`, whose results are out and lse; grad_out [B, H, W, h * D] is contiguous."""
-    grad_qkv = torch.empty_like(qkv)
-    with torch.cuda.device_of(qkv):
-        if call.form.fused_backward:
-            return _whole(call, grad_out, qkv, bias, multiplier, grad_qkv, bias_grad=bias_grad)
-        return _tiled(call, grad_out, qkv, out, lse, bias, multiplier, pad_kv, grad_qkv, bias_grad=bias_grad)
-
-
-def _whole(
-    call: Call,
-    grad_out: Tensor,
-    qkv: Tensor,
-    bias: Tensor,
-    multiplier: Tensor,
-    grad_qkv: Tensor,
-    *,
-    bias_grad: bool,
-) -> Gradients:
-    config = fused_config(call.form)
-    assert config is not None
-    heads, size = call.heads, call.group_size(config)
-    groups = call.groups(size)
-    d_bias, d_multiplier, _ = _empty_partials(call, qkv, bias_grad, groups, groups, 0)
-    whole_backward_kernel[(groups * heads,)](
-        grad_out, qkv, bias, multiplier, grad_qkv, *(bias if part is None else part for part in (d_bias, d_multiplier)),
-        *call.sizes, bias_strides(bias)[1], call.scale, size,
-        BLOCK=call.form.padded, BIAS_GRAD=bias_grad, LATE=config.late, **call.constants, **config.options,
-    )  # fmt: skip
-    return Gradients(grad_qkv, d_bias, d_multiplier, None)
-
-
-def _tiled(
-    call: Call,
-    grad_out: Tensor,
-    qkv: Tensor,
-    out: Tensor,
-    lse: Tensor,
-    bias: Tensor,
-    multiplier: Tensor,
-    pad_kv: Tensor,
-    grad_qkv: Tensor,
-    *,
-    bias_grad: bool,
-) -> Gradients:
-    heads, delta = call.heads, torch.empty_like(lse)
+    heads, delta, grad_qkv = call.heads, torch.empty_like(lse), torch.empty_like(qkv)
     queries, keys, tile = (configure(kernel, call.form) for kernel in ("queries", "keys", "bias"))
     q_programs, k_programs = (
         call.windows * triton.cdiv(call.slots, block) for block in (queries.queries, keys.keys)
@@ -482,7 +317,7 @@ def _tiled(
     tiles = triton.cdiv(call.slots, tile.queries) * triton.cdiv(call.slots, tile.keys)
     size = call.group_size(tile, tiles)
     groups = call.groups(size)
-    grads = _empty_partials(call, qkv, bias_grad, groups, q_programs, k_programs)
+    grads = empty_partials(call, qkv, bias_grad, groups, q_programs, k_programs)
     d_bias, d_multiplier, d_pads = (bias if part is None else part for part in grads)
     numbers = *call.sizes, *bias_strides(bias), call.scale
     common = {"SIDE": call.form.side, "PADS_ARE_KEYS": call.pads_are_keys, **call.constants}
@@ -501,20 +336,3 @@ def _tiled(
             BLOCK_Q=tile.queries, BLOCK_K=tile.keys, **common, **tile.options,
         )  # fmt: skip
     return Gradients(grad_qkv, *grads)
-
-
-def _empty_partials(
-    call: Call, like: Tensor, bias_grad: bool, groups: int, query_programs: int, key_programs: int
-) -> tuple[Tensor | None, Tensor | None, Tensor | None]:
-    """Room for the partial sums of the bias, the multiplier and the pads; None where there will be none."""
-
-    side = call.form.padded if call.form.fused_backward else call.form.side
-
-    def room(wanted: bool, *shape: int) -> Tensor | None:
-        return like.new_empty(shape, dtype=torch.float32) if wanted else None
-
-    return (
-        room(bias_grad, groups, call.heads, side, side),
-        room(call.cosine, query_programs, call.heads),
-        room(call.pads_are_keys, key_programs, 2, call.heads, call.head_dim),
-    )

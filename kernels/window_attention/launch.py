@@ -5,7 +5,7 @@ Legend in tiles.py.
 
 from __future__ import annotations
 
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from functools import cached_property
 from typing import Any, Literal
 
@@ -17,6 +17,7 @@ from kernels.window_attention.geometry import Grid
 
 MAX_HEAD_DIM = 128
 MAX_GRID = 65_535  # of the grid's second and third axis
+LEAST_SCALE = 1 / 64  # of logits, where the bias is divided by it
 BIAS_STEP = 64  # a multiple of what the tiled kernels take of the bias's columns at once
 
 
@@ -31,6 +32,7 @@ class Form:
     cosine: bool
     pads_are_keys: bool
     arch: int  # 80 or 90
+    exact: bool = False  # the window divides the map: no slot is without a token
 
     @property
     def slots(self) -> int:
@@ -67,6 +69,25 @@ class Form:
         """Np: N up to a power of two, where a window is one tile."""
         return power_of_two(self.slots)
 
+    @property
+    def walks(self) -> bool:
+        """Whether the backward walks over windows in tiles (backward_walking.py): where that was timed."""
+        return (
+            self.arch >= 90
+            and self.half
+            and self.exact
+            and self.head_dim in (32, 64)
+            and 64 < self.slots <= 256
+        )
+
+    @property
+    def pieces(self) -> tuple[int, int, int, int]:
+        """Of a window's slots, where a kernel walks: 64 at a time, then a smaller piece; 0 where there is none."""
+        rest = self.slots % 64
+        widths = [64] * (self.slots // 64) + [power_of_two(rest)] * (rest > 0)
+        first, second, third, fourth = (*widths, 0, 0, 0)[:4]
+        return first, second, third, fourth
+
 
 @dataclass(frozen=True)
 class Call:
@@ -84,9 +105,19 @@ class Call:
 
     @cached_property
     def form(self) -> Form:
-        """What configurations depend on."""
+        """What configurations depend on, without `exact`: a compiler that looks at it need not ask about the map's size."""
         half, arch = self.dtype.itemsize == 2, processor(self.device)[0]
         return Form(self.grid.window, self.head_dim, half, self.cosine, self.pads_are_keys, arch)
+
+    @cached_property
+    def launched(self) -> Form:
+        """All that configurations depend on."""
+        return replace(self.form, exact=not self.grid.padded)
+
+    @property
+    def walks(self) -> bool:
+        """Whether the backward walks. There the bias is divided by the scale, which must leave it within fp16."""
+        return self.launched.walks and (self.cosine or self.scale >= LEAST_SCALE)
 
     @property
     def slots(self) -> int:
@@ -145,7 +176,10 @@ def constants(form: Form) -> dict[str, Any]:
 
 
 def bias_strides(bias: Tensor) -> tuple[int, int]:
-    """From one kind of window, and from one head's expanded bias, to the next: 0 where all share one. [kinds, h, ., .]"""
+    """From one kind of window, and from one head's expanded bias, to the next: 0 where all share one. [kinds, h, ., .]; a
+    table [R, h] has none."""
+    if bias.dim() == 2:
+        return 0, 0
     kinds, heads = bias.shape[:2]
     return 0 if kinds == 1 else bias.stride(0), 0 if heads == 1 else bias.stride(1)
 
@@ -162,7 +196,7 @@ def tail_of(form: Form) -> int:
 
 
 def fused_config(form: Form) -> Config | None:
-    """For whole_backward_kernel; None where the tiled kernels do it. At head_dim 64 it spills, and is more than twice as
+    """For whole_backward_kernel; None where the tiled kernels do it. At head_dim 64 it may spill, and is more than twice as
     fast as they are for all that."""
     if "fused" in forced:
         return forced["fused"]
@@ -171,7 +205,19 @@ def fused_config(form: Form) -> Config | None:
     warps = power_of_two(form.slots) // 16
     if form.arch < 90:
         return None if form.cosine and form.block_d == 32 else Config(0, 0, warps, 2, late=True)
-    return Config(0, 0, warps, 2, programs=2) if form.block_d == 64 else Config(0, 0, warps, 3)
+    if form.block_d == 64:
+        return Config(0, 0, warps, 3 if form.exact else 2, by_product=True, programs=2)
+    if form.cosine or form.block_d < 32:
+        return Config(0, 0, warps, 3)
+    return Config(0, 0, warps, 3, by_product=True, programs=3)
+
+
+def walking_config(kernel: Literal["walking queries", "walking keys"], form: Form) -> Config:
+    """For the kernels of backward_walking.py, queries or keys in tiles of 64."""
+    if (config := forced.get(kernel)) is not None:
+        return config
+    wide = form.block_d == 64
+    return Config(64, 64, 4, 1 if wide else 2, programs=2 if wide else 4)
 
 
 Kernel = Literal["forward", "queries", "keys", "bias"]

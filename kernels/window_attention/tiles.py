@@ -13,7 +13,13 @@ from __future__ import annotations
 import triton
 import triton.language as tl
 
+from kernels import launch
 from kernels.triton_parts import product
+
+LOG2_E: tl.constexpr = tl.constexpr(launch.LOG2_E)
+LARGEST_HALF: tl.constexpr = tl.constexpr(
+    60_000.0
+)  # about what fp16 can hold: what stands for infinity there
 
 # Numbers whose divisibility makes no better code: a form of its own for each would be compiled for nothing.
 SIZES = [
@@ -115,6 +121,16 @@ def locate(n, top, left, height, width, wy, wx, sy, sx):
 
 
 @triton.jit
+def offset_of(n, at_bottom, at_right, height, width, sy, sx, WY: tl.constexpr, WX: tl.constexpr):
+    """int32 tokens from the first slot of a window to slot n, the same in all windows of a kind: what `locate` finds, made once
+    for all windows. For maps that the window divides: there the roll wraps in the last windows alone."""
+    row = tl.minimum(n // WX, WY - 1)  # slots beyond the window: anywhere in it, for what is not masked
+    column = n % WX
+    down = row * width - tl.where((at_bottom == 1) & (row >= WY - sy), height * width, 0)
+    return down + column - tl.where((at_right == 1) & (column >= WX - sx), width, 0)
+
+
+@triton.jit
 def regions(
     n, at_bottom, at_right, height, width, rows, columns, wy, wx, sy, sx, PADS_ARE_KEYS: tl.constexpr
 ):
@@ -139,6 +155,37 @@ def regions(
 def bias_of(bias, kind_stride, bias_stride, at_bottom, at_right, head):
     """Where the bias of a head begins, with what is hidden in a window of this kind: [kinds, h, SIDE, SIDE]."""
     return bias + (2 * at_bottom + at_right).to(tl.int64) * kind_stride + head.to(tl.int64) * bias_stride
+
+
+@triton.jit
+def bias_at(
+    bias,
+    bias_stride,
+    head,
+    heads,
+    n,
+    WY: tl.constexpr,
+    WX: tl.constexpr,
+    BLOCK: tl.constexpr,
+    TABLE: tl.constexpr,
+):
+    """[BLOCK, BLOCK] fp32, times log2 e, of a head: -inf for keys from N on. TABLE: looked up in the table [R, h], for which
+    there is no kernel to wait for (bias.py has the rule); else from the expanded [h, BLOCK, BLOCK]."""
+    if TABLE:
+        place = n // WX * (2 * WX - 1) + n % WX
+        row = place[:, None] - place[None, :] + ((WY - 1) * (2 * WX - 1) + WX - 1)
+        real = (n < WY * WX)[:, None] & (n < WY * WX)[None, :]
+        found = tl.load(bias + row * heads + head, mask=real, other=0.0).to(tl.float32) * LOG2_E
+        return tl.where((n < WY * WX)[None, :], found, float("-inf"))
+    return tl.load(bias + head * bias_stride + n[:, None] * BLOCK + n[None, :])
+
+
+@triton.jit
+def identity(SIDE: tl.constexpr):
+    """[SIDE, SIDE] fp16. `tl.dot(identity, bias)` is the bias, exactly: a way to keep it in shared memory as an operand of the
+    tensor cores, where it takes no registers. A bias of that kind is finite (0 * inf is not 0) and fp16."""
+    i = tl.arange(0, SIDE)
+    return (i[:, None] == i[None, :]).to(tl.float16)
 
 
 @triton.jit

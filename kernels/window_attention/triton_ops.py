@@ -19,6 +19,7 @@ from kernels.launch import LOG2_E
 from kernels.operators import operator
 from kernels.window_attention.geometry import Grid, masks, remember
 from kernels.window_attention.launch import MAX_GRID, MAX_HEAD_DIM, Call, Form
+from kernels.window_attention.partials import Gradients
 from kernels.window_attention.reference import MAX_LOGIT_SCALE, logit_multiplier
 
 MAX_OFFSET = 2**31  # offsets within one sample, and within one head's bias, are 32-bit
@@ -125,15 +126,7 @@ def _forward(
 
     qkv = _aligned(qkv)
     lse = qkv.new_empty(_lse_shape(call, training), dtype=torch.float32)
-    operands = _operands(
-        call,
-        qkv,
-        bias,
-        logit_scale,
-        pad_kv,
-        side=call.form.padded if call.form.whole else call.form.side,
-        kinds=not call.form.whole,
-    )
+    operands = _operands(call, qkv, bias, logit_scale, pad_kv, whole=call.form.whole)
     return forward(call, qkv, *operands, lse), lse
 
 
@@ -184,20 +177,11 @@ def _backward(
         for part in grads:
             part.zero_()
         return grads
-    from kernels.window_attention.backward import backward
     from kernels.window_attention.bias import table_grad
 
-    qkv = _aligned(qkv)
-    operands = _operands(
-        call,
-        qkv,
-        bias,
-        logit_scale,
-        pad_kv,
-        side=call.form.padded if call.form.fused_backward else call.form.side,
-        kinds=not call.form.fused_backward,
+    found = _gradients(
+        call, _aligned(grad), _aligned(qkv), out, lse, bias, logit_scale, pad_kv, bias_grad=bias_grad
     )
-    found = backward(call, _aligned(grad), qkv, out, lse, *operands, bias_grad=bias_grad)
     d_bias, d_scale, d_pads = (qkv.new_empty(0) for _ in range(3))  # results may not share memory
     if bias is not None and found.bias is not None:
         if bias.dim() == 2:
@@ -210,6 +194,37 @@ def _backward(
     if pad_kv is not None:  # without padding it has no part in the result
         d_pads = torch.zeros_like(pad_kv) if found.pads is None else found.pads.sum(0).to(pad_kv.dtype)
     return found.qkv, d_bias, d_scale, d_pads
+
+
+def _gradients(
+    call: Call,
+    grad: Tensor,
+    qkv: Tensor,
+    out: Tensor,
+    lse: Tensor,
+    bias: Tensor | None,
+    logit_scale: Tensor | None,
+    pad_kv: Tensor | None,
+    *,
+    bias_grad: bool,
+) -> Gradients:
+    """By the kernels that fit the call."""
+    if call.form.fused_backward:
+        from kernels.window_attention import backward_whole
+
+        whole_bias, multiplier, _ = _operands(call, qkv, bias, logit_scale, pad_kv, whole=True)
+        return backward_whole.backward(call, grad, qkv, whole_bias, multiplier, bias_grad=bias_grad)
+    if call.walks:
+        from kernels.window_attention import backward_walking
+        from kernels.window_attention.half_bias import half_bias
+
+        halved = half_bias(call, bias, qkv)
+        multiplier = halved.centre if logit_scale is None else _multiplier(logit_scale)
+        return backward_walking.backward(call, grad, qkv, out, lse, halved, multiplier, bias_grad=bias_grad)
+    from kernels.window_attention import backward
+
+    operands = _operands(call, qkv, bias, logit_scale, pad_kv, whole=False)
+    return backward.backward(call, grad, qkv, out, lse, *operands, bias_grad=bias_grad)
 
 
 # ---- what the launchers need
@@ -248,34 +263,36 @@ def _operands(
     logit_scale: Tensor | None,
     pad_kv: Tensor | None,
     *,
-    side: int,
-    kinds: bool,
+    whole: bool,
 ) -> tuple[Tensor, Tensor, Tensor]:
     """bias, multiplier and pad_kv as the kernels take them; something stands for what they will not look at.
 
-    The bias is [kinds, h, side, side]: kernels that walk over windows make their mask themselves, once; the others find
-    it in the bias of the window's kind.
+    Kernels whose tile is a `whole` window look the bias up in its table, and make their mask themselves, once. The others,
+    and those whose bias is no table, take it expanded, [kinds, h, side, side]; in tiles the mask of the window's kind is in it.
     """
+    pads = qkv if pad_kv is None else pad_kv.detach().to(qkv.dtype).contiguous()
+    side = call.form.padded if whole else call.form.side
     if bias is None:
-        expanded = remember(qkv, _no_bias, call.slots, side)
+        expanded = remember(qkv, _no_bias, call.slots, side)[None]
+    elif bias.dim() == 2 and whole:
+        expanded = bias.detach().float().contiguous()
     elif bias.dim() == 2:
         from kernels.window_attention.bias import expand
 
-        expanded = expand(bias.detach().float(), *call.grid.window, side, LOG2_E)
+        expanded = expand(bias.detach().float(), *call.grid.window, side, LOG2_E)[None]
     else:
         more = side - call.slots
         expanded = F.pad(bias.detach().float() * LOG2_E, (0, more), value=float("-inf"))
-        expanded = F.pad(
-            expanded, (0, 0, 0, more)
-        ).contiguous()  # F.pad keeps the strides of what it need not pad
-    expanded = expanded[None]
-    if call.masked and kinds:
+        # F.pad keeps the strides of what it need not pad
+        expanded = F.pad(expanded, (0, 0, 0, more)).contiguous()[None]
+    if call.masked and not whole:
         expanded = expanded + remember(qkv, _kinds, _least(call.grid), not call.pads_are_keys, side)
-    multiplier = expanded
-    if logit_scale is not None:
-        multiplier = logit_multiplier(logit_scale.detach(), torch.float32) * LOG2_E
-    pads = qkv if pad_kv is None else pad_kv.detach().to(qkv.dtype).contiguous()
-    return expanded, multiplier, pads
+    return expanded, expanded if logit_scale is None else _multiplier(logit_scale), pads
+
+
+def _multiplier(logit_scale: Tensor) -> Tensor:
+    """[h] fp32, times log2 e."""
+    return logit_multiplier(logit_scale.detach(), torch.float32) * LOG2_E
 
 
 def _no_bias(slots: int, side: int, device: torch.device) -> Tensor:
