@@ -59,7 +59,8 @@ def forms(arch: int) -> Iterator[tuple[str, Form]]:
         for window, head_dim in (((4, 4), 32), ((8, 8), 64), ((9, 9), 32), ((12, 12), 64), ((16, 16), 32)):
             yield "bf16", Form(window, head_dim, True, False, False, arch, exact=True)
         for window, cosine in product((small, large), both):
-        for window, head_dim in product(((4, 4), (4, 8), (9, 9), (16, 16)), (16, 64)):
+            yield "fp16", Form(window, 32, True, cosine, False, arch, exact=True)
+    for window, head_dim in product(((4, 4), (4, 8), (9, 9), (16, 16)), (16, 64)):
         yield "bf16", Form(window, head_dim, True, False, False, arch)
     for window, head_dim in ((small, 24), (large, 24), (large, 48), (large, 96)):
         yield "bf16", Form(window, head_dim, True, True, False, arch)
@@ -133,7 +134,9 @@ def _case(kernel: Any, dtype: str, form: Form, config: Config, about: dict[str, 
     # is wide.
     timed = form.half and form.arch == 90
     wide_fp32 = not form.half and form.block_d >= 64 and kernel in (query_grad_kernel, tiled_forward_kernel)
-    stack, accesses = (800, 400) if walks else (400, 200) if timed else (160, 60) if wide_fp32 else (0, 0) if form.half else (8, 2)
+    stack, accesses = (160, 60) if wide_fp32 else (0, 0) if form.half else (8, 2)
+    if timed:
+        stack, accesses = (800, 400) if walks else (400, 200)
     expects = Expects(
         "tensor-core products of tiles" if form.half else "products of tiles in true fp32, unrolled",
         tensor_cores=("HGMMA" if wide else "HMMA") if form.half else None,
