@@ -115,16 +115,17 @@ def solve(
     peers: Collection[str] | None = None,
     clock: str = "auto",
     fewest: int = measure.FEWEST_ROUNDS,
+    seed: int = 0,
 ) -> list[Row]:
     """Check, then time, all implementations (or those named) of one problem; one row each, in their order.
 
     `budget` is in seconds, for the rounds of all of them together. `clock` is one of measure.py; memory is measured
-    with "auto" alone.
+    with "auto" alone. `seed` is that of the inputs that are checked.
     """
     chosen = [p for p in subject.peers if peers is None or p.name in peers]
     attempts = {peer.name: _build(subject, problem, device, peer) for peer in chosen}
     if any(a.function for a in attempts.values()):
-        inputs = problem.case.inputs(device, problem.dtype, seed=0)
+        inputs = problem.case.inputs(device, problem.dtype, seed=seed)
         out = _check(subject, problem, device, inputs, attempts)
         timed = {name: a for name, a in attempts.items() if a.row.status == "ok"}
         if timed:
