@@ -27,19 +27,15 @@ class Case:
     @property
     def config(self) -> PretrainConfig:
         """The preset with this row's batch."""
-        return with_batch(
-            replace(preset(self.preset), activation_checkpointing=self.checkpointing, compile=False), self
-        )
+        return replace(
+            preset(self.preset), activation_checkpointing=self.checkpointing, compile=False,
+            batch_size=self.samples * self.accumulation, accumulation=self.accumulation,
+        )  # fmt: skip
 
     @property
     def counts(self) -> dict[str, int]:
         """Samples of a micro-batch by kind."""
-        return split(self.samples, kinds(self.config_of_preset))
-
-    @property
-    def config_of_preset(self) -> PretrainConfig:
-        """As it ships."""
-        return preset(self.preset)
+        return split(self.samples, kinds(preset(self.preset)))
 
     @property
     def title(self) -> str:
@@ -47,13 +43,12 @@ class Case:
         batch = f"{self.samples} samples" + (
             f" x {self.accumulation} micro-steps" if self.accumulation > 1 else ""
         )
+        if self.kind == LATENT:
+            return f"latents of {self.preset}, {batch}, with checkpointing"
+        if self.kind == FORWARD:
+            return f"forward of {self.preset}, {batch}"
         share = f", one of {self.ranks} ZeRO-2 ranks" if self.ranks > 1 else ""
         return f"{self.preset}, {batch}{share}, {'with' if self.checkpointing else 'without'} checkpointing"
-
-
-def with_batch(config: PretrainConfig, case: Case) -> PretrainConfig:
-    """The configuration whose step is this one."""
-    return replace(config, batch_size=case.samples * case.accumulation, accumulation=case.accumulation)
 
 
 CASES = {
@@ -63,7 +58,7 @@ CASES = {
         Case("aurora-large", STEP, "aurora-large", 32, 4),
         Case("aurora-xl", STEP, "aurora-xl", 4, 8, ranks=64, seconds=60),
         Case("perceiver-xl-forward", FORWARD, "perceiver-xl", 8),
-        Case("perceiver-xl-latent", LATENT, "perceiver-xl", 8, ranks=256),
+        Case("perceiver-xl-latent", LATENT, "perceiver-xl", 8),
         Case("perceiver-xl", STEP, "perceiver-xl", 8, ranks=256, seconds=60),
         # What larger micro-batches, and none of the recomputing, would give.
         Case("aurora-xl-32", STEP, "aurora-xl", 32, ranks=64, seconds=50),

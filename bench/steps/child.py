@@ -19,13 +19,18 @@ from bench import machine
 from bench.peaks import peak_of
 from bench.steps.cases import FORWARD, LATENT, STEP, Case, smaller
 from bench.steps.plain import NAMES, attention
-from bench.steps.share import RankShare, model_on
+from bench.steps.share import RankShare, made_on, model_on
 from bench.steps.trace import profiled
+from models.layers import swiglu_width
+from models.perceiver.latents import LatentTransformer
+from models.perceiver.model import init_weights
 from train.contrast import MicroBatch
 from train.engine import Ranks, TorchEngine
+from train.families import family_of
 from train.machine import Precision
 from train.multimodal import PerceiverPretrainConfig
-from train.plan.arithmetic import flops_of
+from train.plan.arithmetic import attention as products
+from train.plan.arithmetic import flops_of, linear, self_block
 from train.plan.batches import batch_of
 from train.plan.measure import filled
 
@@ -87,6 +92,7 @@ def run(case: Case, path: Path, seconds: float) -> int:
             # Outside of the handler: its traceback holds the tensors.
             row.note(f"{left.samples} samples: out of memory ({said})")
             clear(device)
+            row.add(variants={})
             again = smaller(left)
             if again is None:
                 row.add(status="out of memory")
@@ -253,7 +259,7 @@ def step(case: Case, row: Row, end: float) -> None:
     """A training step: Aurora's with the project's window attention and with the usual one in turn, PerceiverIO's alone."""
     begun = time.monotonic()
     engine, batch = engine_of(case, row.device), batch_on(case, row.device)
-    names = NAMES if not isinstance(engine.config, PerceiverPretrainConfig) else NAMES[:1]
+    names = NAMES[:1] if isinstance(engine.config, PerceiverPretrainConfig) else NAMES
 
     def made(name: str, accumulation: int) -> Callable[[], None]:
         def call() -> None:
@@ -306,8 +312,6 @@ def forward(case: Case, row: Row, end: float) -> None:
     """The pre-training losses without gradients, of weights that are bf16 on a GPU."""
     begun = time.monotonic()
     config, device = case.config, row.device
-    from train.families import family_of
-
     torch.manual_seed(0)
     model = model_on(config, device, torch.bfloat16 if device.type == "cuda" else torch.float32)
     batch, family = batch_on(case, device), family_of(config)
@@ -334,9 +338,13 @@ def latent(case: Case, row: Row, end: float) -> None:
     assert isinstance(config, PerceiverPretrainConfig)
     dtype = torch.bfloat16 if device.type == "cuda" else torch.float32
     torch.manual_seed(0)
-    from models.perceiver.latents import LatentTransformer
 
-    model = only(LatentTransformer, config, device, dtype)
+    def make() -> LatentTransformer:
+        made = LatentTransformer(config.model)
+        init_weights(made)
+        return made.train()
+
+    model = made_on(make, device, dtype)
     model.gradient_checkpointing = case.checkpointing
     for p in model.parameters():
         p.register_post_accumulate_grad_hook(drop)
@@ -369,27 +377,8 @@ def drop(p: Tensor) -> None:
     p.grad = None
 
 
-def only(part: type[Any], config: PerceiverPretrainConfig, device: torch.device, dtype: torch.dtype) -> Any:
-    """The latent transformer of a configuration, made as `model_on` makes models."""
-    from models.perceiver.model import init_weights
-
-    before = torch.get_default_dtype()
-    torch.set_default_dtype(dtype)
-    try:
-        with device:
-            model = part(config.model)
-            init_weights(model)
-    finally:
-        torch.set_default_dtype(before)
-    return model.train()
-
-
 def latent_flops(config: PerceiverPretrainConfig, n: int) -> float:
     """Forward FLOPs of one sample with n input tokens, as `train.plan.arithmetic` counts its part "latents"."""
-    from models.layers import swiglu_width
-    from train.plan.arithmetic import attention as products
-    from train.plan.arithmetic import linear, self_block
-
     model, total = config.model, 0.0
     m, wide = model.latents, model.latent_width
     for read in range(model.input_reads):

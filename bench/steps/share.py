@@ -7,6 +7,7 @@ this rank's samples, and the rest of the weights stays as it is.
 
 from __future__ import annotations
 
+from collections.abc import Callable
 from functools import partial
 from typing import Any
 
@@ -91,7 +92,12 @@ class RankShare(ShardedEngine):
 
 
 def model_on(config: PretrainConfig, device: torch.device, dtype: torch.dtype) -> Any:
-    """A new model made where it computes and in the dtype that it keeps: 18 billion parameters in seconds. Parameters without
+    """A run's model, made on `device` in `dtype` (see `made_on`)."""
+    return made_on(lambda: family_of(config).model(config), device, dtype)
+
+
+def made_on(make: Callable[[], nn.Module], device: torch.device, dtype: torch.dtype) -> Any:
+    """A new module made where it computes and in the dtype that it keeps: 18 billion parameters in seconds. Parameters without
     a dimension, and buffers, are fp32. Weights are normal, cut at two deviations by clamping."""
 
     def normal(weight: Tensor, *, std: float, a: float, b: float, **_: Any) -> Tensor:
@@ -105,7 +111,7 @@ def model_on(config: PretrainConfig, device: torch.device, dtype: torch.dtype) -
     torch.set_default_dtype(dtype)
     try:
         with device, replaced([*places, (nn.init, "trunc_normal_", normal)]):
-            model = family_of(config).model(config)
+            model = make()
     finally:
         torch.set_default_dtype(before)
     for p in model.parameters():
