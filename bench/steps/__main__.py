@@ -49,9 +49,7 @@ def main(argv: Sequence[str] | None = None) -> int:
     options = parser.parse_args(argv)
     kind = machine.device()
     if kind == "cpu" and not options.rehearse:
-        parser.error(
-            "torch finds no CUDA device here; --rehearse walks through the program without one"
-        )
+        parser.error("torch finds no CUDA device here; --rehearse walks through the program without one")
     if kind == "cuda" and options.rehearse:
         parser.error("there is a CUDA device here: leave --rehearse out")
     cases = [CASES[name] for name in options.only or CASES]
@@ -84,8 +82,9 @@ class Program:
         self.cases, self.out, self.rehearsal = cases, out, rehearsal
         self.start, self.end = time.monotonic(), time.monotonic() + seconds
         self.rows: list[dict[str, Any]] = []
+        now = datetime.datetime.now(datetime.UTC)
         self.head = {
-            "command": machine.command(), "date": f"{datetime.datetime.now(datetime.UTC):%Y-%m-%d %H:%M} UTC",
+            "command": " ".join(["python -m bench.steps", *sys.argv[1:]]), "date": f"{now:%Y-%m-%d %H:%M} UTC",
             "rehearsed": rehearsal, "versions": machine.versions(), "commit": machine.commit(),
         }  # fmt: skip
 
@@ -96,7 +95,9 @@ class Program:
             old.unlink(missing_ok=True)
         names = [case.name for case in self.cases]
         with (self.out / "plans.log").open("w") as log:
-            plan = subprocess.Popen(self.command("--plan", "--only", *names), cwd=ROOT, stdout=log, stderr=log)
+            plan = subprocess.Popen(
+                self.command("--plan", "--only", *names), cwd=ROOT, stdout=log, stderr=log
+            )
         try:
             for case in self.cases:
                 self.row(case)
@@ -166,7 +167,9 @@ class Program:
         (self.out / "report.md").write_text(page(self.head, self.rows))
         bad = [row["name"] for row in self.rows if row["status"] != "ok"]
         said = f"not whole: {', '.join(bad)}. " if bad else ""
-        print(f"{len(self.rows)} rows in {time.monotonic() - self.start:.0f} s. {said}{self.out / 'report.md'}")
+        print(
+            f"{len(self.rows)} rows in {time.monotonic() - self.start:.0f} s. {said}{self.out / 'report.md'}"
+        )
         return 1 if bad else 0
 
 

@@ -24,8 +24,7 @@ from bench.steps.trace import profiled
 from models.layers import swiglu_width
 from models.perceiver.latents import LatentTransformer
 from models.perceiver.model import init_weights
-from train.contrast import MicroBatch
-from train.engine import Ranks, TorchEngine
+from train.engine import Ranks, StepResult, TorchEngine
 from train.families import family_of
 from train.machine import Precision
 from train.multimodal import PerceiverPretrainConfig
@@ -111,6 +110,7 @@ def ceilings(row: Row) -> None:
     kind = row.device.type
     dtype = torch.bfloat16 if kind == "cuda" else torch.float32
     found = machine.ceilings(kind, (dtype,))
+    clear(row.device)
     peak = peak_of(torch.cuda.get_device_name()) if kind == "cuda" else None
     row.add(
         device=machine.device_name(kind), matmul=next(iter(found.matmul.values())), copy=found.copy,
@@ -210,7 +210,15 @@ def trace(row: Row, calls: Mapping[str, Callable[[], object]], end: float) -> No
         if time.monotonic() > end - 3:
             row.note(f"{name}: no time was left for a profile")
             continue
-        row.variant(name, profile=profiled(call))
+        try:
+            found = profiled(call)
+        except (RuntimeError, AttributeError) as error:  # the figures are there; a profile is more
+            row.note(f"{name}: no profile ({error})")
+            continue
+        if found["kernels"]:
+            row.variant(name, profile=found)
+        else:
+            row.note(f"{name}: the profiler saw no kernel")
 
 
 # --- the three kinds of rows --------------------------------------------------------------------------
@@ -233,9 +241,7 @@ def engine_of(case: Case, device: torch.device) -> TorchEngine:
     if case.ranks > 1:
         model = model_on(config, device, torch.bfloat16 if bf16 else torch.float32)
         return RankShare(model, config, device, precision, case.ranks)
-    return TorchEngine(
-        model_on(config, device, torch.float32), config, device, precision, Ranks(0, 0, 1)
-    )
+    return TorchEngine(model_on(config, device, torch.float32), config, device, precision, Ranks(0, 0, 1))
 
 
 def batch_on(case: Case, device: torch.device) -> Any:
@@ -243,16 +249,14 @@ def batch_on(case: Case, device: torch.device) -> Any:
     return filled(batch_of(case.config, case.counts)).to(device)
 
 
-def optimizer_step(engine: TorchEngine, batch: Any, accumulation: int) -> None:
-    """A whole step, as the loop makes it. Raises FloatingPointError where it was none."""
+def optimizer_step(engine: TorchEngine, batch: Any, accumulation: int) -> StepResult:
+    """A whole step, as the loop makes it."""
     batches = [batch] * accumulation
     normalizers, _ = engine.agree(batches, False)
-    for i, one in enumerate(batches):
+    for i, micro in enumerate(engine.micro_batches(batches)):
         with engine.micro_step(last=i + 1 == accumulation):
-            engine.backward(engine.losses(MicroBatch(one), engine.config.objectives, normalizers))
-    result = engine.step(1e-5)
-    if result.skipped:
-        raise FloatingPointError(f"loss {result.loss}, gradient norm {result.grad_norm}: the step was skipped")
+            engine.backward(engine.losses(micro, engine.config.objectives, normalizers))
+    return engine.step(1e-5)
 
 
 def step(case: Case, row: Row, end: float) -> None:
@@ -265,10 +269,13 @@ def step(case: Case, row: Row, end: float) -> None:
         def call() -> None:
             try:
                 with attention(name):
-                    optimizer_step(engine, batch, accumulation)
+                    result = optimizer_step(engine, batch, accumulation)
             except torch.OutOfMemoryError:
                 engine.discard()
                 raise
+            row.variant(name, loss=result.loss, grad_norm=result.grad_norm)
+            if result.skipped:  # its work is the same
+                row.note(f"{name}: loss {result.loss}, gradient norm {result.grad_norm}: a step was skipped")
 
         return call
 
@@ -276,14 +283,11 @@ def step(case: Case, row: Row, end: float) -> None:
     parameters = sum(p.numel() for p in engine.model.parameters())
     row.add(build_seconds=time.monotonic() - begun, weight_bytes=weights, parameters=parameters)
     calls = {name: made(name, case.accumulation) for name in names}
-    try:
-        rounds(calls, row, end)
-        for name in names:
-            samples = case.samples * case.accumulation
-            rate(row, name, flops(case), samples, tokens_of(case, batch) * case.accumulation)
-        trace(row, {name: made(name, 1) for name in names}, end)
-    finally:
-        del engine, batch
+    rounds(calls, row, end)
+    for name in names:
+        samples = case.samples * case.accumulation
+        rate(row, name, flops(case), samples, tokens_of(case, batch) * case.accumulation)
+    trace(row, {name: made(name, 1) for name in names}, end)
 
 
 def tokens_of(case: Case, batch: Any) -> float:
@@ -321,8 +325,7 @@ def forward(case: Case, row: Row, end: float) -> None:
         with torch.no_grad(), lowered(device):
             losses = family.forward(model, batch, config.objectives, normalizers, None)
             total = torch.stack([*losses.values()]).sum().item()
-        if total != total:
-            raise FloatingPointError(f"a loss is not a number: { {name: x.item() for name, x in losses.items()} }")
+        row.variant("ours", loss=total)
 
     row.add(build_seconds=time.monotonic() - begun, parameters=sum(p.numel() for p in model.parameters()))
     rounds({"ours": call}, row, end)

@@ -48,8 +48,6 @@ def window_attention(
 @contextmanager
 def attention(name: str) -> Iterator[None]:
     """The models attend as one of NAMES does while this is on."""
-    places = (
-        [(models.aurora.encoder, "window_attention", window_attention)] if name == "timm-style" else []
-    )
-    with replaced(places):  # type: ignore[arg-type]
+    places = [(models.aurora.encoder, "window_attention", window_attention)] if name == "timm-style" else []
+    with replaced(places):
         yield

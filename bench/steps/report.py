@@ -45,8 +45,9 @@ def page(head: Mapping[str, Any], rows: Sequence[Mapping[str, Any]]) -> str:
         "**A rehearsal on a CPU with the tiny presets: no figure below says anything of a GPU.**\n" * head["rehearsed"]
         + f"{device}, {head['date']}, commit {head['commit']}, torch {head['versions'].get('torch')}. `{head['command']}`\n",
         "Medians. Model FLOPs, without what activation checkpointing does again, over the median; MFU of the matrix product "
-        "measured in the row's own process, and of the data sheet. Random data on the device: no loader. One device: nothing is "
-        "exchanged. \"One of N ZeRO-2 ranks\": whole bf16 weights; a 1/N part of fp32 gradients, master weights and moments. "
+        "measured in the row's own process, and of the data sheet. Random data on the device: no loader. One device: "
+        "nothing is exchanged. \"One of N ZeRO-2 ranks\": whole bf16 weights; a 1/N part of fp32 gradients, master weights "
+        "and moments. "
         '"timm-style": the same model with window attention by roll, partition, bias and mask added to all logits, softmax.\n',
         "| row | attention | ms | samples/s | tokens/s | TFLOP/s | MFU | of data sheet | peak GB | GPU idle |",
         "|---|---|---|---|---|---|---|---|---|---|",
@@ -92,7 +93,7 @@ def beside_the_plan(rows: Sequence[Mapping[str, Any]]) -> Iterator[str]:
     yield "## Beside train.plan\n"
     yield (
         "Memory without the buckets of communication, which one device does not have. Floor: every operation at three quarters "
-        "of the data sheet's peak or at 87% of its bandwidth. With recomputing: what checkpointing does again counted as work.\n"
+        "of the data sheet's peak or at 87% of its bandwidth. With recomputing: what checkpointing does again counts as work.\n"
     )
     yield "| row | peak GB | planned | off | seconds | planned | floor | floor / seconds | MFU with recomputing |"
     yield "|---|---|---|---|---|---|---|---|---|"
@@ -102,7 +103,11 @@ def beside_the_plan(rows: Sequence[Mapping[str, Any]]) -> Iterator[str]:
             yield f"| {row['title']} | planned for {plan['samples']} samples at a time | | | | | | | |"
             continue
         peak, want = ours.get("peak"), plan["without_buckets"]
-        memory = [f"{peak / 1e9:.2f}", f"{want / 1e9:.2f}", f"{100 * (want / peak - 1):+.1f}%"] if peak else [""] * 3
+        memory = (
+            [f"{peak / 1e9:.2f}", f"{want / 1e9:.2f}", f"{100 * (want / peak - 1):+.1f}%"]
+            if peak
+            else [""] * 3
+        )
         cells = [
             row["title"], *memory, f"{ours['seconds']:.3f}", f"{plan['seconds']:.3f} at {100 * plan['mfu']:.0f}%",
             f"{plan['floor']:.3f}", f"{100 * plan['floor'] / ours['seconds']:.0f}%",
@@ -119,7 +124,9 @@ def ratios(rows: Sequence[Mapping[str, Any]]) -> Iterator[str]:
         if not all("times" in one for one in both):
             continue
         pairs = [a / b for a, b in zip(both[0]["times"], both[1]["times"], strict=False)]
-        said = f"{row['title']}: ours takes {statistics.median(pairs):.3f} of the time of timm-style attention"
+        said = (
+            f"{row['title']}: ours takes {statistics.median(pairs):.3f} of the time of timm-style attention"
+        )
         said += f" ({min(pairs):.3f} to {max(pairs):.3f} in {len(pairs)} rounds)"
         if all("peak" in one for one in both):
             said += f", and {both[0]['peak'] / both[1]['peak']:.3f} of its peak memory"
@@ -134,8 +141,8 @@ def profiles(rows: Sequence[Mapping[str, Any]]) -> Iterator[str]:
                 continue
             one = ", one micro-step and the update" if row["kind"] == "step" else ""
             yield (
-                f"## Where the time goes: {row['name']}, {name}\n\n{1e3 * profile['seconds']:.1f} ms{one}, {profile['kernels']:,} "
-                f"kernels, GPU idle {100 * profile['idle share']:.1f}%.\n"
+                f"## Where the time goes: {row['name']}, {name}\n\n{1e3 * profile['seconds']:.1f} ms{one}, "
+                f"{profile['kernels']:,} kernels, GPU idle {100 * profile['idle share']:.1f}%.\n"
             )
             yield "| group | ms | share |\n|---|---|---|"
             for group, seconds in profile["groups"].items():

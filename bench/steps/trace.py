@@ -8,6 +8,7 @@ from collections.abc import Callable
 from typing import Any
 
 import torch
+from torch._C._autograd import DeviceType
 from torch.profiler import ProfilerActivity, profile
 
 # The first whose pattern a kernel's name has. Triton's are those of kernels/.
@@ -20,8 +21,9 @@ GROUPS = (
     ("norms", r"layer_?norm|rms_?norm|GammaBeta|batch_?norm"),
     ("softmax", r"softmax|nll_loss|logsumexp"),
     ("copies and sets", r"^mem(cpy|set)"),
-    ("elementwise", r"elementwise|vectorized|copy|fill|reduce|CatArray|index|scatter|gather|roll|distribution|sort|scan|where|triton"),
+    ("elementwise", r"elementwise|vectorized|copy|fill|reduce|CatArray|index|scatter|gather|roll|distribution|sort|triton"),
 )  # fmt: skip
+RANGES = ("Optimizer.", "ProfilerStep", "Memory")  # marks that span kernels, and are none
 TOP = 15
 
 
@@ -39,7 +41,7 @@ def profiled(call: Callable[[], object]) -> dict[str, Any]:
     found = [
         (event.name(), event.start_ns(), event.duration_ns())
         for event in recorded.profiler.kineto_results.events()
-        if event.device_type() == torch.autograd.DeviceType.CUDA
+        if event.device_type() == DeviceType.CUDA and not event.name().startswith(RANGES)
     ]
     return summed(found)
 
