@@ -14,6 +14,7 @@ import pytest
 import torch
 
 from bench.steps import child, planned
+from bench.steps.__main__ import Program
 from bench.steps.cases import CASES, STEP, rehearsed, smaller
 from bench.steps.plain import attention
 from bench.steps.share import RankShare, model_on
@@ -125,6 +126,18 @@ def test_the_command_rehearses_a_row(tmp_path: Path) -> None:
     assert "rehearsal" in (tmp_path / "report.md").read_text()
     refused = subprocess.run([*command[:5], "--only", "aurora-xl"], cwd=ROOT, capture_output=True, text=True)
     assert refused.returncode == 2 and "no CUDA device" in refused.stderr
+
+
+def test_rows_without_figures_are_in_the_page(tmp_path: Path) -> None:
+    program = Program([CASES["aurora-xl"], CASES["perceiver-xl"]], tmp_path, 1.0, False)
+    (tmp_path / "plans.json").write_text(json.dumps({"aurora-xl": {"samples": 4}}))
+    for case in program.cases:
+        program.row(case)  # there is no second to begin it
+    program.rows[1] |= {"status": "failed (exit status 1)", "error": "ValueError: planted"}
+    assert program.finish() == 1
+    text = (tmp_path / "report.md").read_text()
+    assert "not begun" in text and "ValueError: planted" in text
+    assert json.loads((tmp_path / "plan.json").read_text())["rows"] == []
 
 
 def test_a_profile_counts_what_overlaps_once() -> None:

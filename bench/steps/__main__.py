@@ -7,8 +7,8 @@
     perceiver-xl          one rank's share of its step on 256 GPUs (ZeRO-2)
     aurora-xl-32, perceiver-xl-32, aurora-large-whole    larger micro-batches; without activation checkpointing
 
-Each row is a process of its own, most wanted first, within what is left of the time. After every row FOLDER has steps.json;
-at the end also report.md and, for train.plan, plan.json. Random data on the device, no loader, no communication. Needs torch,
+Each row is a process of its own, most wanted first, within what is left of the time. After every row FOLDER has
+steps.json, report.md and, for train.plan, plan.json of all rows so far. Random data on the device, no loader, no communication. Needs torch,
 NumPy and, for our kernels, Triton.
 """
 
@@ -147,12 +147,7 @@ class Program:
         print(*lines(found), sep="\n", flush=True)
 
     def write(self) -> None:
-        """What there is so far."""
-        text = json.dumps({**self.head, "rows": self.rows}, indent=1)
-        (self.out / "steps.json").write_text(text + "\n")
-
-    def finish(self) -> int:
-        """Plans beside the rows, and the page."""
+        """All files, of what there is so far."""
         from bench.steps.planned import calibration
         from bench.steps.report import page
 
@@ -160,11 +155,15 @@ class Program:
         plans: dict[str, Any] = json.loads(path.read_text()) if path.exists() else {}
         for row in self.rows:
             row["plan"] = plans.get(row["name"])
-        self.write()
+        (self.out / "steps.json").write_text(json.dumps({**self.head, "rows": self.rows}, indent=1) + "\n")
         record = {key: self.head[key] for key in ("date", "command", "versions")}
         content = {**record, "rows": calibration(self.rows, plans)}
         (self.out / "plan.json").write_text(json.dumps(content, indent=1) + "\n")
         (self.out / "report.md").write_text(page(self.head, self.rows))
+
+    def finish(self) -> int:
+        """The last words; the exit status."""
+        self.write()
         bad = [row["name"] for row in self.rows if row["status"] != "ok"]
         said = f"not whole: {', '.join(bad)}. " if bad else ""
         print(

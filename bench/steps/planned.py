@@ -35,7 +35,9 @@ def plan_rows(cases: Sequence[Case], path: Path) -> int:
     for case in cases:
         if case.kind == STEP:
             found[case.name] = planned(case, device)
-            path.write_text(json.dumps(found, indent=1) + "\n")
+            part = path.with_suffix(".part")
+            part.write_text(json.dumps(found, indent=1) + "\n")
+            part.replace(path)
     return 0
 
 
@@ -70,7 +72,9 @@ def calibration(rows: Sequence[dict[str, Any]], plans: dict[str, Any]) -> list[d
     found = []
     for row in rows:
         ours, plan = row["variants"].get(NAMES[0], {}), plans.get(row["name"])
-        if row["kind"] != STEP or not plan or plan["samples"] != row["samples"] or "peak" not in ours:
+        if row.get("kind") != STEP or not plan or plan["samples"] != row["samples"]:
+            continue
+        if not {"peak", "seconds"} <= set(ours):
             continue
         found.append(
             Row(
