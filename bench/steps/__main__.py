@@ -8,8 +8,8 @@
     aurora-xl-32, perceiver-xl-32, aurora-large-whole    larger micro-batches; without activation checkpointing
 
 Each row is a process of its own, most wanted first, within what is left of the time. After every row FOLDER has
-steps.json, report.md and, for train.plan, plan.json of all rows so far. Random data on the device, no loader, no communication. Needs torch,
-NumPy and, for our kernels, Triton.
+steps.json, report.md and, for train.plan, plan.json of all rows so far. Random data on the device, no loader, no communication.
+Needs torch, NumPy, Pillow, sentencepiece and, for our kernels, Triton.
 """
 
 from __future__ import annotations

@@ -47,7 +47,7 @@ def page(head: Mapping[str, Any], rows: Sequence[Mapping[str, Any]]) -> str:
         "Medians. Model FLOPs, without what activation checkpointing does again, over the median; MFU of the matrix product "
         "measured in the row's own process, and of the data sheet. Random data on the device: no loader. One device: "
         "nothing is exchanged. \"One of N ZeRO-2 ranks\": whole bf16 weights; a 1/N part of fp32 gradients, master weights "
-        "and moments. "
+        "and moments. Tokens: patches of pictures, sounds and clips, and words. "
         '"timm-style": the same model with window attention by roll, partition, bias and mask added to all logits, softmax.\n',
         "| row | attention | ms | samples/s | tokens/s | TFLOP/s | MFU | of data sheet | peak GB | GPU idle |",
         "|---|---|---|---|---|---|---|---|---|---|",

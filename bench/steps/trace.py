@@ -41,9 +41,14 @@ def profiled(call: Callable[[], object]) -> dict[str, Any]:
     found = [
         (event.name(), event.start_ns(), event.duration_ns())
         for event in recorded.profiler.kineto_results.events()
-        if event.device_type() == DeviceType.CUDA and not event.name().startswith(RANGES)
+        if event.device_type() == DeviceType.CUDA and not marks(event)
     ]
     return summed(found)
+
+
+def marks(event: Any) -> bool:
+    """Whether this is no kernel but a named stretch of several."""
+    return event.name().startswith(RANGES) or bool(getattr(event, "is_user_annotation", bool)())
 
 
 def summed(events: list[tuple[str, int, int]]) -> dict[str, Any]:
