@@ -13,7 +13,7 @@ from typing import Any
 import pytest
 import torch
 
-from bench.steps import child, planned
+from bench.steps import child, planned, timing
 from bench.steps.__main__ import Program
 from bench.steps.cases import CASES, STEP, rehearsed, smaller
 from bench.steps.plain import attention
@@ -103,7 +103,7 @@ def test_out_of_memory_is_a_row_and_fewer_samples_are_tried(
         return real(replace(case, preset="aurora-tiny"), device)
 
     monkeypatch.setattr(child, "engine_of", full)
-    monkeypatch.setattr(child, "ROUNDS", 1)
+    monkeypatch.setattr(timing, "ROUNDS", 1)
     case = replace(rehearsed(CASES["aurora-xl"]), samples=2, accumulation=1)
     assert child.run(case, tmp_path / "row.json", 30) == 0
     row = json.loads((tmp_path / "row.json").read_text())
