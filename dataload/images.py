@@ -16,7 +16,6 @@ from dataclasses import dataclass
 from typing import TYPE_CHECKING
 
 import numpy as np
-import simplejpeg
 import torch
 from PIL import Image, ImageEnhance
 
@@ -96,6 +95,8 @@ class Picture:
 
     def _jpeg(self, lend: bool) -> np.ndarray | None:
         """All stored pixels, the same as Pillow's, in less time; None where there is anything unusual."""
+        import simplejpeg  # here, so that what decodes nothing (a model's steps, a plan) does without
+
         buffer = scratch("jpeg", 3 * self.width * self.height) if lend else None
         try:
             pixels = simplejpeg.decode_jpeg(self.data, "RGB", strict=True, buffer=buffer)

@@ -44,8 +44,9 @@ class Packed:
         )
 
     def pin_memory(self) -> Packed:
-        """The same in page-locked memory."""
-        return replace(self, values=self.values.pin_memory(), cu_seqlens=self.cu_seqlens.pin_memory())
+        """The same in page-locked memory. What is on a GPU already stays there."""
+        values, ends = (x if x.is_cuda else x.pin_memory() for x in (self.values, self.cu_seqlens))
+        return replace(self, values=values, cu_seqlens=ends)
 
     def padded(self, fill: float = 0) -> tuple[torch.Tensor, torch.Tensor]:
         """([S, longest, ...] filled up with `fill`, bool [S, longest] that is True at the sequences' own

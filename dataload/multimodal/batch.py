@@ -55,8 +55,10 @@ class MultimodalBatch:
         return self._with(lambda one: one.to(device, non_blocking=non_blocking))
 
     def pin_memory(self) -> MultimodalBatch:
-        """The same batch in page-locked memory."""
-        return self._with(lambda one: one.pin_memory())
+        """The same batch in page-locked memory. What is on a GPU already stays there."""
+        return self._with(
+            lambda one: one if isinstance(one, torch.Tensor) and one.is_cuda else one.pin_memory()
+        )
 
     def _with(self, change: Callable[[Any], Any]) -> MultimodalBatch:
         changed = {

@@ -6,13 +6,14 @@ import argparse
 import json
 import sys
 from collections.abc import Iterator, Sequence
+from dataclasses import replace
 from pathlib import Path
 from typing import Any
 
 from train.config import ConfigError, PretrainConfig
 from train.devices import DEVICES
 from train.plan.budget import Plan, Setup, make_plan, to_json
-from train.plan.calibration import RESULTS, Row, read, summary, table
+from train.plan.calibration import RESULTS, Row, reached_by, read, summary, table
 from train.plan.calibration import as_json as rows_as_json
 from train.plan.engines import ENGINES, engine_of
 from train.plan.local import local_cpu
@@ -51,7 +52,8 @@ def parser() -> argparse.ArgumentParser:
     add(
         "--mfu",
         type=float,
-        help="share of the data sheet's peak that model FLOPs reach; default: the device's anchor",
+        help="share of the data sheet's peak that model FLOPs reach; default: what measured steps of the preset reached on the "
+        "device, else the device's anchor",
     )
     add("--batch-size", type=int, help="samples per optimizer step; default: the preset's")
     add("--accumulation", type=int, help="micro-steps; default: the preset's, or the fewest that fit")
@@ -82,7 +84,7 @@ def main(argv: Sequence[str] | None = None) -> int:
         if arguments.preset is None:
             raise ConfigError(f"which preset? There are: {', '.join(ALL)}")
         config = changed(preset(arguments.preset), arguments)
-        plan = make_plan(config, setup_of(config, arguments), checkpointing=arguments.checkpointing)
+        plan = make_plan(config, setup_of(config, arguments, rows), checkpointing=arguments.checkpointing)
     except (ConfigError, ValueError) as error:
         print(f"error: {error}", file=sys.stderr)
         return 2
@@ -99,8 +101,6 @@ def main(argv: Sequence[str] | None = None) -> int:
 
 def changed(config: PretrainConfig, arguments: argparse.Namespace) -> PretrainConfig:
     """The preset with what the command line says of batch and length."""
-    from dataclasses import replace
-
     batch = arguments.batch_size or config.batch_size
     samples = arguments.samples or config.steps * config.batch_size
     if batch < 1 or samples < 1:
@@ -110,14 +110,20 @@ def changed(config: PretrainConfig, arguments: argparse.Namespace) -> PretrainCo
     )  # fmt: skip
 
 
-def setup_of(config: PretrainConfig, arguments: argparse.Namespace) -> Setup:
-    """The machines of a plan."""
+def setup_of(config: PretrainConfig, arguments: argparse.Namespace, rows: Sequence[Row] = ()) -> Setup:
+    """The machines of a plan. rows: measured steps, whose share of the peak counts where --mfu is not given."""
     recipe = RECIPES.get(config.name)
     gpus = arguments.gpus if arguments.gpus is not None else recipe.gpus if recipe else 1
     if gpus < 1:
         raise ConfigError(f"--gpus {gpus}; it must be at least 1")
     name = arguments.device or (recipe.device if recipe else "a100-80gb")
     device = local_cpu() if name == "cpu" else DEVICES[name]
+    ask = config.activation_checkpointing if arguments.checkpointing is None else arguments.checkpointing
+    measured, steps = reached_by(rows, config.name, device.peak, ask)
+    if steps:
+        said = f"measured here: {100 * measured:.1f}%, the median of {steps} step{'s' * (steps > 1)} of {config.name}"
+        said += " without exchange"
+        device = replace(device, mfu=measured, anchor=f"{said}; {device.anchor}")
     mfu = device.mfu if arguments.mfu is None else arguments.mfu
     if not 0 < mfu <= 1:
         raise ConfigError(f"--mfu {mfu:g}; it is a share, above 0 and at most 1")
@@ -160,8 +166,9 @@ def report(plan: Plan, said: list[Finding], rows: list[Row]) -> dict[str, Any]:
 def plan_for(config: PretrainConfig) -> Iterator[str]:
     """The plan of a preset that was specified for many GPUs, for `--dry-run`."""
     arguments = parser().parse_args([config.name])
-    plan = make_plan(config, setup_of(config, arguments))
-    yield from text(plan, stated(plan), read())
+    rows = read()
+    plan = make_plan(config, setup_of(config, arguments, rows))
+    yield from text(plan, stated(plan), rows)
 
 
 if __name__ == "__main__":

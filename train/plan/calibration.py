@@ -1,16 +1,19 @@
 """How far off plans were: measured steps, kept in bench/results, beside what was planned for them.
 
-A file plan.json there is what `python -m train.plan.measure` wrote: rows of what a step took and what the plan said in the same
-run, on the machine and on the day that it names.
+A file plan.json there is what `python -m train.plan.measure` or `python -m bench.steps` wrote: rows of what a step took and
+what the plan said in the same run, on the machine and on the day that it names.
 """
 
 from __future__ import annotations
 
 import json
+import statistics
 from collections.abc import Iterator, Sequence
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
+
+from train.devices import Peak, peak_of
 
 RESULTS = Path(__file__).resolve().parents[2] / "bench" / "results"
 
@@ -74,6 +77,19 @@ def summary(rows: Sequence[Row]) -> Iterator[str]:
             f"{_range(off, '+.1f')}; of the time that steps took, the floor was {_range(reached, '.0f')}{small}; "
             f"MFU {_range(mfu, '.0f')} of what it multiplies at best"
         )
+
+
+def reached_by(rows: Sequence[Row], preset: str, peak: Peak, checkpointing: bool) -> tuple[float, int]:
+    """The share of the data sheet's peak that measured steps of a preset reached on a device, and of how many steps it is the
+    median; (0, 0) where there are none. Exchange is not in it (`python -m bench.steps` has one device)."""
+    mode = "with" if checkpointing else "without"
+    shares = [
+        row.flops / row.measured_seconds / peak.bf16
+        for row in rows
+        if row.case.startswith(f"{preset}, ") and row.case.endswith(f", {mode} checkpointing")
+        and peak_of(row.device.split(",")[0]) == peak
+    ]  # fmt: skip
+    return (statistics.median(shares), len(shares)) if shares else (0.0, 0)
 
 
 def _range(percent: Sequence[float], form: str) -> str:

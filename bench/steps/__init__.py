@@ -1,0 +1,1 @@
+"""Training steps of whole models on one device: `python -m bench.steps`."""
