@@ -61,6 +61,7 @@ def window_cases() -> list[WindowCase]:
         cases.stage(WindowCase, "xl", 3, 16),
         dataclasses.replace(cases.swin("b", 1, 32, window=14), name="swin-b-window14-stage1"),
         cases.swin("b", 1, 16, version=2, window=16),
+        WindowCase("window14-odd-map", 16, 100, 100, 4, 32, 14, 7, cosine=False),
     ]
 
 
@@ -83,12 +84,17 @@ def window_candidates(case: WindowCase) -> Iterator[Candidate]:
         for (warps, stages), programs in itertools.product(((4, 2), (4, 3), (4, 4), (2, 3)), (4, 8, 16)):
             config = Config(0, 0, warps, stages, programs=programs)
             yield Candidate(case.name, FORWARD, "forward", config)
-        for warps, stages, late, programs in itertools.product((4, 8), (1, 2, 3), (False, True), (2, 4, 8)):
-            config = Config(0, 0, warps, stages, late, programs)
+        for stages, by_product, programs in itertools.product((1, 2, 3), (False, True), (2, 3, 4)):
+            config = Config(0, 0, 4, stages, programs=programs, by_product=by_product)
             yield Candidate(case.name, TRAINING, "fused", config)
         return
     for queries, keys, warps, stages in itertools.product((64, 128), (32, 64, 128), (4, 8), (2, 3)):
         yield Candidate(case.name, FORWARD, "forward", Config(queries, keys, warps, stages))
+    if case.height % case.window == case.width % case.window == 0:
+        walking = itertools.product(("walking queries", "walking keys"), (1, 2), (1, 2, 3, 4, 6))
+        for kernel, stages, programs in walking:
+            yield Candidate(case.name, TRAINING, kernel, Config(64, 64, 4, stages, programs=programs))
+        return
     for queries, keys, warps, stages in itertools.product((64, 128), (32, 64), (4, 8), (1, 2, 3)):
         yield Candidate(case.name, TRAINING, "queries", Config(queries, keys, warps, stages))
     for queries, keys, warps, stages in itertools.product((16, 32, 64), (64, 128), (4, 8), (1, 2, 3)):
