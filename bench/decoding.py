@@ -9,6 +9,7 @@ Needs a CUDA device for a result that counts; --device cpu walks through it.
 from __future__ import annotations
 
 import argparse
+import importlib
 import io
 import json
 import sys
@@ -64,8 +65,7 @@ def ours(folder: Path, size: int, backend: str, device: str, batch: int, threads
 
 def plain(folder: Path, size: int, device: str, batch: int, threads: int) -> Iterator[int]:
     """DALI alone, as its documentation has it."""
-    from nvidia import dali
-
+    dali: Any = importlib.import_module("nvidia.dali")
     fn, types = dali.fn, dali.types
     on_gpu = device == "cuda"
     pipeline = dali.Pipeline(

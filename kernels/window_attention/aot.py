@@ -83,14 +83,14 @@ def launched(dtype: str, form: Form) -> Iterator[AotCase]:
     forward = configure("forward", form)
     keep_lse = fused is None
     if form.whole:
-        about = {"BLOCK": form.padded, "KEEP_LSE": keep_lse, "TABLE": True, "EXACT": form.exact, **common}
+        about = {"BLOCK": form.padded, "KEEP_LSE": keep_lse, "EXACT": form.exact, **common}
         yield _case(whole_forward_kernel, dtype, form, forward, about)
     else:
         about = _tiles(forward, form) | {"TAIL": tail_of(form), "KEEP_LSE": keep_lse, **common}
         yield _case(tiled_forward_kernel, dtype, form, forward, about)
     if fused is not None:
         about = {"BLOCK": form.padded, "BIAS_GRAD": True, "LATE": fused.late, **constants(form)}
-        about |= {"TABLE": True, "EXACT": form.exact, "BY_PRODUCT": fused.by_product}
+        about |= {"EXACT": form.exact, "BY_PRODUCT": fused.by_product}
         yield _case(whole_backward_kernel, dtype, form, fused, about)
         return
     if form.walks:
@@ -136,7 +136,7 @@ def _case(kernel: Any, dtype: str, form: Form, config: Config, about: dict[str, 
     wide_fp32 = not form.half and form.block_d >= 64 and kernel in (query_grad_kernel, tiled_forward_kernel)
     stack, accesses = (160, 60) if wide_fp32 else (0, 0) if form.half else (8, 2)
     if timed:
-        stack, accesses = (800, 400) if walks else (400, 200)
+        stack, accesses = (1000, 500) if walks else (400, 200)
     expects = Expects(
         "tensor-core products of tiles" if form.half else "products of tiles in true fp32, unrolled",
         tensor_cores=("HGMMA" if wide else "HMMA") if form.half else None,

@@ -19,7 +19,6 @@ from kernels.window_attention.partials import Gradients, empty_partials
 from kernels.window_attention.tiles import (
     LARGEST_HALF,
     SIZES,
-    bias_at,
     corner_of,
     grad_of_unit,
     identity,
@@ -33,11 +32,11 @@ from kernels.window_attention.tiles import (
 )
 
 
-@triton.jit(do_not_specialize=SIZES, do_not_specialize_on_alignment=["bias", "multiplier"])
+@triton.jit(do_not_specialize=SIZES)
 def whole_backward_kernel(
     grad_out: tl.tensor,  # [B, H, W, h, D]
     qkv: tl.tensor,  # [B, H, W, 3, h, D]
-    bias: tl.tensor,  # TABLE: [R, h] fp32; else [h, BLOCK, BLOCK] fp32, times log2 e, -inf for keys from N on
+    bias: tl.tensor,  # [h, BLOCK, BLOCK] fp32, times log2 e, -inf for keys from N on
     multiplier: tl.tensor,  # [h] fp32: COSINE's multiplier, times log2 e
     grad_qkv: tl.tensor,  # [B, H, W, 3, h, D]
     grad_bias: tl.tensor,  # [G, h, BLOCK, BLOCK] fp32
@@ -60,7 +59,6 @@ def whole_backward_kernel(
     BLOCK_D: tl.constexpr,
     COSINE: tl.constexpr,
     BIAS_GRAD: tl.constexpr,
-    TABLE: tl.constexpr,
     EXACT: tl.constexpr,  # the window divides the map
     BY_PRODUCT: tl.constexpr,  # the bias enters by a product, from shared memory: see `tiles.identity`
     LATE: tl.constexpr,  # store gradients at the end of a window's turn, not as they are produced
@@ -74,7 +72,7 @@ def whole_backward_kernel(
         n, at_bottom, at_right, height, width, rows, columns, WY, WX, sy, sx, False
     )
     hidden = query_region[:, None] != key_region[None, :]
-    bias_tile = bias_at(bias, bias_stride, head, heads, n, WY, WX, BLOCK, TABLE)
+    bias_tile = tl.load(bias + head * bias_stride + n[:, None] * BLOCK + n[None, :])
     bias_tile = tl.where(hidden, float("-inf"), bias_tile)
     if COSINE:
         scale = tl.load(multiplier + head)
@@ -166,8 +164,7 @@ def whole_backward_kernel(
 def backward(
     call: Call, grad_out: Tensor, qkv: Tensor, bias: Tensor, multiplier: Tensor, *, bias_grad: bool
 ) -> Gradients:
-    """The gradients of `forward.forward`; grad_out [B, H, W, h * D] is contiguous. bias is as the kernel takes it: a table,
-    or expanded [1, h, Np, Np]."""
+    """The gradients of `forward.forward`; grad_out [B, H, W, h * D] is contiguous. bias [1, h, Np, Np]."""
     config = fused_config(call.launched)
     assert config is not None
     grad_qkv = torch.empty_like(qkv)
@@ -179,7 +176,7 @@ def backward(
     with torch.cuda.device_of(qkv):
         whole_backward_kernel[(groups * heads,)](
             grad_out, qkv, bias, multiplier, grad_qkv, *partials, *call.sizes, bias_strides(bias)[1], call.scale, size,
-            BLOCK=call.form.padded, BIAS_GRAD=bias_grad, TABLE=bias.dim() == 2, EXACT=call.launched.exact,
+            BLOCK=call.form.padded, BIAS_GRAD=bias_grad, EXACT=call.launched.exact,
             BY_PRODUCT=config.by_product, LATE=config.late, **call.constants, **config.options,
         )  # fmt: skip
     return Gradients(grad_qkv, d_bias, d_multiplier, None)

@@ -20,7 +20,6 @@ from kernels.window_attention.launch import Call, bias_strides, configure, tail_
 from kernels.window_attention.tiles import (
     SIZES,
     absorb,
-    bias_at,
     bias_of,
     corner_of,
     inverse_norm,
@@ -37,10 +36,10 @@ from kernels.window_attention.tiles import (
 )
 
 
-@triton.jit(do_not_specialize=SIZES, do_not_specialize_on_alignment=["bias", "multiplier", "pad_kv"])
+@triton.jit(do_not_specialize=SIZES, do_not_specialize_on_alignment=["pad_kv"])
 def whole_forward_kernel(
     qkv: tl.tensor,  # [B, H, W, 3, h, D]
-    bias: tl.tensor,  # TABLE: [R, h] fp32; else [h, BLOCK, BLOCK] fp32, times log2 e, -inf for keys from N on
+    bias: tl.tensor,  # [h, BLOCK, BLOCK] fp32, times log2 e, -inf for keys from N on
     multiplier: tl.tensor,  # [h] fp32: COSINE's multiplier, times log2 e
     pad_kv: tl.tensor,  # [2, h, D]: PADS_ARE_KEYS' key and value
     out: tl.tensor,  # [B, H, W, h, D]
@@ -63,7 +62,6 @@ def whole_forward_kernel(
     BLOCK_D: tl.constexpr,
     COSINE: tl.constexpr,
     PADS_ARE_KEYS: tl.constexpr,
-    TABLE: tl.constexpr,
     EXACT: tl.constexpr,  # the window divides the map
     KEEP_LSE: tl.constexpr,  # for a backward in tiles
 ) -> None:
@@ -77,7 +75,7 @@ def whole_forward_kernel(
         n, at_bottom, at_right, height, width, rows, columns, WY, WX, sy, sx, PADS_ARE_KEYS
     )
     hidden = query_region[:, None] != key_region[None, :]
-    bias_tile = bias_at(bias, bias_stride, head, heads, n, WY, WX, BLOCK, TABLE)
+    bias_tile = tl.load(bias + head * bias_stride + n[:, None] * BLOCK + n[None, :])
     bias_tile = tl.where(hidden, float("-inf"), bias_tile)
     if COSINE:
         scale = tl.load(multiplier + head)
@@ -235,7 +233,7 @@ def forward(call: Call, qkv: Tensor, bias: Tensor, multiplier: Tensor, pad_kv: T
             size = call.group_size(config)
             whole_forward_kernel[(call.groups(size) * heads,)](
                 qkv, bias, multiplier, pad_kv, out, lse, *call.sizes, bias_strides(bias)[1], call.scale, size,
-                BLOCK=call.form.padded, TABLE=bias.dim() == 2, EXACT=call.launched.exact, KEEP_LSE=keep_lse,
+                BLOCK=call.form.padded, EXACT=call.launched.exact, KEEP_LSE=keep_lse,
                 PADS_ARE_KEYS=call.pads_are_keys, **call.constants, **config.options,
             )  # fmt: skip
             return out

@@ -178,10 +178,7 @@ def constants(form: Form) -> dict[str, Any]:
 
 
 def bias_strides(bias: Tensor) -> tuple[int, int]:
-    """From one kind of window, and from one head's expanded bias, to the next: 0 where all share one. [kinds, h, ., .]; a
-    table [R, h] has none."""
-    if bias.dim() == 2:
-        return 0, 0
+    """From one kind of window, and from one head's expanded bias, to the next: 0 where all share one. [kinds, h, ., .]"""
     kinds, heads = bias.shape[:2]
     return 0 if kinds == 1 else bias.stride(0), 0 if heads == 1 else bias.stride(1)
 
@@ -242,7 +239,9 @@ def _hopper(kernel: Kernel, form: Form) -> Config:
     tight, wide = form.tight, form.block_d == 128
     match kernel:
         case "forward":
-            return Config(32, 32, 4, 1) if wide and tight else Config(64, 32, 4, 3)
+            if wide and tight:
+                return Config(32, 32, 4, 1)
+            return Config(64, 64, 4, 2) if form.block_d == 32 and not tight else Config(64, 32, 4, 3)
         case "queries":
             return Config(32, 16, 4, 2) if wide and tight else Config(64, 32, 4, 2 if wide else 3)
         case "keys":

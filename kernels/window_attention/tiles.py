@@ -158,29 +158,6 @@ def bias_of(bias, kind_stride, bias_stride, at_bottom, at_right, head):
 
 
 @triton.jit
-def bias_at(
-    bias,
-    bias_stride,
-    head,
-    heads,
-    n,
-    WY: tl.constexpr,
-    WX: tl.constexpr,
-    BLOCK: tl.constexpr,
-    TABLE: tl.constexpr,
-):
-    """[BLOCK, BLOCK] fp32, times log2 e, of a head: -inf for keys from N on. TABLE: looked up in the table [R, h], for which
-    there is no kernel to wait for (bias.py has the rule); else from the expanded [h, BLOCK, BLOCK]."""
-    if TABLE:
-        place = n // WX * (2 * WX - 1) + n % WX
-        row = place[:, None] - place[None, :] + ((WY - 1) * (2 * WX - 1) + WX - 1)
-        real = (n < WY * WX)[:, None] & (n < WY * WX)[None, :]
-        found = tl.load(bias + row * heads + head, mask=real, other=0.0).to(tl.float32) * LOG2_E
-        return tl.where((n < WY * WX)[None, :], found, float("-inf"))
-    return tl.load(bias + head * bias_stride + n[:, None] * BLOCK + n[None, :])
-
-
-@triton.jit
 def identity(SIDE: tl.constexpr):
     """[SIDE, SIDE] fp16. `tl.dot(identity, bias)` is the bias, exactly: a way to keep it in shared memory as an operand of the
     tensor cores, where it takes no registers. A bias of that kind is finite (0 * inf is not 0) and fp16."""

@@ -267,15 +267,13 @@ def _operands(
 ) -> tuple[Tensor, Tensor, Tensor]:
     """bias, multiplier and pad_kv as the kernels take them; something stands for what they will not look at.
 
-    Kernels whose tile is a `whole` window look the bias up in its table, and make their mask themselves, once. The others,
-    and those whose bias is no table, take it expanded, [kinds, h, side, side]; in tiles the mask of the window's kind is in it.
+    The bias is [kinds, h, side, side]: kernels whose tile is a `whole` window make their mask themselves, once; the others find
+    it in the bias of the window's kind.
     """
     pads = qkv if pad_kv is None else pad_kv.detach().to(qkv.dtype).contiguous()
     side = call.form.padded if whole else call.form.side
     if bias is None:
         expanded = remember(qkv, _no_bias, call.slots, side)[None]
-    elif bias.dim() == 2 and whole:
-        expanded = bias.detach().float().contiguous()
     elif bias.dim() == 2:
         from kernels.window_attention.bias import expand
 
