@@ -43,6 +43,7 @@ MOST = {"tests": 0.25, "sanitizer": 0.05, "aot": 0.15}
 # The tests that go through compute-sanitizer, which is some hundred times slower: every Triton kernel, on little data.
 SANITIZED = ("test_kernels_window_triton.py", "exact and cuda and (pads-are-keys or head-dim-64)")
 GPU_TEST = re.compile(r"mark\.gpu|on_each_device")  # what a file with tests for a GPU has in it
+SECTIONS = ("tests", "sanitizer", "aot", "subjects")
 CLOSING = 15.0  # seconds kept for the report
 GRACE = 30.0  # seconds that a subject's process may take beyond its share, for a task that it has begun
 OUT_OF_TIME = 3  # exit status of a subject's process that did not begin all of its tasks
@@ -72,6 +73,14 @@ def main(arguments: Sequence[str] | None = None) -> int:
         "--tasks", default="", help="only those whose SUBJECT/CASE/MODE/DTYPE has this pattern"
     )
     parser.add_argument(
+        "--peers",
+        nargs="+",
+        default=[],
+        metavar="NAME",
+        help="only these implementations, where a task has them",
+    )
+    parser.add_argument("--sections", nargs="+", choices=SECTIONS, default=SECTIONS, help="only these")
+    parser.add_argument(
         "--subject", help=argparse.SUPPRESS
     )  # what the processes of the benchmark are started with
     options = parser.parse_args(arguments)
@@ -88,16 +97,34 @@ def main(arguments: Sequence[str] | None = None) -> int:
         parser.error(f"no task of profile {profile.name} matches {options.tasks!r}")
     minutes = options.minutes or (FULL if options.full else SHORT)
     if options.subject:
-        return measure(profile, options.subject, options.out, 60 * minutes, options.rehearse, options.tasks)
-    return Program(profile, options.out, 60 * minutes, options.rehearse, options.tasks).run()
+        return measure(
+            profile,
+            options.subject,
+            options.out,
+            60 * minutes,
+            options.rehearse,
+            options.tasks,
+            options.peers,
+        )
+    return Program(
+        profile, options.out, 60 * minutes, options.rehearse, options.tasks, options.peers, options.sections
+    ).run()
 
 
 class Program:
     """The sections, and the time that is left for them."""
 
     def __init__(
-        self, profile: Profile, out: Path, seconds: float, rehearsed: bool, pattern: str = ""
+        self,
+        profile: Profile,
+        out: Path,
+        seconds: float,
+        rehearsed: bool,
+        pattern: str = "",
+        peers: Sequence[str] = (),
+        sections: Sequence[str] = SECTIONS,
     ) -> None:
+        self.peers, self.sections = peers, sections
         self.profile, self.out, self.rehearsed = profile, out.resolve(), rehearsed
         self.pattern, self.tasks = pattern, chosen_tasks(profile, pattern)
         self.seconds, self.end = seconds, time.monotonic() + seconds
@@ -112,12 +139,16 @@ class Program:
         print(f"{mode}{self.seconds / 60:.0f} minutes, results in {self.out}")
         print(f"profile {self.profile.name}: {self.profile.machine}")
         self.machine()
-        self.tests()
-        self.sanitizer()
-        aot = [sys.executable, "-m", "bench.aot", "--json", str(self.out / "aot.json")]
-        self.process("aot", aot, MOST["aot"] * self.seconds)
-        self.subjects()
-        self.report()
+        if "tests" in self.sections:
+            self.tests()
+        if "sanitizer" in self.sections:
+            self.sanitizer()
+        if "aot" in self.sections:
+            aot = [sys.executable, "-m", "bench.aot", "--json", str(self.out / "aot.json")]
+            self.process("aot", aot, MOST["aot"] * self.seconds)
+        if "subjects" in self.sections:
+            self.subjects()
+            self.report()
         failed, late = (sum(s.status == status for s in self.done) for status in ("failed", "out of time"))
         more = (
             f" {late} ran out of time: what they had measured is kept, --minutes gives more." if late else ""
@@ -205,6 +236,7 @@ class Program:
             command = [
                 sys.executable, "-m", "bench.gpu", "--subject", name, "--profile", self.profile.name,
                 "--out", str(self.out / name), "--minutes", str(0.8 * share / 60), "--tasks", self.pattern,
+                *(["--peers", *self.peers] if self.peers else []),
             ]  # fmt: skip
             self.process(name, command + ["--rehearse"] * self.rehearsed, share + GRACE)
 
@@ -266,11 +298,18 @@ def chosen_tasks(profile: Profile, pattern: str) -> list[Task]:
 
 
 def measure(
-    profile: Profile, subject: str, out: Path, seconds: float, rehearsed: bool, pattern: str = ""
+    profile: Profile,
+    subject: str,
+    out: Path,
+    seconds: float,
+    rehearsed: bool,
+    pattern: str = "",
+    peers: Sequence[str] = (),
 ) -> int:
     """One subject's tasks, in this process; those for which no time is left are not begun, and named."""
     kept = make_torchvision_importable()
     tasks = [task for task in chosen_tasks(profile, pattern) if task.subject == subject]
+    tasks = [task for task in tasks if not peers or set(peers) & set(task.peers)]
     session = Session(profile, profile.budget, out, rehearsed)
     start, bad = time.monotonic(), 0
     for i, task in enumerate(tasks):
@@ -278,7 +317,7 @@ def measure(
             print(f"{subject}: out of time before {', '.join(t.name for t in tasks[i:])}")
             return OUT_OF_TIME
         try:
-            rows = session.measure(task)
+            rows = session.measure(task, peers or None)
         except Exception:  # the tasks that follow may still be measured
             traceback.print_exc()
             bad += 1

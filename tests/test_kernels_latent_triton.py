@@ -11,8 +11,8 @@ from unittest import mock
 
 import pytest
 import torch
-from interpreter import interpreter as interpreter
 from interpreter import in_some_draw, on_each_device
+from interpreter import interpreter as interpreter
 from latents import HALF, SINGLE, run, some
 from latents import check as check_backend
 from torch import Tensor

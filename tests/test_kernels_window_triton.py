@@ -14,8 +14,8 @@ from unittest import mock
 import pytest
 import torch
 import torch.nn.functional as F
-from interpreter import interpreter as interpreter
 from interpreter import in_some_draw, on_each_device
+from interpreter import interpreter as interpreter
 from torch import Tensor
 
 from bench.numerics import FEW, RELATIVE, judge
