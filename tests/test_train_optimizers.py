@@ -16,7 +16,14 @@ from torch import nn
 from train import optimizers
 from train.config import ConfigError, OptimConfig
 from train.optim import load_optimizer_tensors, optimizer_tensors
-from train.optimizers import OptimizerError, apex_refusal, build_optimizer, choose, clip_and_step
+from train.optimizers import (
+    OptimizerError,
+    apex_refusal,
+    build_optimizer,
+    choose,
+    clip_and_step,
+    forget_gradients,
+)
 
 CPU, GPU = torch.device("cpu"), torch.device("cuda")
 HEALTHY = torch.tensor(True)
@@ -200,6 +207,10 @@ class FusedAdam(torch.optim.Optimizer):
                 p.mul_(1 - lr * group["weight_decay"])
                 p.sub_(lr * m / (1 - b1**n) / ((v / (1 - b2**n)).sqrt() + group["eps"]))
 
+    def zero_grad(self) -> None:  # type: ignore[override]
+        """apex's takes no set_to_none."""
+        super().zero_grad()
+
 
 FusedAdam.__module__ = "apex.optimizers.fused_adam"
 
@@ -211,6 +222,16 @@ def apex(monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setitem(sys.modules, "apex", types.ModuleType("apex"))
     monkeypatch.setitem(sys.modules, "apex.optimizers", module)
     monkeypatch.setattr(optimizers, "apex_refusal", lambda device: None)
+
+
+def test_gradients_are_forgotten_whatever_the_optimizer(apex: None) -> None:
+    model = network()
+    optimizer = build_optimizer(model, OptimConfig(kind="apex"), CPU).optimizer
+    with pytest.raises(TypeError):
+        optimizer.zero_grad(set_to_none=True)
+    fill(model, 0, 0.1)
+    forget_gradients(optimizer)
+    assert all(p.grad is None for p in model.parameters())
 
 
 @pytest.mark.parametrize("kind", ["torch", "apex", "torch-8bit"])

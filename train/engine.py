@@ -25,7 +25,7 @@ from train.families import family_of
 from train.machine import Precision, choose_device
 from train.meeting import meet
 from train.optim import Ema, load_optimizer_tensors, optimizer_tensors, weights_once, with_aliases
-from train.optimizers import build_optimizer, clip_and_step
+from train.optimizers import build_optimizer, clip_and_step, forget_gradients
 from train.pieces import share_of
 
 TIMEOUT = timedelta(hours=2)  # the other ranks wait while rank 0 evaluates
@@ -247,7 +247,7 @@ class TorchEngine:
 
     def discard(self) -> None:
         """Forget gradients and losses of an unfinished step."""
-        self.optimizer.zero_grad(set_to_none=True)
+        forget_gradients(self.optimizer)
         self._sums = {}
 
     @contextmanager

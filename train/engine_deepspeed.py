@@ -22,7 +22,7 @@ from torch import Tensor, nn
 
 from train.deepspeed_settings import import_deepspeed, settings_of
 from train.engine import StepResult
-from train.optimizers import EPS, global_norm
+from train.optimizers import EPS, forget_gradients, global_norm
 from train.sharded import Shard, ShardedEngine, blocks_of, must_be_torch
 
 
@@ -134,7 +134,7 @@ class DeepSpeedEngine(ShardedEngine):
             own = self.own_parameters[name]
             own.grad = flat.grad.narrow(0, start, own.numel()) if name in self._used else None
         self.optimizer.step()
-        self.optimizer.zero_grad(set_to_none=True)
+        forget_gradients(self.optimizer)
 
     def _add_scalars_to_the_norm(self) -> None:
         """The parameters that DeepSpeed does not have count in the norm that it clips by."""

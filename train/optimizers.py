@@ -159,6 +159,13 @@ def clip_and_step(
     return norm
 
 
+def forget_gradients(optimizer: torch.optim.Optimizer) -> None:
+    """Drops them. `zero_grad` has arguments of its own in every optimizer: apex's takes none."""
+    for group in optimizer.param_groups:
+        for p in group["params"]:
+            p.grad = None
+
+
 def global_norm(gradients: list[Tensor]) -> Tensor:
     """The 2-norm of all numbers of all gradients, fp32 []; 0 of none."""
     if not gradients:
