@@ -169,6 +169,9 @@ def test_measured_steps_calibrate_the_plan() -> None:
     plans = {"aurora-xl": {"samples": 4, "above": 1.1e9, "floor": 1.0}}
     (made,) = (Row(**one) for one in planned.calibration([row], plans))
     assert made.memory == pytest.approx(1.1) and made.reached == 0.5
-    assert reached_by([made], "aurora-xl", peak, True) == (pytest.approx(0.4), 1)
-    assert reached_by([made], "aurora-xl", peak, False) == (0.0, 0)
-    assert reached_by([made], "aurora-xl", PEAKS[0], True) == (0.0, 0)
+    assert reached_by([made], "aurora-xl", peak, True, 8) == (pytest.approx(0.4), 4)
+    assert reached_by([made], "aurora-xl", peak, False, 4) == (0.0, 0)
+    assert reached_by([made], "aurora-xl", PEAKS[0], True, 4) == (0.0, 0)
+    larger = replace(made, case=made.case.replace("4 samples", "32 samples"), measured_seconds=1.0)
+    assert reached_by([made, larger], "aurora-xl", peak, True, 16) == (pytest.approx(0.8), 32)
+    assert reached_by([made, larger], "aurora-xl", peak, True, 2) == (pytest.approx(0.4), 4)

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import argparse
 import json
+import math
 import sys
 from collections.abc import Iterator, Sequence
 from dataclasses import replace
@@ -119,10 +120,15 @@ def setup_of(config: PretrainConfig, arguments: argparse.Namespace, rows: Sequen
     name = arguments.device or (recipe.device if recipe else "a100-80gb")
     device = local_cpu() if name == "cpu" else DEVICES[name]
     ask = config.activation_checkpointing if arguments.checkpointing is None else arguments.checkpointing
-    measured, steps = reached_by(rows, config.name, device.peak, ask)
-    if steps:
-        said = f"measured here: {100 * measured:.1f}%, the median of {steps} step{'s' * (steps > 1)} of {config.name}"
-        said += " without exchange"
+    micro_batch = config.batch_size / gpus / (config.accumulation or 1)
+    measured, samples = reached_by(rows, config.name, device.peak, ask, micro_batch)
+    if samples:
+        said = (
+            f"measured here: {100 * measured:.1f}% in steps of {samples} samples at a time, without exchange"
+        )
+        most, larger = reached_by(rows, config.name, device.peak, ask, math.inf)
+        if most > 1.5 * measured:
+            said += f" ({100 * most:.1f}% with {larger}: with few, the GPU waits for its host; see --accumulation)"
         device = replace(device, mfu=measured, anchor=f"{said}; {device.anchor}")
     mfu = device.mfu if arguments.mfu is None else arguments.mfu
     if not 0 < mfu <= 1:

@@ -7,6 +7,8 @@ what the plan said in the same run, on the machine and on the day that it names.
 from __future__ import annotations
 
 import json
+import math
+import re
 import statistics
 from collections.abc import Iterator, Sequence
 from dataclasses import dataclass
@@ -79,17 +81,24 @@ def summary(rows: Sequence[Row]) -> Iterator[str]:
         )
 
 
-def reached_by(rows: Sequence[Row], preset: str, peak: Peak, checkpointing: bool) -> tuple[float, int]:
-    """The share of the data sheet's peak that measured steps of a preset reached on a device, and of how many steps it is the
-    median; (0, 0) where there are none. Exchange is not in it (`python -m bench.steps` has one device)."""
+def reached_by(
+    rows: Sequence[Row], preset: str, peak: Peak, checkpointing: bool, micro_batch: float
+) -> tuple[float, int]:
+    """The share of the data sheet's peak that measured steps of a preset reached on a device, the median of those whose
+    micro-batch is nearest, and that micro-batch: with few samples a GPU waits for its host. (0, 0) where there are none.
+    Exchange is not in it (`python -m bench.steps` has one device)."""
     mode = "with" if checkpointing else "without"
-    shares = [
-        row.flops / row.measured_seconds / peak.bf16
-        for row in rows
-        if row.case.startswith(f"{preset}, ") and row.case.endswith(f", {mode} checkpointing")
-        and peak_of(row.device.split(",")[0]) == peak
-    ]  # fmt: skip
-    return (statistics.median(shares), len(shares)) if shares else (0.0, 0)
+    shares: dict[int, list[float]] = {}
+    for row in rows:
+        found = re.match(rf"{re.escape(preset)}, (\d+) samples.*, {mode} checkpointing$", row.case)
+        if found and peak_of(row.device.split(",")[0]) == peak:
+            shares.setdefault(int(found[1]), []).append(row.flops / row.measured_seconds / peak.bf16)
+    if not shares:
+        return 0.0, 0
+    nearest = (
+        max(shares) if micro_batch == math.inf else min(shares, key=lambda n: abs(math.log(n / micro_batch)))
+    )
+    return statistics.median(shares[nearest]), nearest
 
 
 def _range(percent: Sequence[float], form: str) -> str:
