@@ -22,6 +22,7 @@ from train.config import ConfigError
 from train.result import Score
 from train.scores.segmentation import ConfusionMatrix, pair_counts
 from train.tasks.base import Example, Prediction, TaskResult, item_of
+from train.tasks.classes import with_ids
 from train.tasks.config import FinetuneConfig, TaskConfig
 from train.tasks.data import classes_beside
 from train.tasks.detection import view_of
@@ -42,23 +43,30 @@ class Segmentation:
 
     def complete(self, task: TaskConfig, items: Items) -> TaskConfig:
         """classes.json's list for label maps (`class_ids` are their values), or the objects' categories behind a background
-        (`class_ids` begin with "" then)."""
-        if task.classes:
-            return task
+        (`class_ids` begin with "" then), or those of them that the task names."""
         try:
             found = read_classes(classes_beside(items))
         except (OSError, ValueError) as error:
             raise ConfigError(f"the classes of the pixels are not known: {error}") from error
         maps = any("segmentation" in one.has for one in items.all())
         if maps and found.segmentation:
-            values, names = tuple(map(str, found.segmentation)), tuple(found.segmentation.values())
+            listed, behind = {str(value): name for value, name in found.segmentation.items()}, False
         elif found.objects:
-            values, names = ("", *map(str, found.objects)), (BACKGROUND, *found.objects.values())
+            listed, behind = {str(number): name for number, name in found.objects.items()}, True
         else:
             raise ConfigError(f"{classes_beside(items)}/classes.json lists neither label maps nor objects")
-        if len(names) > IGNORE:
-            raise ConfigError(f"{len(names)} classes; label maps of 8 bits hold {IGNORE}")
-        return replace(task, classes=names, class_ids=values)
+        if behind and task.class_ids[:1] == ("",):  # complete already: its background comes again below
+            task = replace(task, classes=task.classes[1:], class_ids=task.class_ids[1:])
+        elif behind and BACKGROUND in task.classes and BACKGROUND not in listed.values():
+            task = replace(task, classes=tuple(name for name in task.classes if name != BACKGROUND))
+            if not task.classes:
+                raise ConfigError("task.classes has the background alone; objects' classes are needed")
+        task = with_ids(task, listed, f"{classes_beside(items)}/classes.json")
+        if behind:
+            task = replace(task, classes=(BACKGROUND, *task.classes), class_ids=("", *task.class_ids))
+        if len(task.classes) > IGNORE:
+            raise ConfigError(f"{len(task.classes)} classes; label maps of 8 bits hold {IGNORE}")
+        return task
 
     def model(self, config: FinetuneConfig) -> nn.Module:
         return Segmenter(config.model, len(config.task.classes))
