@@ -11,12 +11,16 @@ from typing import Any
 
 import numpy as np
 import pytest
+import torch
 from PIL import Image
 
 from dataload.annotated import Items, TaskSet
 from dataload.annotations import Annotations, Object
 from dataload.broken import BrokenSample
 from dataload.tokenizer import Tokenizer
+from dataload.views import whole_view
+from models.aurora.detection import Detector, Found
+from models.pretrained import Pretrained
 from tests.micro import MODEL, arguments, corpus
 from train import finetune
 from train.config import ConfigError
@@ -25,6 +29,7 @@ from train.tasks.classes import with_ids
 from train.tasks.config import FinetuneConfig, TaskConfig, TaskObjectives
 from train.tasks.detection import Detection
 from train.tasks.registry import task_of
+from train.tasks.running import score_task
 from train.tasks.segmentation import Segmentation, Truth
 
 SIDE = 24
@@ -123,3 +128,115 @@ def test_the_command_refuses_unknown_classes(started: Path, capsys: pytest.Captu
         assert "'unicorn' not in" in said and "'circle'" in said
     assert finetune.main(["captioning", *command, "--task.classes", "star"]) == 2
     assert "captioning has no classes" in capsys.readouterr().err
+
+
+# --- truth that cannot be read --------------------------------------------------------------------
+
+MAPS = {"segmentation": [{"id": 0, "name": "sky"}, {"id": 1, "name": "sea"}]}
+SEA = np.ones((SIDE, SIDE), np.uint8)
+
+
+def test_damaged_label_maps_are_counted_when_scored(tmp_path: Path) -> None:
+    whole = png(SEA)
+    maps = [whole, whole[:40], whole, png(np.ones((SIDE, SIDE - 4), np.uint8)), whole]
+    samples = [{**picture(i), "seg.png": one} for i, one in enumerate(maps)]
+    task = Segmentation()
+    items = items_of(task, shard(tmp_path, samples, MAPS))
+    done = task.complete(TaskConfig("segmentation"), items)
+    config = replace(config_of("segmentation"), task=done)
+    tokenizer = Tokenizer.load(corpus().tokenizer)
+    heldout = TaskSet(items, task.maker(config, tokenizer), batch_size=2)
+    result = score_task(task.model(config), heldout, config, tokenizer, device=torch.device("cpu"), task=task)
+    assert result is not None and result.counts["broken_left_out"] == 2
+    assert [one.key for one in heldout.broken] == ["0001", "0003"]
+    assert "label map" in heldout.broken[0].reason and f"{SIDE - 4}x{SIDE}" in heldout.broken[1].reason
+    assert result.counts["pixels"] == 3 * SIDE * SIDE
+
+
+def test_segmentation_refuses_the_other_kind_of_truth() -> None:
+    """Its numbers mean other classes: a category that is called 1 is not the label map's 1."""
+    thing = Object(1, (0, 0, 5, 5), 1, "boat", area=25.0)
+    with_map = Annotations("k", label_map=SEA, has=frozenset(("segmentation",)))
+    with_objects = Annotations("k", objects=(thing,), has=frozenset(("objects",)))
+    maps = Truth(TaskConfig("segmentation", classes=("sky", "sea"), class_ids=("0", "1")))
+    objects = Truth(TaskConfig("segmentation", classes=("background", "boat"), class_ids=("", "1")))
+    assert (maps(with_map, SIDE, SIDE) == 1).all() and objects(with_objects, SIDE, SIDE).sum() == 25
+    with pytest.raises(BrokenSample, match="it has objects, and this task's truth is a label map"):
+        maps(with_objects, SIDE, SIDE)
+    with pytest.raises(BrokenSample, match="it has a label map, and this task's truth is objects"):
+        objects(with_map, SIDE, SIDE)
+
+
+def test_masks_that_cannot_be_read_are_broken_samples() -> None:
+    pytest.importorskip("pycocotools")
+    good = Object(1, (0, 0, 4, 4), 1, "a", segmentation={"size": [8, 6], "counts": [0, 8, 40]})
+    assert good.mask(8, 6)[:, 0].all() and good.mask(8, 6).sum() == 8
+    for shape, size, words in (
+        (((1.0, 2.0),), (8, 6), "mask cannot be read"),
+        ({"size": [8, 6], "counts": "?"}, (9, 6), "mask"),
+        ({"size": [8, 6], "counts": [0, 8, 40]}, (9, 6), "mask is 6x8, the picture 6x9"),
+    ):
+        with pytest.raises(BrokenSample, match=words):
+            replace(good, segmentation=shape).mask(*size)
+
+
+# --- items ----------------------------------------------------------------------------------------
+
+
+def test_samples_without_an_item_are_lacking(tmp_path: Path) -> None:
+    asked = {"question_id": 1, "question": "why?", "answers": ["so"]}
+    records = [
+        {"questions": [asked]},
+        {"questions": []},
+        {},
+        {"questions": [asked, {**asked, "answers": []}]},
+    ]
+    task = task_of("vqa")
+    items = items_of(task, shard(tmp_path, [picture(i, **one) for i, one in enumerate(records)]))
+    assert (len(items), items.samples, items.lacking) == (3, 2, 2)
+    first = Items([str(tmp_path)], task.needs, each=task.parts, most=2)
+    assert [one.sample for one in first.items] == [0, 3, 3], (
+        "a sample without a question is none of the first two"
+    )
+
+
+# --- boxes ----------------------------------------------------------------------------------------
+
+
+class Fixed(Detector):
+    """A detector that always finds the same."""
+
+    def __init__(self, box: list[float]) -> None:
+        torch.nn.Module.__init__(self)
+        self.box = torch.nn.Parameter(torch.tensor([box]), requires_grad=False)
+
+    def detect(self, images: torch.Tensor, **_: Any) -> list[Any]:
+        return [Found(self.box, torch.ones(1), torch.zeros(1, dtype=torch.int64)) for _ in images]
+
+
+@pytest.mark.parametrize(("width", "height"), [(67, 41), (100, 3), (41, 67), (200, 200)])
+def test_boxes_go_back_by_the_factor_of_each_side(width: int, height: int, tmp_path: Path) -> None:
+    """A picture's sides are rounded to whole pixels of the square, each by itself."""
+    side = MODEL.image_size
+    image = png(np.zeros((height, width, 3), np.uint8))
+    (tmp_path / "picture.png").write_bytes(image)
+    view = whole_view(image, side)
+    whole = [0.0, 0.0, *map(float, view.shown)]
+    classes = {"objects": [{"id": 5, "name": "thing"}]}
+    known = {"objects": [], "width": width, "height": height}
+    path = shard(tmp_path, [{"png": image, "json": json.dumps(known).encode()}], classes)
+    task, config = Detection(), config_of("detection", classes=("thing",), class_ids=("5",))
+    items = items_of(task, path)
+    maker = task.maker(config, Tokenizer.load(corpus().tokenizer))
+    (batch,) = TaskSet(items, maker).batches()
+    half = [view.shown[0] / 2, view.shown[1] / 2]
+    for box, wanted in (
+        (whole, [0, 0, width, height]),
+        ([0.0, 0.0, *half], [0, 0, width / 2, height / 2]),
+        ([-9.0, -9.0, 99.0, 99.0], [0, 0, width, height]),
+    ):
+        (one,) = task.predict(Fixed(box), batch, items, config, None)
+        np.testing.assert_allclose(one.value[0], [wanted], atol=1e-4)
+        found = Pretrained(Fixed(box), MODEL, corpus().tokenizer.read_bytes(), {"classes": ["thing"]})
+        (ours,) = found.detect(tmp_path / "picture.png")
+        np.testing.assert_allclose(ours.box, wanted, atol=1e-4)

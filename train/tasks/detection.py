@@ -14,7 +14,7 @@ from dataload.annotated import Item, Items, Maker, TaskBatch
 from dataload.annotations import Annotations, Object, read_classes
 from dataload.images import normalize
 from dataload.tokenizer import Tokenizer
-from dataload.views import ViewConfig, seen_objects, training_view, whole_view
+from dataload.views import ViewConfig, seen_objects, training_view, unseen, whole_view
 from models.aurora.detection import NOTHING, Detector, assign
 from models.boxes import iou
 from train.config import ConfigError
@@ -87,11 +87,9 @@ class Detection:
         found = model.detect(normalize(batch["images"]))
         predictions = []
         for number, one, shown in zip(batch.items, found, batch["shown"].tolist(), strict=True):
-            width, height = shown[2:]
-            scale = max(width, height) / max(shown[:2])
-            boxes = (one.boxes.cpu().double() * scale).clamp(min=0)
-            boxes = boxes.minimum(torch.tensor([width, height] * 2, dtype=torch.float64))
-            value = (boxes.numpy(), one.scores.cpu().double().numpy(), one.classes.cpu().numpy())
+            across, down, width, height = shown
+            boxes = unseen((across, down), (width, height)).back(one.boxes.cpu().double().numpy())
+            value = (boxes, one.scores.cpu().double().numpy(), one.classes.cpu().numpy())
             predictions.append(Prediction(number, value))
         return predictions
 

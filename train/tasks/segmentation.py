@@ -79,6 +79,9 @@ class Segmentation:
             encoded = items.index.image(item.sample)
             if rng is None:
                 view = whole_view(encoded, size, data.interpolation)
+                # `predict` reads the truth again: it may be large, and batches go to the device. One that cannot be read
+                # shows here, where a broken sample is counted and left out
+                truth(items.annotations(item, label_map=True), *view.picture)
                 return {"images": view.pixels, "shown": np.array([*view.shown, *view.picture])}
             view = training_view(encoded, view_config, rng)
             stored = truth(items.annotations(item, label_map=True), *view.picture)
@@ -168,13 +171,17 @@ class Truth:
                 self.table[value] = number
 
     def __call__(self, known: Annotations, width: int, height: int) -> np.ndarray:
-        """Raises BrokenSample for a sample with the other kind of truth: its numbers mean other classes."""
+        """Raises BrokenSample for a label map of another size, for a mask that cannot be read, and for a sample with the other
+        kind of truth: its numbers mean other classes."""
         if ("segmentation" in known.has) == self.objects:
             asked, there = ("objects", "a label map") if self.objects else ("a label map", "objects")
             raise BrokenSample(
                 f"it has {there}, and this task's truth is {asked}: keep one kind in a set of shards"
             )
         stored = paint(known, self.numbers, width, height)
+        if stored.shape != (height, width):
+            down, across = stored.shape
+            raise BrokenSample(f"its label map is {across}x{down}, the picture {width}x{height}")
         return stored if self.objects else self.table[stored]
 
 
