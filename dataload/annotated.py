@@ -111,6 +111,13 @@ class Items:
     def __len__(self) -> int:
         return len(self.items)
 
+    def first(self, samples: int | None) -> int:
+        """How many items the first so many samples have together (None: all)."""
+        if samples is None or samples >= self.samples:
+            return len(self.items)
+        chosen = list(dict.fromkeys(item.sample for item in self.items))[:samples]
+        return sum(item.sample <= chosen[-1] for item in self.items) if chosen else 0
+
     def annotations(self, item: Item, *, label_map: bool = False) -> Annotations:
         """What is known of the item's sample. Errors as for `read_annotations`."""
         return read_annotations(self.index, item.sample, label_map=label_map)

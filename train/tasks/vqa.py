@@ -186,10 +186,15 @@ def written(prompt: Sequence[int], answer: Sequence[int], length: int) -> tuple[
 
 
 def write(
-    base: Any, memory: Tensor, tokens: Tensor, config: FinetuneConfig, tokenizer: Tokenizer
-) -> list[str]:
-    """Written answers to prompts int64 [B, T] (BOS prompt EOS, padded): those of one length go together."""
+    base: Any, memory: Tensor, tokens: Tensor, config: FinetuneConfig, tokenizer: Tokenizer,
+    longest: int | None = None,
+) -> list[str]:  # fmt: skip
+    """Written answers to prompts int64 [B, T] (BOS prompt EOS, padded): those of one length go together. longest: tokens of
+    an answer at most, its end included (None: `longest_answer`)."""
     from train.generate import KnownPieces
+
+    if longest is None:
+        longest = longest_answer(config.model.text_length)
 
     lengths = (tokens != 0).sum(1)
     answers = [""] * len(tokens)
@@ -202,7 +207,7 @@ def write(
             method="beam" if config.task.beams > 1 else "greedy",
             beams=config.task.beams,
             length_penalty=config.task.length_penalty,
-            max_length=length + longest_answer(config.model.text_length),
+            max_length=length + longest,
             prompt=tokens[rows, :length],
         )
         for row, one in zip(rows.tolist(), ids, strict=True):
