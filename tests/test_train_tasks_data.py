@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import io
+import itertools
 import json
 import tarfile
 from dataclasses import replace
@@ -22,15 +23,17 @@ from dataload.views import whole_view
 from models.aurora.detection import Detector, Found
 from models.pretrained import Pretrained
 from tests.micro import MODEL, arguments, corpus
-from train import finetune
+from train import evaluate, finetune
 from train.config import ConfigError
 from train.pretrain import main as pretrain
+from train.tasks.base import Prediction
 from train.tasks.classes import with_ids
 from train.tasks.config import FinetuneConfig, TaskConfig, TaskObjectives
 from train.tasks.detection import Detection
 from train.tasks.registry import task_of
 from train.tasks.running import score_task
 from train.tasks.segmentation import Segmentation, Truth
+from train.tasks.zeroshot import ZeroShot
 
 SIDE = 24
 
@@ -240,3 +243,55 @@ def test_boxes_go_back_by_the_factor_of_each_side(width: int, height: int, tmp_p
         found = Pretrained(Fixed(box), MODEL, corpus().tokenizer.read_bytes(), {"classes": ["thing"]})
         (ours,) = found.detect(tmp_path / "picture.png")
         np.testing.assert_allclose(ours.box, wanted, atol=1e-4)
+
+
+# --- zero-shot classes ----------------------------------------------------------------------------
+
+LABELS: list[dict[str, Any]] = [
+    {"labels": ["cat", "rug"]},
+    {"label": "dog"},
+    {"label": "fox"},
+    {"label": "cat"},
+]
+
+
+def test_zero_shot_counts_what_was_guessed(tmp_path: Path) -> None:
+    names = ("cat", "dog", "rug", "owl", "elk", "yak", "bee")
+    task = ZeroShot(("a {}",), names)
+    path = shard(tmp_path, [picture(i, **one) for i, one in enumerate(LABELS)])
+    items = task.items(lambda: items_of(task, path))
+    assert len(items) == 3 and items.lacking == 1, "a fox is none of the classes"
+    config = config_of("retrieval")
+    config = replace(config, task=task.complete(config.task, items))
+    assert config.task.classes == names
+    guesses = np.eye(7, dtype=np.float32)[[2, 1, 1]]  # rug, dog, dog; then in the order of the classes
+    result = task.score([Prediction(i, row) for i, row in enumerate(guesses)], items, config, None)
+    assert result.scores["top-1"].value == 2 / 3
+    assert result.table == {"cat": 0.0, "rug": 1.0, "dog": 1.0}, "whoever said rug has found no cat"
+    for score, tries in (("top-1", 1), ("top-5", 5)):
+        blind = list(itertools.combinations(range(7), tries))
+        share = [np.mean([bool(set(some) & set(range(right))) for some in blind]) for right in (2, 1, 1)]
+        assert result.scores[score].baselines["chance"] == pytest.approx(np.mean(share))
+    assert result.about["labels_of_other_classes"] == {"fox": 1}
+
+
+def test_zero_shot_classes_are_checked_before_any_compute(
+    started: Path, tmp_path: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    path = shard(tmp_path / "shards", [picture(i, **one) for i, one in enumerate(LABELS)])
+    command = ["classify", "--checkpoint", str(started), "--device", "cpu", "--data", str(path)]
+    output = tmp_path / "classify.json"
+    for more, message in (
+        (
+            ("--classes", "horse", "cow"),
+            "no picture is of one of --classes horse, cow; the data's are cat, dog",
+        ),
+        (("--classes", "cat"), "'cat' alone"),
+        (("--classes", "cat", "cat"), "'cat' twice"),
+        (("--templates", "a"), "lacks {}"),
+    ):
+        assert evaluate.main([*command, *more]) == 2
+        assert message in capsys.readouterr().err
+    assert evaluate.main([*command, "--classes", "cat", "owl", "--output", str(output)]) == 0
+    found = json.loads(output.read_text())
+    assert found["counts"] == {"pictures": 2, "classes": 2} and found["data"]["lacking_left_out"] == 2

@@ -20,7 +20,7 @@ import torch.distributed as dist
 from torch import nn
 
 from dataload import shards
-from dataload.annotated import TaskSet
+from dataload.annotated import Items, TaskSet
 from train.checkpoint import LoadedModel, find, load_model, read_config
 from train.config import ConfigError, PretrainConfig
 from train.engine import Ranks, join, leave
@@ -79,8 +79,12 @@ def evaluate_checkpoint(args: argparse.Namespace, given: Sequence[str]) -> int:
     check_request(args, output)
     check_writing(args, config)
     patterns = shards_for(args, config)
-    items = find_items(task, patterns, config, training=False)
-    if args.task == CLASSIFY and not config.task.classes:
+
+    def find() -> Items:
+        return find_items(task, patterns, config, training=False)
+
+    items = task.items(find) if isinstance(task, ZeroShot) else find()
+    if isinstance(task, ZeroShot):
         config = replace(config, task=task.complete(config.task, items))
     most = args.max_images
     device = join(ranks, args.device)
@@ -133,7 +137,7 @@ def choose_task(args: argparse.Namespace) -> Task:
 
         return Captioning(args.spice_jars)
     if args.task == CLASSIFY:
-        return ZeroShot(args.templates)
+        return ZeroShot(args.templates, args.classes)
     if args.task == "retrieval":
         from train.tasks.retrieval import Retrieval
 
@@ -179,9 +183,7 @@ def config_for(args: argparse.Namespace, loaded: LoadedModel) -> FinetuneConfig:
             if isinstance(config, FinetuneConfig)
             else own_data(task_preset("retrieval", config), config)
         )
-        return replace(
-            found, task=replace(found.task, classes=tuple(args.classes)), checkpoint=str(loaded.path)
-        )
+        return replace(found, checkpoint=str(loaded.path))
     if isinstance(config, FinetuneConfig) and config.task.kind == args.task:
         found = config
     elif isinstance(config, FinetuneConfig) or args.task not in WITHOUT_HEAD:
