@@ -15,7 +15,7 @@ import pytest
 import torch
 from PIL import Image
 
-from dataload.annotated import Items, TaskSet
+from dataload.annotated import Items, TaskSet, collate
 from dataload.annotations import Annotations, Object
 from dataload.broken import BrokenSample
 from dataload.tokenizer import Tokenizer
@@ -26,13 +26,16 @@ from tests.micro import MODEL, arguments, corpus
 from train import evaluate, finetune
 from train.config import ConfigError
 from train.pretrain import main as pretrain
+from train.scores.vqa import accuracy as official
 from train.tasks.base import Prediction
 from train.tasks.classes import with_ids
 from train.tasks.config import FinetuneConfig, TaskConfig, TaskObjectives
+from train.tasks.data import find_items
 from train.tasks.detection import Detection
 from train.tasks.registry import task_of
 from train.tasks.running import score_task
 from train.tasks.segmentation import Segmentation, Truth
+from train.tasks.vqa import worth
 from train.tasks.zeroshot import ZeroShot
 
 SIDE = 24
@@ -295,3 +298,60 @@ def test_zero_shot_classes_are_checked_before_any_compute(
     assert evaluate.main([*command, "--classes", "cat", "owl", "--output", str(output)]) == 0
     found = json.loads(output.read_text())
     assert found["counts"] == {"pictures": 2, "classes": 2} and found["data"]["lacking_left_out"] == 2
+
+
+# --- questions ------------------------------------------------------------------------------------
+
+
+def question(number: int, *answers: str) -> dict[str, Any]:
+    return {"question_id": number, "question": "how many?", "answers": list(answers)}
+
+
+def test_chosen_answers_are_spelled_as_people_who_agree_spell_them(tmp_path: Path) -> None:
+    """The official rule compares as is where all people gave one answer: "2" is wrong where all ten said "two"."""
+    asked = [
+        question(1, *["two"] * 10),
+        question(2, *["two"] * 10),
+        question(3, *["2"] * 10),
+        question(4, *["the cat"] * 4, *["2"] * 6),
+        question(5, *["A dog"] * 10),
+    ]
+    task = task_of("vqa")
+    items = items_of(task, shard(tmp_path, [picture(0, questions=asked)]))
+    done = task.complete(TaskConfig("vqa", head="chosen"), items)
+    assert done.classes == ("two", "A dog", "the cat")
+    values = {one["question_id"]: one["answers"] for one in asked}
+    assert [official("two", values[i]) for i in (1, 2, 3, 4)] == [1, 1, 0, 1]
+    assert official("2", values[1]) == 0 and official("dog", values[5]) == 0 < official("A dog", values[5])
+    questions = items.annotations(items.items[0]).questions
+    rows = np.stack([worth(one, done.classes, str) for one in questions])
+    np.testing.assert_allclose(rows[[0, 2]], [[1, 0, 0]] * 2)  # what is meant is learned
+    np.testing.assert_allclose(rows[4], [0, 1, 0])
+    assert rows[3, 0] == official("2", values[4]) and rows[3, 2] == official("cat", values[4]) > 0
+    with pytest.raises(ConfigError, match="no training question has one of these 1 answers; .*'2'"):
+        task.complete(TaskConfig("vqa", head="chosen", classes=("maybe",)), items)
+
+
+def test_questions_without_answers_are_not_learned_from(tmp_path: Path) -> None:
+    asked = [question(1, *["two"] * 10), question(2), question(3, *["red"] * 10)]
+    path = shard(tmp_path, [picture(0, questions=asked), picture(1, questions=[question(4)])])
+    task, tokenizer = task_of("vqa"), Tokenizer.load(corpus().tokenizer)
+    for head in ("written", "chosen"):
+        config = config_of("vqa", head=head)
+        items = find_items(task, (str(path),), config, training=True)
+        assert [item.part for item in items.items] == [0, 2]
+        assert (items.samples, items.lacking, items.unusable) == (1, 1, 1)
+        config = replace(config, task=task.complete(config.task, items))
+        maker = task.maker(config, tokenizer)
+        rows = [maker(items, item, np.random.default_rng(0)) for item in items.items]
+        batch = collate(rows, (), (0, 1), ("a", "b"))
+        assert sum(task.counts(batch, config)) > 0
+    # scored: what can be scored is, and the rest is counted; all are handed in
+    items = find_items(task, (str(path),), config, training=False)
+    said = [Prediction(i, "two") for i in range(len(items))]
+    result = task.score(said, items, config, tokenizer)
+    assert result.scores["accuracy"].value == 0.5 and result.counts["questions"] == 2
+    assert result.about["questions_without_answers"] == 2
+    assert [one["question_id"] for one in result.files["vqa_results.json"]] == [1, 2, 3, 4]
+    baselines = " ".join(result.scores["accuracy"].baselines)
+    assert "by the scored answers themselves" in baselines

@@ -55,6 +55,10 @@ def greet_task(
         lines.insert(
             5, f"data        {items.lacking:,} training samples lack what the task needs, and are left out"
         )
+    if items.unusable:
+        lines.insert(
+            5, f"data        {items.unusable:,} questions of the others have no answer, and are left out"
+        )
     if items.broken:
         lines.insert(
             5, f"data        {len(items.broken):,} have annotations that cannot be read: {items.broken[0]}"
