@@ -126,6 +126,25 @@ def test_classes_that_the_data_lacks_are_refused() -> None:
     assert with_ids(TaskConfig(classes=("hound",), class_ids=("7",)), listed, "here").classes == ("hound",)
 
 
+def test_sounds_may_have_some_of_the_classes(tmp_path: Path) -> None:
+    """By name or by AudioSet's ids; whether a sound has several is still noticed."""
+    ids = {"/m/1": "bark", "/m/2": "meow", "/m/3": "rain"}
+    listed = {"labels": [{"id": number, "name": name} for number, name in ids.items()]}
+    task, known = task_of("audio"), ({"labels": ["bark"]}, {"labels": ["meow", "rain"]})
+    samples = [{"wav": b"RIFF", "json": json.dumps(one).encode()} for one in known]
+    items = items_of(task, shard(tmp_path, samples, listed))
+    for given in (
+        TaskConfig("audio", classes=("rain", "bark")),
+        TaskConfig("audio", class_ids=("/m/3", "/m/1")),
+    ):
+        done = task.complete(given, items)
+        assert (done.classes, done.class_ids) == (("rain", "bark"), ("/m/3", "/m/1")) and done.several_labels
+    with pytest.raises(
+        ConfigError, match="'snow' not in the labels of the training sounds; there are 'bark'"
+    ):
+        task.complete(TaskConfig("audio", classes=("snow", "rain")), items)
+
+
 def test_the_command_refuses_unknown_classes(started: Path, capsys: pytest.CaptureFixture[str]) -> None:
     command = ["--checkpoint", str(started), "--data.train", *map(str, corpus().train)]
     for task in ("detection", "segmentation"):
