@@ -63,13 +63,16 @@ class Items:
         each: Callable[[Annotations], int] = lambda _: 1,
         most: int | None = None,
         keep: Callable[[Annotations], bool] = lambda _: True,
+        usable: Callable[[Annotations, int], bool] = lambda *_: True,
         exclude: Sequence[str] = (),
     ) -> None:
-        """needs: of `annotations.KINDS`, or "captions". each: items of a sample. most: only the first samples. keep: which
-        samples count; it is asked in order, once."""
+        """needs: of `annotations.KINDS`, or "captions". each: parts of a sample. most: only the first samples. keep: which
+        samples count; it is asked in order, once. usable: which parts (0, 1, ...) are items."""
         self.index: ShardIndex = shards.index(shards.expand(patterns), exclude=exclude)
         self.lacking = 0
-        """samples without what is needed"""
+        """samples without what is needed, and those without any item"""
+        self.unusable = 0
+        """parts of the other samples that are no items"""
         self.broken: list[Broken] = []
         """samples whose annotations cannot be read"""
         able, found = self.index.has(media), 0
@@ -84,8 +87,12 @@ class Items:
             if not has.issuperset(needs):
                 self.lacking += 1
             elif keep(one):
-                found += 1
-                samples += [Item(sample, part) for part in range(each(one))]
+                all_parts = range(each(one))
+                parts = [part for part in all_parts if usable(one, part)]
+                self.unusable += len(all_parts) - len(parts) if parts else 0
+                self.lacking += not parts
+                found += bool(parts)
+                samples += [Item(sample, part) for part in parts]
         self.items = samples
         self.samples = found
         if not samples:
@@ -103,6 +110,13 @@ class Items:
 
     def __len__(self) -> int:
         return len(self.items)
+
+    def first(self, samples: int | None) -> int:
+        """How many items the first so many samples have together (None: all)."""
+        if samples is None or samples >= self.samples:
+            return len(self.items)
+        chosen = list(dict.fromkeys(item.sample for item in self.items))[:samples]
+        return sum(item.sample <= chosen[-1] for item in self.items) if chosen else 0
 
     def annotations(self, item: Item, *, label_map: bool = False) -> Annotations:
         """What is known of the item's sample. Errors as for `read_annotations`."""

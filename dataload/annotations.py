@@ -50,7 +50,8 @@ class Object:
     """polygons (x0, y0, x1, y1, ...), or COCO's run lengths {"size": [height, width], "counts": ...}, or none"""
 
     def mask(self, height: int, width: int) -> np.ndarray:
-        """bool [height, width] of the stored picture; the box where there is no mask. Needs pycocotools."""
+        """bool [height, width] of the stored picture; the box where there is no mask. Needs pycocotools. Raises BrokenSample
+        for a mask that cannot be read, and for one of another size."""
         if self.segmentation is None:
             left, top, w, h = self.bbox
             inside = np.zeros((height, width), dtype=bool)
@@ -61,6 +62,9 @@ class Object:
             decoded: np.ndarray = tools.decode(run_lengths(self.segmentation, height, width)).astype(bool)
         except Exception as error:  # pycocotools raises the class itself
             raise BrokenSample(f"an object's mask cannot be read: {error}") from None
+        if decoded.shape != (height, width):
+            down, across = decoded.shape
+            raise BrokenSample(f"an object's mask is {across}x{down}, the picture {width}x{height}")
         return decoded
 
 

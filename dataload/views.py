@@ -102,6 +102,11 @@ def whole_view(data: bytes, size: int, interpolation: str = "bilinear") -> View:
     return View(pixels, box, shown, False, (picture.width, picture.height))
 
 
+def unseen(shown: tuple[int, int], picture: tuple[int, int]) -> View:
+    """Where places of a picture (width, height) lie in its `whole_view`, of which `shown` is known, without its pixels."""
+    return View(np.empty((0, 0, 3), np.uint8), (0, 0, *picture), shown, False, picture)
+
+
 def _shown(box: tuple[int, int, int, int], size: int) -> tuple[int, int]:
     """Width and height of a box whose longer side becomes `size`."""
     scale = size / max(box[2:])

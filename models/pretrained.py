@@ -129,12 +129,14 @@ class Pretrained:
                 "this model was not fine-tuned for detection: python -m train.finetune detection"
             )
         image = _open(picture)
-        scale = max(image.size) / self.config.image_size
+        shown = shown_size(image.size, self.config.image_size)
+        back = torch.tensor([full / part for full, part in zip(image.size, shown, strict=True)] * 2)
+        limit = torch.tensor([*image.size] * 2)
         (found,) = self.model.detect(self.pixels([image], "pad"), least=least)
         names = self.task["classes"]
         return [
-            Box(names[int(c)], float(s), tuple((scale * box).tolist()))
-            for box, s, c in zip(found.boxes, found.scores, found.classes, strict=True)
+            Box(names[int(c)], float(s), tuple((back * box).clamp(min=0).minimum(limit).tolist()))
+            for box, s, c in zip(found.boxes.cpu(), found.scores, found.classes, strict=True)
         ]
 
     @torch.no_grad()
@@ -146,8 +148,7 @@ class Pretrained:
                 "this model was not fine-tuned for segmentation: python -m train.finetune segmentation"
             )
         image = _open(picture)
-        scale = self.config.image_size / max(image.size)
-        across, down = (max(1, round(side * scale)) for side in image.size)
+        across, down = shown_size(image.size, self.config.image_size)
         logits = self.model.logits(self.pixels([image], "pad"))[:, :, :down, :across]
         large = nn.functional.interpolate(logits, size=image.size[::-1], mode="bilinear", align_corners=False)
         found: np.ndarray = large[0].argmax(0).cpu().numpy()
@@ -331,12 +332,17 @@ def fitted(image: Image.Image, side: int, fit: str) -> np.ndarray:
         return np.asarray(image.resize((side, side), bilinear, box=(left, top, left + edge, top + edge)))
     if fit == "squash":
         return np.asarray(image.resize((side, side), bilinear))
-    scale = side / max(width, height)
-    shown = max(1, round(width * scale)), max(1, round(height * scale))
+    shown = shown_size(image.size, side)
     out = np.empty((side, side, 3), np.uint8)
     out[:] = [round(255 * m) for m in MEAN]
     out[: shown[1], : shown[0]] = np.asarray(image.resize(shown, bilinear))
     return out
+
+
+def shown_size(size: tuple[int, int], side: int) -> tuple[int, int]:
+    """Width and height of a picture of this size whose longer side becomes `side`."""
+    scale = side / max(size)
+    return max(1, round(size[0] * scale)), max(1, round(size[1] * scale))
 
 
 def _open(picture: Picture) -> Image.Image:

@@ -217,9 +217,13 @@ def test_spice_is_asked_for_jars_before_any_work(tmp_path: Path) -> None:
         (tmp_path / name).write_bytes(b"no jar")
     plan = check(["SPICE"], tokenizer="none", spice_jars=tmp_path)
     assert not plan.reasons
-    # Java really starts SPICE, which misses CoreNLP's classes: its own words are in the error.
-    with pytest.raises(java.JavaError, match="edu/stanford/nlp"):
-        score_captions(CANDIDATES, REFERENCES, plan)
+    # Java really starts SPICE, which misses CoreNLP's classes: its own words are in the reason, and the rest is scored.
+    plan = check(["SPICE", "CIDEr"], tokenizer="none", spice_jars=tmp_path)
+    found = score_captions(CANDIDATES, REFERENCES, plan)
+    assert found.scores["SPICE"] is None and "edu/stanford/nlp" in found.reasons["SPICE"]
+    without = score_captions(CANDIDATES, REFERENCES, check(["CIDEr"], tokenizer="none"))
+    assert found.scores["CIDEr"] == without.scores["CIDEr"] != 0
+    assert all(set(one) == {"CIDEr"} for one in found.per_image.values())
 
 
 FAKE_JAVA = """#!{python}
@@ -258,9 +262,27 @@ def test_a_java_that_fails_is_named(tmp_path: Path, monkeypatch: pytest.MonkeyPa
     program.chmod(0o755)
     monkeypatch.setenv("PATH", f"{tmp_path}:/bin:/usr/bin")
     with pytest.raises(java.JavaError, match=r"(?s)the PTB tokenizer ended with 1 .* out of memory"):
-        score_captions(CANDIDATES, REFERENCES, check(["CIDEr"]))
-    with pytest.raises(java.JavaError, match="out of memory"):
-        score_captions(CANDIDATES, REFERENCES, check(["METEOR"], tokenizer="none"))
+        score_captions(CANDIDATES, REFERENCES, check(["CIDEr"], tokenizer="ptb"))
+
+
+def test_a_java_that_fails_loses_its_own_scores_alone(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """It is there when the plan is made, and dies when it is needed, after the model has run."""
+    program = tmp_path / "java"
+    program.write_text(
+        '#!/bin/sh\n[ "$1" = -version ] && { echo version >&2; exit; }\necho out of memory >&2\nexit 1\n'
+    )
+    program.chmod(0o755)
+    monkeypatch.setenv("PATH", f"{tmp_path}:/bin:/usr/bin")
+    for name in java.SPICE_JARS:
+        (tmp_path / name).touch()
+    found = score_captions(CANDIDATES, REFERENCES, check(spice_jars=tmp_path))
+    assert set(found.reasons) == {"METEOR", "SPICE"}
+    assert all("out of memory" in reason for reason in found.reasons.values())
+    assert found.tokenizer == captioning.NOT_PTB and "out of memory" in found.notes[0]
+    rest = score_captions(CANDIDATES, REFERENCES, check(WITHOUT_JAVA, tokenizer="regex"))
+    assert {name: value for name, value in found.scores.items() if value is not None} == rest.scores
 
 
 def test_results_file(tmp_path: Path) -> None:

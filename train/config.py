@@ -168,7 +168,7 @@ class PretrainConfig:
     eval_every: int = 100
     """Steps between evaluations on the held-out set; 0: only at the end."""
     eval_images: int = 500
-    """Held-out pictures scored during the run; the last evaluation takes them all."""
+    """Held-out pictures (sounds) scored during the run; the last evaluation takes them all."""
     log_every: int = 10
     """Steps between progress lines where output is not a terminal."""
     metrics_every: int = 1

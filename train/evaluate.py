@@ -28,6 +28,7 @@ import torch
 from dataload import shards
 from dataload.multimodal import PAIRS
 from dataload.pipeline import EvalSet
+from models.aurora import AuroraConfig
 from train.checkpoint import LoadedModel, load_model
 from train.data import Sources, find_sources
 from train.engine import Ranks
@@ -35,6 +36,7 @@ from train.machine import choose_device, choose_precision
 from train.measure import evaluate_model, unigram_counts
 from train.multimodal import PerceiverPretrainConfig
 from train.result import EvalResult, Score
+from train.tasks.config import FinetuneConfig
 from train.tasks.evaluating import add_parsers, evaluate_checkpoint, is_matcher
 
 __all__ = ["EvalResult", "Score", "evaluate_model", "main", "unigram_counts"]
@@ -66,7 +68,9 @@ def parser() -> argparse.ArgumentParser:
     shared.add_argument(
         "--output", type=Path, help="JSON file to write (default: TASK.json in the checkpoint directory)"
     )
-    shared.add_argument("--max-images", type=int, help="score the first N pictures only (default: all)")
+    shared.add_argument(
+        "--max-images", type=int, help="score the first N pictures (or sounds) only (default: all)"
+    )
     shared.add_argument(
         "--captions",
         choices=("all", "first"),
@@ -76,7 +80,9 @@ def parser() -> argparse.ArgumentParser:
     shared.add_argument("--batch-size", type=int, default=64, help="pictures per forward pass (default: 64)")
     shared.add_argument("--device", default="auto", help="auto, cpu, cuda, cuda:1 ... (default: auto)")
     shared.add_argument("--precision", choices=("fp32", "bf16"), default="fp32", help="default: fp32")
-    shared.add_argument("--seed", type=int, default=0, help="of masks and shuffles (default: 0)")
+    shared.add_argument(
+        "--seed", type=int, help="of masks and shuffles (default: 0; of a fine-tuned checkpoint its run's)"
+    )
     main_parser = argparse.ArgumentParser(
         prog="python -m train.evaluate", description=(__doc__ or "").split("\n")[0]
     )
@@ -101,6 +107,7 @@ def main(arguments: Sequence[str] | None = None) -> int:
             return evaluate_checkpoint(args, given)
         if not Ranks.from_environment().first:
             return 0  # a pre-trained model is scored, and the file written, by rank 0 alone
+        args.seed = args.seed or 0
         loaded = load_model(args.checkpoint)
         output = args.output or loaded.path / f"{args.task}.json"
         _check(args, loaded, output)
@@ -141,6 +148,15 @@ def main(arguments: Sequence[str] | None = None) -> int:
 
 def _check(args: argparse.Namespace, loaded: LoadedModel, output: Path) -> None:
     """Whatever can be refused before time is spent. Raises ValueError or OSError."""
+    if isinstance(loaded.config, FinetuneConfig):
+        start = loaded.config.checkpoint
+        others = [f"that of {start}, which it started from"] if start else []
+        if args.task == "retrieval" and isinstance(loaded.config.model, AuroraConfig):
+            others.append(f"one of python -m train.finetune retrieval --checkpoint {loaded.path}")
+        raise ValueError(
+            f"{loaded.path} is fine-tuned for {loaded.config.task.kind}; {args.task} is scored of a pre-trained model"
+            + (f": take {', or '.join(others)}" if others else "")
+        )
     if loaded.tokenizer.vocab_size > loaded.config.model.vocabulary:
         raise ValueError(
             f"tokenizer mismatch: the tokenizer in {loaded.path} has {loaded.tokenizer.vocab_size} pieces, "

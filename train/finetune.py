@@ -80,9 +80,7 @@ def main(argv: Sequence[str] | None = None) -> int:
     """The command. Exit codes as train.pretrain's."""
     args = list(sys.argv[1:] if argv is None else argv)
     try:
-        config = parse(args)
-        if not config.task.classes:
-            config = with_classes(config)
+        config = with_classes(parse(args))
         if config.dry_run:
             print(f"dry run: {config.task.kind}, {len(config.task.classes)} classes; nothing was run")
             return 0

@@ -49,10 +49,16 @@ def parser() -> argparse.ArgumentParser:
         help="picture files; for PerceiverIO sounds and videos too",
     )
     p.add_argument("--question", help="ask this of each picture; the checkpoint is one of train.finetune vqa")
-    p.add_argument("--method", choices=("greedy", "beam", "sample"), default="greedy", help="default: greedy")
-    p.add_argument("--beams", type=int, default=4, help="beam: hypotheses kept (default: 4)")
     p.add_argument(
-        "--length-penalty", type=float, default=1.0, help="beam: above 1 favours longer captions (default: 1)"
+        "--method",
+        choices=("greedy", "beam", "sample"),
+        help="default: greedy; of a fine-tuned checkpoint what it was scored with",
+    )
+    p.add_argument("--beams", type=int, help="beam: hypotheses kept (default: 4, or as it was scored)")
+    p.add_argument(
+        "--length-penalty",
+        type=float,
+        help="beam: above 1 favours longer captions (default: 1, or as it was scored)",
     )
     p.add_argument("--temperature", type=float, default=1.0, help="sample: above 1 is wilder (default: 1)")
     p.add_argument(
@@ -71,7 +77,7 @@ def parser() -> argparse.ArgumentParser:
     p.add_argument(
         "--max-length",
         type=int,
-        help="most tokens of a caption, begin and end included (default: the model's)",
+        help="most tokens of a caption or an answer, begin and end included (default: the model's)",
     )
     p.add_argument("--device", default="auto", help="auto, cpu, cuda, cuda:1 ... (default: auto)")
     p.add_argument(
@@ -94,6 +100,7 @@ def main(arguments: Sequence[str] | None = None) -> int:
             from train.tasks.telling import tell  # it is built on this module
 
             return tell(loaded, args)
+        _settle(args)
         _check_objective(loaded)
         _check_length(args, loaded)
         generator = torch.Generator(device).manual_seed(args.seed)
@@ -111,12 +118,20 @@ def main(arguments: Sequence[str] | None = None) -> int:
 
 
 def _check(args: argparse.Namespace) -> None:
-    if args.num < 1 or args.beams < 1:
-        raise ValueError(f"--num and --beams must be at least 1; got {args.num} and {args.beams}")
+    for name, value in (("num", args.num), ("beams", args.beams)):
+        if value is not None and value < 1:
+            raise ValueError(f"--{name} must be at least 1; got {value}")
     if args.num > 1 and args.method != "sample":
         raise ValueError(
-            f"--num {args.num} needs --method sample: {args.method} always gives the same caption"
+            f"--num {args.num} needs --method sample: {args.method or 'greedy'} always gives the same caption"
         )
+
+
+def _settle(args: argparse.Namespace) -> None:
+    """What a pre-trained model writes by where the options say nothing."""
+    for name, value in (("method", "greedy"), ("beams", 4), ("length_penalty", 1.0)):
+        if getattr(args, name) is None:
+            setattr(args, name, value)
 
 
 def _check_objective(loaded: LoadedModel) -> None:

@@ -15,13 +15,14 @@ from __future__ import annotations
 
 import re
 from collections.abc import Mapping, Sequence
-from dataclasses import dataclass, field
+from dataclasses import dataclass, field, replace
 from importlib import metadata
 from pathlib import Path
 from typing import Any
 
 from train.scores.java import (
     PUNCTUATION,
+    JavaError,
     find_java,
     meteor,
     missing_spice_jars,
@@ -55,6 +56,8 @@ class Plan:
     """metric -> why it will be None"""
     notes: tuple[str, ...] = ()
     versions: dict[str, str] = field(default_factory=dict)
+    may_change: bool = False
+    """whether the regular expression takes the PTB tokenizer's place where that fails"""
 
     def __str__(self) -> str:
         able = [name for name in self.metrics if name not in self.reasons]
@@ -119,7 +122,8 @@ def check(
         if lacking or java is None:
             reasons["SPICE"] = lacking or f"it needs Java: {said}"
     versions = {"pycocoevalcap": metadata.version("pycocoevalcap"), **({"java": said} if java else {})}
-    return Plan(tuple(metrics), chosen, java, spice_jars, reasons, tuple(notes), versions)
+    may_change = tokenizer == "auto"
+    return Plan(tuple(metrics), chosen, java, spice_jars, reasons, tuple(notes), versions, may_change)
 
 
 @dataclass(frozen=True)
@@ -145,8 +149,9 @@ class CaptionScorer:
     def score(
         self, candidates: Mapping[ImageId, str], references: Mapping[ImageId, Sequence[str]]
     ) -> CaptionScores:
-        """Scores one caption per image against the image's references. ValueError where ids do not fit, or an image has
-        no reference; JavaError where a Java program fails."""
+        """Scores one caption per image against the image's references. A score whose Java program fails is None, with the
+        reason. ValueError where ids do not fit, or an image has no reference; JavaError where a PTB tokenizer fails that
+        was asked for by name."""
         return self.score_split(self.split(candidates, references))
 
     def split(self, candidates: Mapping[ImageId, str], references: Mapping[ImageId, Sequence[str]]) -> Split:
@@ -157,32 +162,28 @@ class CaptionScorer:
         return Split(ids, found[: len(ids)], [[next(texts) for _ in references[i]] for i in ids])
 
     def score_split(self, split: Split) -> CaptionScores:
-        """The scores of what `split` gave. Raises JavaError."""
+        """The scores of what `split` gave."""
+        reasons = dict(self.plan.reasons)
         ids, mine, theirs = split.ids, split.candidates, split.references
         scores: dict[str, float | None] = dict.fromkeys(self.plan.metrics)
         per_image: dict[ImageId, dict[str, float]] = {i: {} for i in ids}
-        for name, (value, each) in self._measure(mine, theirs).items():
+        found = self._measure(mine, theirs)
+        for name, program in (("METEOR", self._meteor), ("SPICE", self._spice)):
+            if name in scores and name not in reasons:
+                try:
+                    found[name] = program(mine, theirs)
+                except (JavaError, OSError) as error:  # minutes of compute may lie behind: the others stand
+                    reasons[name] = f"it failed: {error}"
+        for name, (value, each) in found.items():
             if name in scores:
                 scores[name] = value
                 for number, one in zip(ids, each, strict=True):
                     per_image[number][name] = one
-        if "SPICE" in scores and "SPICE" not in self.plan.reasons:
-            assert self.plan.java is not None and self.plan.spice_jars is not None
-            # SPICE parses sentences by itself, so it gets them as the official code gives them: tokenised
-            found = spice(
-                self.plan.java, self.plan.spice_jars,
-                {str(place): text for place, text in enumerate(mine)},
-                {str(place): several for place, several in enumerate(theirs)},
-            )  # fmt: skip
-            for place, number in enumerate(ids):
-                per_image[number]["SPICE"] = found[str(place)]
-            scores["SPICE"] = sum(found.values()) / len(found)
         counts = {"images": len(ids), "references": sum(map(len, theirs))}
         notes = list(self.plan.notes)
         if len(ids) == 1 and "CIDEr" in scores:
             notes.append("CIDEr of one image is 0 by its definition: its weights come from the set")
         tokenizer = NOT_PTB if self.plan.tokenizer == "regex" else self.plan.tokenizer
-        reasons = dict(self.plan.reasons)
         return CaptionScores(scores, reasons, per_image, tokenizer, counts, tuple(notes), self.plan.versions)
 
     def tokenize(self, captions: Sequence[str]) -> list[str]:
@@ -191,14 +192,21 @@ class CaptionScorer:
         match self.plan.tokenizer:
             case "ptb":
                 assert self.plan.java is not None
-                return ptb_tokenize(self.plan.java, lines)
+                try:
+                    return ptb_tokenize(self.plan.java, lines)
+                except (JavaError, OSError) as error:
+                    if not self.plan.may_change:
+                        raise
+                    note = f"captions are split by a regular expression, as the PTB tokenizer failed: {error}"
+                    self.plan = replace(self.plan, tokenizer="regex", notes=(*self.plan.notes, note))
+                    return self.tokenize(captions)
             case "regex":
                 return [regex_tokenize(line) for line in lines]
             case _:
                 return lines
 
     def _measure(self, mine: list[str], theirs: list[list[str]]) -> dict[str, tuple[float, list[float]]]:
-        """Score and scores per image, of all but SPICE."""
+        """Score and scores per image, of all that needs no Java."""
         from pycocoevalcap.bleu.bleu import Bleu
         from pycocoevalcap.cider.cider import Cider
         from pycocoevalcap.rouge.rouge import Rouge
@@ -214,10 +222,21 @@ class CaptionScorer:
             if name in wanted:
                 value, single = scorer().compute_score(gts, res)
                 found[name] = (float(value), list(map(float, single)))
-        if "METEOR" in wanted and "METEOR" not in self.plan.reasons:
-            assert self.plan.java is not None
-            found["METEOR"] = meteor(self.plan.java).score(mine, theirs)
         return found
+
+    def _meteor(self, mine: list[str], theirs: list[list[str]]) -> tuple[float, list[float]]:
+        assert self.plan.java is not None
+        return meteor(self.plan.java).score(mine, theirs)
+
+    def _spice(self, mine: list[str], theirs: list[list[str]]) -> tuple[float, list[float]]:
+        assert self.plan.java is not None and self.plan.spice_jars is not None
+        # SPICE parses sentences by itself, so it gets them as the official code gives them: tokenised
+        found = spice(
+            self.plan.java, self.plan.spice_jars,
+            {str(place): text for place, text in enumerate(mine)},
+            {str(place): several for place, several in enumerate(theirs)},
+        )  # fmt: skip
+        return sum(found.values()) / len(found), [found[str(place)] for place in range(len(mine))]
 
 
 def score_captions(

@@ -136,8 +136,11 @@ class Meteor:
             for candidate, texts in zip(candidates, references, strict=True)
         ]
         first = self._ask(" ||| ".join(["EVAL", *counted]))
-        each = [float(first), *(float(self._line()) for _ in counted[1:])]
-        whole = float(self._line())
+        said = [first, *(self._line() for _ in counted[1:]), self._line()]
+        try:
+            *each, whole = map(float, said)
+        except ValueError as error:
+            raise JavaError(f"METEOR gave no number: {error}") from None
         self._between_sets = True
         return whole, each
 

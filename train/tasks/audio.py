@@ -20,6 +20,7 @@ from train.config import ConfigError
 from train.result import Score
 from train.scores.audio import accuracy_scores, label_scores
 from train.tasks.base import Example, Prediction, TaskResult, item_of
+from train.tasks.classes import with_ids
 from train.tasks.config import FinetuneConfig, TaskConfig, TaskDataConfig
 from train.tasks.data import classes_beside
 
@@ -41,20 +42,20 @@ class AudioClassification:
         return 1
 
     def complete(self, task: TaskConfig, items: Items) -> TaskConfig:
-        """The classes of classes.json, or the labels that the training sounds have; several of them at once where a
-        sound has several."""
-        if task.classes:
-            return task
+        """The classes of classes.json, or the labels that the training sounds have, or those of them that the task names;
+        several of them at once where a sound has several."""
         several = task.several_labels or max(len(one.labels) for one in items.all()) > 1
         try:
             listed = read_classes(classes_beside(items)).labels
         except (OSError, ValueError):
             listed = {}
         counts = Counter(label for one in items.all() for label in one.labels)
-        names = tuple(listed.values()) if set(counts) <= set(listed.values()) else tuple(sorted(counts))
-        if len(names) < 2:
+        if not set(counts) <= set(listed.values()):
+            listed = {name: name for name in sorted(counts)}
+        task = with_ids(task, listed, "the labels of the training sounds")
+        if len(names := task.classes) < 2:
             raise ConfigError(f"the training sounds have {len(names)} class: {names}; two or more are needed")
-        return replace(task, classes=names, several_labels=several)
+        return replace(task, several_labels=several)
 
     def model(self, config: FinetuneConfig) -> nn.Module:
         return SoundClassifier(config.model, len(config.task.classes))  # type: ignore[arg-type]

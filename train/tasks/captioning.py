@@ -155,21 +155,26 @@ class Captioning:
 
 
 @torch.no_grad()
-def caption(base: Any, images: Tensor, config: FinetuneConfig, tokenizer: Tokenizer) -> list[str]:
-    """A caption of each normalised image, by beam search as the task says."""
+def caption(
+    base: Any, images: Tensor, config: FinetuneConfig, tokenizer: Tokenizer, longest: int | None = None
+) -> list[str]:
+    """A caption of each normalised image, by beam search as the task says. longest: tokens of a caption at most, its end
+    included (None: what the model was made for, the prompt included)."""
     from train.generate import KnownPieces
 
-    prompt = None
+    prompt, room = None, config.model.text_length
     if config.task.prompt:
         ids = [BOS, *tokenizer.encode(config.task.prompt)]
         prompt = torch.tensor([ids], device=images.device).expand(len(images), -1)
+    if longest is not None:
+        room = min(room, longest + (1 if prompt is None else prompt.shape[1]))
     found = generate(
         KnownPieces(base, tokenizer),
         base.memory(base.encode_image(images)),
         method="beam" if config.task.beams > 1 else "greedy",
         beams=config.task.beams,
         length_penalty=config.task.length_penalty,
-        max_length=config.model.text_length,
+        max_length=room,
         prompt=prompt,
     )
     return [tokenizer.decode([token for token in ids if token != EOS]) for ids in found]

@@ -29,7 +29,8 @@ class TaskConfig:
     classes: tuple[str, ...] = ()
     """Names of the classes, or the answers to choose from. Empty: those of the training data."""
     class_ids: tuple[str, ...] = ()
-    """Ids of the classes in the data: COCO's category ids, AudioSet's MIDs. Empty: the names."""
+    """Ids of the classes in the data: COCO's category ids, values in label maps, AudioSet's MIDs. Empty: those that
+    classes.json beside the training shards has for the names."""
     head: Literal["written", "chosen"] = "written"
     """Questions: the text stack writes the answer, or a classifier chooses it among the most frequent ones."""
     answers: int = 3129
@@ -160,6 +161,12 @@ class FinetuneConfig(PretrainConfig):
             found.append(f"task.beams is {self.task.beams}; it must be at least 1")
         if self.task.kind == "vqa" and self.task.prompt and "{question}" not in self.task.prompt:
             found.append(f"task.prompt is {self.task.prompt!r}; it must hold {{question}}")
+        if self.task.classes and self.task.kind in ("captioning", "retrieval"):
+            found.append(f"task.classes is given; {self.task.kind} has no classes")
+        if self.task.classes and self.task.kind == "vqa" and self.task.head == "written":
+            found.append(
+                "task.classes is given; written answers are not chosen among some: --task.head chosen"
+            )
         if self.itc_negatives != "microstep":
             found.append(f"itc_negatives is {self.itc_negatives}; fine-tuning supports microstep")
         if self.objectives.kind != self.task.kind:

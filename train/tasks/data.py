@@ -87,12 +87,14 @@ def find_tokenizer(checkpoint: str) -> Path:
 def find_items(task: Task, patterns: tuple[str, ...], config: FinetuneConfig, *, training: bool) -> Items:
     """What a task learns from or is scored on. Raises what `Items` raises."""
     data = config.data
+    learnable = getattr(task, "learnable", None)
     return Items(
         patterns,
         task.needs,
         media=task.media,
         each=task.parts,
         most=data.most if training else None,
+        usable=learnable if training and learnable else lambda *_: True,
         exclude=data.exclude if training else (),
     )
 

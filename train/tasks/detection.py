@@ -14,13 +14,14 @@ from dataload.annotated import Item, Items, Maker, TaskBatch
 from dataload.annotations import Annotations, Object, read_classes
 from dataload.images import normalize
 from dataload.tokenizer import Tokenizer
-from dataload.views import ViewConfig, seen_objects, training_view, whole_view
+from dataload.views import ViewConfig, seen_objects, training_view, unseen, whole_view
 from models.aurora.detection import NOTHING, Detector, assign
 from models.boxes import iou
 from train.config import ConfigError
 from train.result import Score
 from train.scores.detection import score_detections, truth_of
 from train.tasks.base import Drawn, Example, Prediction, TaskResult, item_of
+from train.tasks.classes import with_ids
 from train.tasks.config import FinetuneConfig, TaskConfig
 from train.tasks.data import classes_beside
 
@@ -39,10 +40,13 @@ class Detection:
         return 1
 
     def complete(self, task: TaskConfig, items: Items) -> TaskConfig:
-        if task.classes:
-            return task
-        names, ids = object_classes(items)
-        return replace(task, classes=names, class_ids=ids)
+        try:
+            listed = object_classes(items)
+        except ConfigError:
+            if not (task.classes and task.class_ids):
+                raise
+            listed = dict(zip(task.class_ids, task.classes, strict=False))  # all that there is to know
+        return with_ids(task, listed, f"{classes_beside(items)}/classes.json")
 
     def model(self, config: FinetuneConfig) -> nn.Module:
         return Detector(config.model, len(config.task.classes))
@@ -83,11 +87,9 @@ class Detection:
         found = model.detect(normalize(batch["images"]))
         predictions = []
         for number, one, shown in zip(batch.items, found, batch["shown"].tolist(), strict=True):
-            width, height = shown[2:]
-            scale = max(width, height) / max(shown[:2])
-            boxes = (one.boxes.cpu().double() * scale).clamp(min=0)
-            boxes = boxes.minimum(torch.tensor([width, height] * 2, dtype=torch.float64))
-            value = (boxes.numpy(), one.scores.cpu().double().numpy(), one.classes.cpu().numpy())
+            across, down, width, height = shown
+            boxes = unseen((across, down), (width, height)).back(one.boxes.cpu().double().numpy())
+            value = (boxes, one.scores.cpu().double().numpy(), one.classes.cpu().numpy())
             predictions.append(Prediction(number, value))
         return predictions
 
@@ -97,7 +99,12 @@ class Detection:
         task = config.task
         names = {int(number): name for number, name in zip(task.class_ids, task.classes, strict=True)}
         ids = list(names)
-        truth = [items.annotations(item_of(items, one)) for one in predictions]
+        truth, others = [], 0
+        for one in predictions:
+            known = items.annotations(item_of(items, one))
+            asked = tuple(thing for thing in known.objects if thing.category_id in names)
+            others += len(known.objects) - len(asked)
+            truth.append(replace(known, objects=asked))
         found = [
             [(ids[int(c)], box.tolist(), float(s)) for box, s, c in zip(*one.value, strict=True)]
             for one in predictions
@@ -122,7 +129,11 @@ class Detection:
             dict(scored.counts),
             sorted(examples, key=lambda one: one.score),
             scored.per_category,
-            {"not_scored": absent, "absent_classes": list(scored.absent)},
+            {
+                "not_scored": absent,
+                "absent_classes": list(scored.absent),
+                "objects_of_other_classes": others,
+            },
             {"detection_results.json": detections},
         )
 
@@ -141,15 +152,15 @@ def view_of(config: FinetuneConfig, *, keep_shape: bool = False) -> ViewConfig:
     )
 
 
-def object_classes(items: Items) -> tuple[tuple[str, ...], tuple[str, ...]]:
-    """Names and ids of the categories that classes.json beside the shards lists. Raises ConfigError without it."""
+def object_classes(items: Items) -> dict[str, str]:
+    """Id -> name of the categories that classes.json beside the shards lists. Raises ConfigError without it."""
     try:
         found = read_classes(classes_beside(items)).objects
     except (OSError, ValueError) as error:
         raise ConfigError(f"the classes of the objects are not known: {error}") from error
     if not found:
         raise ConfigError(f"{classes_beside(items)}/classes.json lists no objects")
-    return tuple(found.values()), tuple(map(str, found))
+    return {str(number): name for number, name in found.items()}
 
 
 def example(

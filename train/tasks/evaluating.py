@@ -20,7 +20,7 @@ import torch.distributed as dist
 from torch import nn
 
 from dataload import shards
-from dataload.annotated import TaskSet
+from dataload.annotated import Items, TaskSet
 from train.checkpoint import LoadedModel, find, load_model, read_config
 from train.config import ConfigError, PretrainConfig
 from train.engine import Ranks, join, leave
@@ -69,6 +69,7 @@ def evaluate_checkpoint(args: argparse.Namespace, given: Sequence[str]) -> int:
     from train.evaluate import check_request  # it is built on this module
 
     task = choose_task(args)
+    check_options(args)
     ranks = Ranks.from_environment()
     if args.task == "captioning" and ranks.first:
         print(task.plan(), file=sys.stderr)  # type: ignore[attr-defined]  # before any compute
@@ -76,9 +77,14 @@ def evaluate_checkpoint(args: argparse.Namespace, given: Sequence[str]) -> int:
     config = config_for(args, loaded)
     output = args.output or loaded.path / f"{args.task}.json"
     check_request(args, output)
+    check_writing(args, config)
     patterns = shards_for(args, config)
-    items = find_items(task, patterns, config, training=False)
-    if args.task == CLASSIFY and not config.task.classes:
+
+    def find() -> Items:
+        return find_items(task, patterns, config, training=False)
+
+    items = task.items(find) if isinstance(task, ZeroShot) else find()
+    if isinstance(task, ZeroShot):
         config = replace(config, task=task.complete(config.task, items))
     most = args.max_images
     device = join(ranks, args.device)
@@ -131,8 +137,37 @@ def choose_task(args: argparse.Namespace) -> Task:
 
         return Captioning(args.spice_jars)
     if args.task == CLASSIFY:
-        return ZeroShot(args.templates)
+        return ZeroShot(args.templates, args.classes)
+    if args.task == "retrieval":
+        from train.tasks.retrieval import Retrieval
+
+        return Retrieval(args.captions)
     return task_of(args.task)
+
+
+def check_options(args: argparse.Namespace) -> None:
+    """Refuse options that would change nothing. Raises ConfigError."""
+    if args.captions != "all" and args.task != "retrieval":
+        raise ConfigError(f"--captions {args.captions} is for retrieval; {args.task} has no pool of captions")
+    if args.pairs is not None:
+        raise ConfigError(
+            f"--pairs {args.pairs} is for pre-trained models of several modalities; {args.task} has one kind of input"
+        )
+
+
+def check_writing(args: argparse.Namespace, config: FinetuneConfig) -> None:
+    """The options of what writes. Raises ConfigError."""
+    chosen = args.task == "vqa" and config.task.head == "chosen"
+    for name in ("beams", "length_penalty"):
+        if chosen and getattr(args, name) is not None:
+            raise ConfigError(
+                f"--{name.replace('_', '-')}: {args.checkpoint} chooses its answers among {len(config.task.classes)}, it "
+                "writes none"
+            )
+    if args.task not in ("captioning", "vqa"):
+        return
+    if found := [one for one in config.part_problems(1) if one.startswith("task.")]:
+        raise ConfigError("; ".join(found))
 
 
 def config_for(args: argparse.Namespace, loaded: LoadedModel) -> FinetuneConfig:
@@ -148,9 +183,7 @@ def config_for(args: argparse.Namespace, loaded: LoadedModel) -> FinetuneConfig:
             if isinstance(config, FinetuneConfig)
             else own_data(task_preset("retrieval", config), config)
         )
-        return replace(
-            found, task=replace(found.task, classes=tuple(args.classes)), checkpoint=str(loaded.path)
-        )
+        return replace(found, checkpoint=str(loaded.path))
     if isinstance(config, FinetuneConfig) and config.task.kind == args.task:
         found = config
     elif isinstance(config, FinetuneConfig) or args.task not in WITHOUT_HEAD:
@@ -167,7 +200,8 @@ def config_for(args: argparse.Namespace, loaded: LoadedModel) -> FinetuneConfig:
         for name in ("beams", "length_penalty", "prompt")
         if (value := getattr(args, name, None)) is not None
     }
-    return replace(found, task=replace(found.task, **changes), checkpoint=str(loaded.path))
+    seed = found.seed if args.seed is None else args.seed
+    return replace(found, task=replace(found.task, **changes), checkpoint=str(loaded.path), seed=seed)
 
 
 def own_data(found: FinetuneConfig, start: PretrainConfig) -> FinetuneConfig:
@@ -214,7 +248,8 @@ def describe(
             "split": args.split or None,
             "shards": [str(shard.path) for shard in heldout.items.index.shards],
             "manifest": heldout.items.index.manifest["hash"],
-            "items": len(heldout.items),
+            "items": heldout.items.first(args.max_images),
+            "max_images": args.max_images,
             "lacking_left_out": heldout.items.lacking,
             "broken_left_out": len(heldout.broken),
             "image_size": config.model.image_size,
@@ -222,7 +257,7 @@ def describe(
         "tokenizer": {"sha256": loaded.tokenizer.sha, "pieces": loaded.tokenizer.vocab_size},
         "precision": args.precision,
         "device": args.device,
-        "seed": args.seed,
+        "seed": config.seed,
         "versions": versions(),
         "command": shlex.join(["python", "-m", "train.evaluate", *given]),
         "date": datetime.now(UTC).isoformat(timespec="seconds"),

@@ -6,11 +6,12 @@ from collections.abc import Sequence
 from dataclasses import replace
 from typing import Any
 
+import torch
 from torch import Tensor, nn
 
 from dataload.annotated import TaskBatch
 from models.lora import merge_lora
-from train.config import PretrainConfig
+from train.config import ConfigError, PretrainConfig
 from train.tasks.config import FinetuneConfig
 from train.tasks.registry import task_of
 from train.tasks.tuning import load_base, prepare
@@ -62,7 +63,12 @@ class TaskFamily:
     def forward(
         self, module: nn.Module, batch: TaskBatch, objectives: Any, normalizers: Sequence[float], contrast: Any
     ) -> dict[str, Tensor]:  # fmt: skip
-        return self.task.forward(module, batch, self.config, normalizers)
+        losses = self.task.forward(module, batch, self.config, normalizers)
+        if torch.is_grad_enabled() and not any(loss.requires_grad for loss in losses.values()):
+            raise ConfigError(
+                f"tune.freeze {' '.join(self.config.tune.freeze)}: no weight is left that {self.task.name} learns by"
+            )
+        return losses
 
 
 def base_of(model: nn.Module) -> nn.Module:

@@ -32,6 +32,10 @@ class Retrieval:
     ragged: tuple[str, ...] = ("captions",)
     fresh: tuple[str, ...] = ()
 
+    def __init__(self, pool: str = "all") -> None:
+        """pool: "all" captions of a scored picture are looked among, or its "first" alone."""
+        self.pool = pool
+
     def parts(self, one: Annotations) -> int:
         return 1
 
@@ -49,6 +53,7 @@ class Retrieval:
             captions = items.index.captions(item.sample)
             if rng is None:
                 view = squashed_view(encoded, size, config.data.interpolation)
+                captions = captions[:1] if self.pool == "first" else captions
             else:
                 view = training_view(encoded, view_config, rng)
                 caption = captions[int(rng.integers(len(captions)))]

@@ -55,6 +55,10 @@ def greet_task(
         lines.insert(
             5, f"data        {items.lacking:,} training samples lack what the task needs, and are left out"
         )
+    if items.unusable:
+        lines.insert(
+            5, f"data        {items.unusable:,} questions of the others have no answer, and are left out"
+        )
     if items.broken:
         lines.insert(
             5, f"data        {len(items.broken):,} have annotations that cannot be read: {items.broken[0]}"
@@ -75,15 +79,15 @@ def score_task(
     ranks: Ranks = ALONE,
     task: Task | None = None,
 ) -> TaskResult | None:
-    """Score `model` on the first `most` items. Every rank takes its own batches; what they found is gathered once, and rank 0
-    alone scores it, once (the others get None). The figures do not depend on the number of ranks."""
+    """Score `model` on the items of the first `most` samples. Every rank takes its own batches; what they found is gathered
+    once, and rank 0 alone scores it, once (the others get None). The figures do not depend on the number of ranks."""
     task = task or task_of(config.task.kind)
     was_training = model.training
     model.eval()
     predictions: list[Prediction] = []
     try:
         with torch.autocast(device.type, dtype=autocast, enabled=autocast is not None):
-            for batch in heldout.batches(ranks.rank, ranks.size, most):
+            for batch in heldout.batches(ranks.rank, ranks.size, heldout.items.first(most)):
                 predictions += task.predict(model, batch.to(device), heldout.items, config, tokenizer)
         mine: dict[int | str, Any] = {one.item: one.value for one in predictions}
         gathered = gather_samples(mine) if ranks.size > 1 else mine

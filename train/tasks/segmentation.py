@@ -22,6 +22,7 @@ from train.config import ConfigError
 from train.result import Score
 from train.scores.segmentation import ConfusionMatrix, pair_counts
 from train.tasks.base import Example, Prediction, TaskResult, item_of
+from train.tasks.classes import with_ids
 from train.tasks.config import FinetuneConfig, TaskConfig
 from train.tasks.data import classes_beside
 from train.tasks.detection import view_of
@@ -42,23 +43,30 @@ class Segmentation:
 
     def complete(self, task: TaskConfig, items: Items) -> TaskConfig:
         """classes.json's list for label maps (`class_ids` are their values), or the objects' categories behind a background
-        (`class_ids` begin with "" then)."""
-        if task.classes:
-            return task
+        (`class_ids` begin with "" then), or those of them that the task names."""
         try:
             found = read_classes(classes_beside(items))
         except (OSError, ValueError) as error:
             raise ConfigError(f"the classes of the pixels are not known: {error}") from error
         maps = any("segmentation" in one.has for one in items.all())
         if maps and found.segmentation:
-            values, names = tuple(map(str, found.segmentation)), tuple(found.segmentation.values())
+            listed, behind = {str(value): name for value, name in found.segmentation.items()}, False
         elif found.objects:
-            values, names = ("", *map(str, found.objects)), (BACKGROUND, *found.objects.values())
+            listed, behind = {str(number): name for number, name in found.objects.items()}, True
         else:
             raise ConfigError(f"{classes_beside(items)}/classes.json lists neither label maps nor objects")
-        if len(names) > IGNORE:
-            raise ConfigError(f"{len(names)} classes; label maps of 8 bits hold {IGNORE}")
-        return replace(task, classes=names, class_ids=values)
+        if behind and task.class_ids[:1] == ("",):  # complete already: its background comes again below
+            task = replace(task, classes=task.classes[1:], class_ids=task.class_ids[1:])
+        elif behind and BACKGROUND in task.classes and BACKGROUND not in listed.values():
+            task = replace(task, classes=tuple(name for name in task.classes if name != BACKGROUND))
+            if not task.classes:
+                raise ConfigError("task.classes has the background alone; objects' classes are needed")
+        task = with_ids(task, listed, f"{classes_beside(items)}/classes.json")
+        if behind:
+            task = replace(task, classes=(BACKGROUND, *task.classes), class_ids=("", *task.class_ids))
+        if len(task.classes) > IGNORE:
+            raise ConfigError(f"{len(task.classes)} classes; label maps of 8 bits hold {IGNORE}")
+        return task
 
     def model(self, config: FinetuneConfig) -> nn.Module:
         return Segmenter(config.model, len(config.task.classes))
@@ -71,6 +79,9 @@ class Segmentation:
             encoded = items.index.image(item.sample)
             if rng is None:
                 view = whole_view(encoded, size, data.interpolation)
+                # `predict` reads the truth again: it may be large, and batches go to the device. One that cannot be read
+                # shows here, where a broken sample is counted and left out
+                truth(items.annotations(item, label_map=True), *view.picture)
                 return {"images": view.pixels, "shown": np.array([*view.shown, *view.picture])}
             view = training_view(encoded, view_config, rng)
             stored = truth(items.annotations(item, label_map=True), *view.picture)
@@ -160,13 +171,17 @@ class Truth:
                 self.table[value] = number
 
     def __call__(self, known: Annotations, width: int, height: int) -> np.ndarray:
-        """Raises BrokenSample for a sample with the other kind of truth: its numbers mean other classes."""
+        """Raises BrokenSample for a label map of another size, for a mask that cannot be read, and for a sample with the other
+        kind of truth: its numbers mean other classes."""
         if ("segmentation" in known.has) == self.objects:
             asked, there = ("objects", "a label map") if self.objects else ("a label map", "objects")
             raise BrokenSample(
                 f"it has {there}, and this task's truth is {asked}: keep one kind in a set of shards"
             )
         stored = paint(known, self.numbers, width, height)
+        if stored.shape != (height, width):
+            down, across = stored.shape
+            raise BrokenSample(f"its label map is {across}x{down}, the picture {width}x{height}")
         return stored if self.objects else self.table[stored]
 
 

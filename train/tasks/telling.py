@@ -5,6 +5,7 @@ from __future__ import annotations
 import argparse
 import json
 import sys
+from dataclasses import replace
 
 import torch
 
@@ -17,7 +18,9 @@ from train.generate import one_line
 from train.machine import choose_device
 from train.tasks.captioning import caption
 from train.tasks.config import FinetuneConfig
-from train.tasks.vqa import prompt_tokens, write
+from train.tasks.vqa import longest_answer, prompt_tokens, write
+
+BEAMS = 4  # of --method beam where neither the command nor the task says how many
 
 
 @torch.no_grad()
@@ -38,8 +41,8 @@ def tell(loaded: LoadedModel, args: argparse.Namespace) -> int:
                 else "captions need a pre-trained one, or one of python -m train.finetune captioning"
             )
         )
-    if args.method == "sample":
-        raise ConfigError("--method sample: a fine-tuned model writes by greedy or beam search")
+    config = as_asked(config, args, loaded)
+    longest = None if args.max_length is None else args.max_length - 1
     device = choose_device(args.device)
     failed = False
     for path in args.images:
@@ -58,9 +61,9 @@ def tell(loaded: LoadedModel, args: argparse.Namespace) -> int:
             continue
         images = normalize(torch.from_numpy(view.pixels)[None].to(device))
         text = (
-            _answer(loaded, config, images, args.question)
+            _answer(loaded, config, images, args.question, longest)
             if args.question
-            else _caption(loaded, config, images)
+            else _caption(loaded, config, images, longest)
         )
         if args.json:
             said = {"question": args.question, "answer": text} if args.question else {"captions": [text]}
@@ -70,13 +73,50 @@ def tell(loaded: LoadedModel, args: argparse.Namespace) -> int:
     return 1 if failed else 0
 
 
-def _caption(loaded: LoadedModel, config: FinetuneConfig, images: torch.Tensor) -> str:
-    return caption(loaded.model.base, images, config, loaded.tokenizer)[0]
+def as_asked(config: FinetuneConfig, args: argparse.Namespace, loaded: LoadedModel) -> FinetuneConfig:
+    """The task as the options want it to write; what they leave open is as it was scored. Raises ConfigError for an option
+    that would change nothing."""
+    task = config.task
+    if task.kind == "vqa" and task.head == "chosen":
+        for name in ("method", "beams", "length_penalty", "max_length"):
+            if getattr(args, name) is not None:
+                raise ConfigError(
+                    f"--{name.replace('_', '-')}: {loaded.path} chooses its answer among {len(task.classes)}, it writes none"
+                )
+        return config
+    if args.method == "sample":
+        raise ConfigError("--method sample: a fine-tuned model writes by greedy or beam search")
+    beams = task.beams if args.beams is None else args.beams
+    if args.method == "greedy":
+        if args.beams not in (None, 1):
+            raise ConfigError(f"--beams {args.beams} needs --method beam; --method greedy keeps one")
+        beams = 1
+    elif args.method == "beam" and args.beams is None and beams == 1:
+        beams = BEAMS
+    if args.length_penalty is not None and beams == 1:
+        raise ConfigError("--length-penalty is of the beam search, and one beam is greedy; add --method beam")
+    most = (
+        config.model.text_length
+        if task.kind == "captioning"
+        else longest_answer(config.model.text_length) + 1
+    )
+    if args.max_length is not None and not 3 <= args.max_length <= most:
+        raise ConfigError(
+            f"--max-length must be from 3 to {most}, what the model was made for; got {args.max_length}"
+        )
+    penalty = task.length_penalty if args.length_penalty is None else args.length_penalty
+    return replace(config, task=replace(task, beams=beams, length_penalty=penalty))
 
 
-def _answer(loaded: LoadedModel, config: FinetuneConfig, images: torch.Tensor, question: str) -> str:
+def _caption(loaded: LoadedModel, config: FinetuneConfig, images: torch.Tensor, longest: int | None) -> str:
+    return caption(loaded.model.base, images, config, loaded.tokenizer, longest)[0]
+
+
+def _answer(
+    loaded: LoadedModel, config: FinetuneConfig, images: torch.Tensor, question: str, longest: int | None
+) -> str:
     tokens = prompt_tokens(question, config, loaded.tokenizer).to(images.device)
     if config.task.head == "chosen":
         return config.task.classes[int(loaded.model.answers(images, tokens).argmax())]
     base = loaded.model.base
-    return write(base, base.memory(base.encode_image(images)), tokens, config, loaded.tokenizer)[0]
+    return write(base, base.memory(base.encode_image(images)), tokens, config, loaded.tokenizer, longest)[0]

@@ -12,10 +12,14 @@ from models.lora import add_lora
 from train.config import ConfigError
 from train.tasks.config import TuneConfig
 
+PLACES, QUERIES = "adapters.audio.positions", "queries.audio.queries"
+"""Learned positions [T, ...] of the moments of a sound; what is asked of each place, all of a moment one behind the other."""
+
 
 def prepare(model: nn.Module, tune: TuneConfig, fresh: Collection[str] = ()) -> nn.Module:
     """Put LoRA's matrices into `model.base` and freeze what is to be frozen, in place. `fresh`: parts of `base` that
-    pre-training leaves as they were initialised, and that always learn. Raises ConfigError for a part that the model lacks."""
+    pre-training leaves as they were initialised, and that always learn. Raises ConfigError for a part that the model lacks, and
+    where nothing is left that learns."""
     if tune.lora_rank:
         try:
             add_lora(_base(model), tune.lora_layers, tune.lora_rank, tune.lora_alpha, tune.lora_dropout)
@@ -34,6 +38,11 @@ def prepare(model: nn.Module, tune: TuneConfig, fresh: Collection[str] = ()) -> 
             raise ConfigError(f"tune.freeze {part}: the model has no such part; it has {parts}")
     for part in fresh:
         _base(model).get_submodule(part).requires_grad_(True)
+    if not any(parameter.requires_grad for parameter in model.parameters()):
+        raise ConfigError(
+            f"tune.freeze {' '.join(tune.freeze)}: nothing is left that learns, as this task has no head of its own; freeze "
+            "less, or add --tune.lora-rank"
+        )
     _keep_still(model)
     return model
 
@@ -57,11 +66,12 @@ def _keep_still(model: nn.Module) -> None:
 def load_base(model: nn.Module, weights: Mapping[str, Tensor], optional: Collection[str] = ()) -> list[str]:
     """Copy a pre-trained model's weights into `model.base`; returns the names that stay as they were initialised.
 
-    optional: beginnings of names that may be missing or of another shape (a head for other classes). Raises ConfigError
-    naming all others that do not fit.
+    optional: beginnings of names that may be missing or of another shape (a head for other classes). Sounds may be of another
+    length: see `with_sounds_of`. Raises ConfigError naming all others that do not fit.
     """
     base = _base(model)
     own = base.state_dict()
+    weights = with_sounds_of(weights, own)
     kept: list[str] = []
     wrong: list[str] = []
     for name, tensor in own.items():
@@ -83,6 +93,23 @@ def load_base(model: nn.Module, weights: Mapping[str, Tensor], optional: Collect
             + (f" and {len(wrong) - 5} more" if len(wrong) > 5 else "")
         )
     return kept
+
+
+def with_sounds_of(weights: Mapping[str, Tensor], own: Mapping[str, Tensor]) -> dict[str, Tensor]:
+    """The weights for sounds of the length that the weights `own` are for. A moment keeps its position, as sounds are not
+    stretched to their length; those later than all that were learned begin with the last one's. What differs in more than the
+    number of moments stays as it is."""
+    found = dict(weights)
+    if PLACES not in found or PLACES not in own or found[PLACES].shape[1:] != own[PLACES].shape[1:]:
+        return found
+    had, has = len(found[PLACES]), len(own[PLACES])
+    for name in (PLACES, QUERIES):
+        if had == has or name not in found or len(found[name]) % had:
+            continue
+        moments = found[name].unflatten(0, (had, -1))
+        last = moments[-1:].expand(max(has - had, 0), *moments.shape[1:])
+        found[name] = torch.cat([moments, last])[:has].flatten(0, 1)
+    return found
 
 
 def _base(model: nn.Module) -> nn.Module:

@@ -3,8 +3,9 @@
 from __future__ import annotations
 
 from collections import Counter
-from collections.abc import Iterable, Mapping, Sequence
+from collections.abc import Callable, Iterable, Mapping, Sequence
 from dataclasses import replace
+from functools import lru_cache
 from typing import Any
 
 import numpy as np
@@ -45,16 +46,25 @@ class QuestionAnswering:
     def parts(self, one: Annotations) -> int:
         return len(one.questions)
 
+    def learnable(self, one: Annotations, part: int) -> bool:
+        """Whether a question can be learned from: somebody answered it."""
+        return bool(one.questions[part].answers)
+
     def complete(self, task: TaskConfig, items: Items) -> TaskConfig:
-        """A classifier's answers: the most frequent ones of the training questions, as the official rule compares them."""
-        if task.head == "written" or task.classes:
+        """A classifier's answers: the most frequent ones of the training questions, where the task names none. Raises
+        ConfigError where none of the task's is an answer to a training question."""
+        if task.head == "written":
             return task
-        counts = Counter(
-            plain(answer) for one in items.all() for question in one.questions for answer in question.answers
-        )
-        if not counts:
-            raise ConfigError("no training question has an answer to choose from")
-        return replace(task, classes=tuple(answer for answer, _ in counts.most_common(task.answers)))
+        questions = [question for one in items.all() for question in one.questions]
+        counts = Counter(plain(answer) for question in questions for answer in given(question))
+        if not task.classes:
+            return replace(task, classes=spelled(questions, counts.most_common(task.answers)))
+        if not counts.keys() & set(map(plain, task.classes)):
+            common = ", ".join(repr(answer) for answer, _ in counts.most_common(12))
+            raise ConfigError(
+                f"task.classes: no training question has one of these {len(task.classes)} answers; common ones are {common}"
+            )
+        return task
 
     def model(self, config: FinetuneConfig) -> nn.Module:
         if config.task.head == "chosen":
@@ -63,7 +73,7 @@ class QuestionAnswering:
 
     def maker(self, config: FinetuneConfig, tokenizer: Tokenizer) -> Maker:
         size, length, view_config = config.model.image_size, config.model.text_length, view_of(config)
-        numbers = {answer: i for i, answer in enumerate(config.task.classes)}
+        classes = config.task.classes
         chosen = config.task.head == "chosen"
 
         def make(items: Items, item: Item, rng: np.random.Generator | None) -> dict[str, np.ndarray]:
@@ -81,9 +91,9 @@ class QuestionAnswering:
             if chosen:
                 made = {"images": view.pixels, "tokens": tokenizer.row(ids, length)}
                 if rng is not None:
-                    made["scores"] = worth(question, numbers, said)
+                    made["scores"] = worth(question, classes, said)
                 return made
-            if rng is None or not question.answers:
+            if rng is None:
                 return {"images": view.pixels, "tokens": tokenizer.row(ids, length - longest_answer(length))}
             answer = said(question.answers[int(rng.integers(len(question.answers)))])
             tokens, targets = written(ids, tokenizer.encode(answer), length)
@@ -136,22 +146,25 @@ class QuestionAnswering:
         ]
         files = {"vqa_results.json": submission}
         about: dict[str, Any] = {"prompt": config.task.prompt, "head": config.task.head}
-        if not all(q.answers for q in questions):
+        if not any(q.answers for q in questions):
             reason = "the questions come without answers (a test split): hand in vqa_results.json"
             about["not_scored"] = {"accuracy": reason}
             return TaskResult(self.name, {}, {"questions": len(questions)}, about=about, files=files)
+        about["questions_without_answers"] = sum(not q.answers for q in questions)
+        predictions = [one for one, q in zip(predictions, questions, strict=True) if q.answers]
+        questions = [q for q in questions if q.answers]
         keyed = (
             questions
             if unique
             else [replace(q, question_id=one.item) for q, one in zip(questions, predictions, strict=True)]
         )
         truth = truth_of(keyed)
-        given = {q.question_id: str(one.value) for q, one in zip(keyed, predictions, strict=True)}
-        found = score_vqa(given, truth)
+        said = {q.question_id: str(one.value) for q, one in zip(keyed, predictions, strict=True)}
+        found = score_vqa(said, truth)
         constant = best_constant(truth)
         baselines = {
             f"always {constant[0]!r}": constant[1] / 100,
-            "the question alone": by_question(keyed, truth),
+            BY_QUESTION: by_question(keyed, truth),
         }
         scores = {"accuracy": Score(found.accuracy / 100, baselines)}
         scores |= {f"accuracy, {kind}": Score(v / 100) for kind, v in found.per_answer_type.items() if kind}
@@ -186,10 +199,15 @@ def written(prompt: Sequence[int], answer: Sequence[int], length: int) -> tuple[
 
 
 def write(
-    base: Any, memory: Tensor, tokens: Tensor, config: FinetuneConfig, tokenizer: Tokenizer
-) -> list[str]:
-    """Written answers to prompts int64 [B, T] (BOS prompt EOS, padded): those of one length go together."""
+    base: Any, memory: Tensor, tokens: Tensor, config: FinetuneConfig, tokenizer: Tokenizer,
+    longest: int | None = None,
+) -> list[str]:  # fmt: skip
+    """Written answers to prompts int64 [B, T] (BOS prompt EOS, padded): those of one length go together. longest: tokens of
+    an answer at most, its end included (None: `longest_answer`)."""
     from train.generate import KnownPieces
+
+    if longest is None:
+        longest = longest_answer(config.model.text_length)
 
     lengths = (tokens != 0).sum(1)
     answers = [""] * len(tokens)
@@ -202,7 +220,7 @@ def write(
             method="beam" if config.task.beams > 1 else "greedy",
             beams=config.task.beams,
             length_penalty=config.task.length_penalty,
-            max_length=length + longest_answer(config.model.text_length),
+            max_length=length + longest,
             prompt=tokens[rows, :length],
         )
         for row, one in zip(rows.tolist(), ids, strict=True):
@@ -210,18 +228,52 @@ def write(
     return answers
 
 
-def worth(question: Question, numbers: Mapping[str, int], said: Any) -> np.ndarray:
+def worth(question: Question, classes: tuple[str, ...], said: Callable[[str], str]) -> np.ndarray:
     """float32 [C]: the official accuracy of each answer that people gave and that can be chosen."""
-    scores = np.zeros(len(numbers), np.float32)
-    given = [said(answer) for answer in question.answers]
-    for answer in set(given):
-        if (number := numbers.get(plain(answer))) is not None:
-            scores[number] = official(answer, given)
+    numbers, scores = numbered(classes), np.zeros(len(classes), np.float32)
+    people = [said(answer) for answer in given(question)]
+    for answer in set(people):
+        number = numbers.get(answer.strip(), numbers.get(plain(answer)))
+        if number is not None:
+            scores[number] = official(answer, people)
     return scores
 
 
+@lru_cache(maxsize=4)
+def numbered(classes: tuple[str, ...]) -> dict[str, int]:
+    """An answer as it is written among the classes, or normalised -> its number."""
+    normal: dict[str, int] = {}
+    for i, answer in enumerate(classes):
+        normal.setdefault(plain(answer), i)
+    return normal | {answer: i for i, answer in enumerate(classes)}
+
+
+def given(question: Question) -> tuple[str, ...]:
+    """The answers of people that the official rule compares with: OK-VQA's are stemmed."""
+    return question.stemmed_answers or question.answers
+
+
+def spelled(questions: Sequence[Question], answers: Sequence[tuple[str, int]]) -> tuple[str, ...]:
+    """Normalised answers as people spell them. Where all people gave the same, the official rule compares as is, so the
+    spelling that most of such questions have is taken ("two", not "2"); elsewhere it normalises, and any will do."""
+    alike, all_of = Counter[str](), Counter[str]()
+    for question in questions:
+        people = [answer.strip() for answer in given(question)]
+        all_of.update(people)
+        if len(set(people)) == 1:
+            alike[people[0]] += 1
+    best: dict[str, str] = {}
+    for answer in sorted(all_of, key=lambda one: (-alike[one], -all_of[one], one)):
+        best.setdefault(plain(answer), answer)
+    return tuple(best[answer] for answer, _ in answers)
+
+
+BY_QUESTION = "the best answer to each question's text, by the scored answers themselves"
+
+
 def by_question(questions: Sequence[Question], truth: Mapping[Any, Truth]) -> float:
-    """Accuracy of the best answer to each question text, without a look at the picture: what habit can reach at most."""
+    """Accuracy of the best answer to each question text, without a look at the picture: what habit can reach at most. The
+    answers are chosen by the people's answers that they are scored on, so that no model can really know them all."""
     groups: dict[str, list[Question]] = {}
     for question in questions:
         groups.setdefault(question.question, []).append(question)

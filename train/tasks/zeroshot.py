@@ -5,8 +5,10 @@ python -m train.evaluate classify --checkpoint runs/aurora-tiny --data shards/ -
 
 from __future__ import annotations
 
+import math
 from collections import Counter
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
+from dataclasses import replace
 from typing import Any
 
 import numpy as np
@@ -37,15 +39,40 @@ class ZeroShot:
     ragged: tuple[str, ...] = ()
     fresh: tuple[str, ...] = ()
 
-    def __init__(self, templates: Sequence[str] = TEMPLATES) -> None:
-        self.templates = tuple(templates)
+    def __init__(self, templates: Sequence[str] = TEMPLATES, classes: Sequence[str] = ()) -> None:
+        """classes: names to tell apart; none = those of the data. Raises ConfigError for a template without {}, for one class
+        alone, and for one that comes twice."""
+        self.templates, self.classes = tuple(templates), tuple(classes)
+        self.seen: Counter[str] = Counter()
+        """labels that pictures had"""
+        if wrong := [template for template in self.templates if "{}" not in template]:
+            raise ConfigError(f"the prompt template {wrong[0]!r} lacks {{}}, the place of the class")
+        if twice := [name for name, count in Counter(self.classes).items() if count > 1]:
+            raise ConfigError(f"--classes has {twice[0]!r} twice")
+        if len(self.classes) == 1:
+            raise ConfigError(f"--classes has {self.classes[0]!r} alone; two or more are needed")
 
     def parts(self, one: Annotations) -> int:
-        return 1 if labels_of(one) else 0
+        labels = labels_of(one)
+        self.seen.update(labels)
+        return 1 if labels & (set(self.classes) or labels) else 0
+
+    def items(self, find: Callable[[], Items]) -> Items:
+        """What `find` gives. Raises ConfigError where no picture has one of the classes."""
+        self.seen.clear()
+        try:
+            return find()
+        except ValueError:
+            if not self.classes or not self.seen:
+                raise
+        there = ", ".join(sorted(self.seen)[:12]) + (" ..." if len(self.seen) > 12 else "")
+        raise ConfigError(
+            f"no picture is of one of --classes {', '.join(self.classes)}; the data's are {there}"
+        )
 
     def complete(self, task: TaskConfig, items: Items) -> TaskConfig:
-        from dataclasses import replace
-
+        if self.classes:
+            return replace(task, classes=self.classes)
         names = sorted({label for one in items.all() for label in labels_of(one)})
         if len(names) < 2:
             raise ConfigError(f"the pictures have {len(names)} class; two or more are needed")
@@ -89,16 +116,17 @@ class ZeroShot:
     def score(
         self, predictions: Sequence[Prediction], items: Items, config: FinetuneConfig, tokenizer: Tokenizer
     ) -> TaskResult:
-        """A picture with several labels is right with any of them."""
+        """A picture with several labels is right with any of them. Of a class the share of its pictures is given whose first
+        guess it is."""
         classes = config.task.classes
-        known = [labels_of(items.annotations(item_of(items, one))) for one in predictions]
+        known = [labels_of(items.annotations(item_of(items, one))) & set(classes) for one in predictions]
         right, right5, examples = [], [], []
         hits: Counter[str] = Counter()
         for one, labels in zip(predictions, known, strict=True):
             order = np.argsort(-one.value, kind="stable")
             right.append(classes[order[0]] in labels)
             right5.append(bool({classes[i] for i in order[:5]} & labels))
-            hits.update(label for label in labels if right[-1])
+            hits.update(labels & {classes[order[0]]})
             odds = torch.from_numpy(one.value * 20).softmax(0)
             said = ", ".join(f"{classes[i]} {odds[i]:.2f}" for i in order[:3])
             best = max(float(one.value[classes.index(label)]) for label in labels)
@@ -112,17 +140,26 @@ class ZeroShot:
         examples.sort(key=lambda one: one.score)
         counts = Counter(label for labels in known for label in labels)
         total = len(known)
-        chance = float(np.mean([len(labels) for labels in known])) / len(classes)
+        chance = [float(np.mean([guessed(len(labels), len(classes), k) for labels in known])) for k in (1, 5)]
         common = counts.most_common(1)[0]
         scores = {
-            "top-1": Score(sum(right) / total, {"chance": chance, f"always {common[0]}": common[1] / total}),
-            "top-5": Score(sum(right5) / total, {"chance": min(1.0, 5 * chance)}),
+            "top-1": Score(
+                sum(right) / total, {"chance": chance[0], f"always {common[0]}": common[1] / total}
+            ),
+            "top-5": Score(sum(right5) / total, {"chance": chance[1]}),
         }
         table = {label: hits[label] / count for label, count in counts.items()}
-        about = {"templates": list(self.templates), "classes": list(classes)}
+        about: dict[str, Any] = {"templates": list(self.templates), "classes": list(classes)}
+        if others := {label: count for label, count in sorted(self.seen.items()) if label not in classes}:
+            about["labels_of_other_classes"] = others
         return TaskResult(
             self.name, scores, {"pictures": total, "classes": len(classes)}, examples, table, about
         )
+
+
+def guessed(right: int, classes: int, tries: int) -> float:
+    """Chance that one of `right` classes is among `tries` different ones, drawn blindly of all."""
+    return 1 - math.comb(classes - right, tries) / math.comb(classes, tries) if tries < classes else 1.0
 
 
 def labels_of(one: Annotations) -> set[str]:

@@ -1,0 +1,196 @@
+"""Options of `train.evaluate` and `train.generate` for fine-tuned checkpoints: what they ask for happens, or is refused."""
+
+from __future__ import annotations
+
+import json
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+import pytest
+from PIL import Image
+
+from dataload import annotations as notes
+from dataload import shards
+from tests.micro import arguments, corpus
+from train import evaluate, finetune, generate
+from train.pretrain import main as pretrain
+from train.scores.captioning import check
+from train.tasks import captioning, vqa
+
+
+@pytest.fixture(scope="module")
+def started(tmp_path_factory: pytest.TempPathFactory) -> Path:
+    """A pre-trained micro model."""
+    out = tmp_path_factory.mktemp("start") / "run"
+    assert pretrain(arguments(out, "--steps", "1", "--optim.warmup", "0")) == 0
+    return out
+
+
+def tuned(task: str, started: Path, *more: str) -> Path:
+    """It, fine-tuned by one step; nothing is held out."""
+    out = started.parent / "-".join([task, *more[1::2]])
+    words = [task, "--checkpoint", str(started), "--data.train", *map(str, corpus().train)]
+    words += ["--data.workers", "1", "--device", "cpu", "--precision", "fp32", "--batch-size", "8"]
+    words += ["--steps", "1", "--optim.warmup", "0", "--eval-every", "0", "--out", str(out), *more]
+    assert finetune.main(words) == 0
+    return out
+
+
+@pytest.fixture(scope="module")
+def captioner(started: Path) -> Path:
+    return tuned("captioning", started, "--task.beams", "2", "--task.length-penalty", "0.5")
+
+
+@pytest.fixture(scope="module")
+def chooser(started: Path) -> Path:
+    return tuned("vqa", started, "--task.head", "chosen")
+
+
+@pytest.fixture(scope="module")
+def writer(started: Path) -> Path:
+    return tuned("vqa", started, "--task.head", "written")
+
+
+@pytest.fixture
+def picture(tmp_path: Path) -> Path:
+    path = tmp_path / "a.png"
+    Image.fromarray(np.random.default_rng(0).integers(0, 255, (50, 70, 3), np.uint8)).save(path)
+    return path
+
+
+def refusal(command: Any, capsys: pytest.CaptureFixture[str], *words: object) -> str:
+    assert command(list(map(str, words))) == 2
+    return capsys.readouterr().err
+
+
+# --- train.generate -------------------------------------------------------------------------------
+
+
+def searched(monkeypatch: pytest.MonkeyPatch, module: Any) -> list[dict[str, Any]]:
+    """How `generate` was called by a task."""
+    calls: list[dict[str, Any]] = []
+    real = module.generate
+
+    def spy(*given: Any, **options: Any) -> Any:
+        calls.append(options)
+        return real(*given, **options)
+
+    monkeypatch.setattr(module, "generate", spy)
+    return calls
+
+
+def test_captions_are_written_as_asked(
+    captioner: Path, picture: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
+) -> None:
+    calls = searched(monkeypatch, captioning)
+    for options, wanted in (
+        ((), ("beam", 2, 0.5, 12)),
+        (("--beams", 5, "--length-penalty", 2), ("beam", 5, 2.0, 12)),
+        (("--method", "greedy"), ("greedy", 1, 0.5, 12)),
+        (("--method", "beam", "--max-length", 5), ("beam", 2, 0.5, 5)),
+    ):
+        words = ["--checkpoint", captioner, "--device", "cpu", *options, picture]
+        assert generate.main(list(map(str, words))) == 0, capsys.readouterr().err
+        call = calls.pop()
+        assert tuple(call[name] for name in ("method", "beams", "length_penalty", "max_length")) == wanted
+    for options, message in (
+        (("--method", "greedy", "--beams", 3), "needs --method beam"),
+        (("--method", "greedy", "--length-penalty", 2), "is of the beam search"),
+        (("--max-length", 13), "from 3 to 12"),
+        (("--method", "sample"), "greedy or beam search"),
+    ):
+        assert message in refusal(
+            generate.main, capsys, "--checkpoint", captioner, "--device", "cpu", *options, picture
+        )
+
+
+def test_answers_are_written_as_asked(
+    writer: Path, chooser: Path, picture: Path, monkeypatch: pytest.MonkeyPatch,
+    capsys: pytest.CaptureFixture[str],
+) -> None:  # fmt: skip
+    calls = searched(monkeypatch, vqa)
+    asked = ["--device", "cpu", "--question", "what?", str(picture), "--checkpoint"]
+    lengths = []
+    for options, wanted in (
+        ((), ("greedy", 1)),
+        (("--method", "beam"), ("beam", 4)),
+        (("--max-length", 3), ("greedy", 1)),
+    ):
+        assert generate.main([*asked, str(writer), *map(str, options)]) == 0, capsys.readouterr().err
+        call = calls.pop()
+        assert (call["method"], call["beams"]) == wanted
+        lengths.append(call["max_length"] - call["prompt"].shape[1])
+    assert lengths == [4, 4, 2]
+    assert "from 3 to 5" in refusal(generate.main, capsys, *asked, writer, "--max-length", 6)
+    for option, value in (("--beams", 2), ("--method", "greedy"), ("--max-length", 4)):
+        said = refusal(generate.main, capsys, *asked, chooser, option, value)
+        assert f"{option}: " in said and "chooses its answer" in said
+
+
+# --- train.evaluate -------------------------------------------------------------------------------
+
+
+def test_a_fine_tuned_model_is_no_pretrained_one(
+    captioner: Path, started: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    for task in ("perplexity", "retrieval"):
+        said = refusal(evaluate.main, capsys, task, "--checkpoint", captioner, "--device", "cpu")
+        assert f"is fine-tuned for captioning; {task} is scored of a pre-trained model" in said
+        assert str(started) in said and ("train.finetune retrieval" in said) == (task == "retrieval")
+
+
+def test_options_that_would_change_nothing_are_refused(
+    captioner: Path, chooser: Path, writer: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    for task, run, options, message in (
+        ("captioning", captioner, ("--captions", "first"), "--captions first is for retrieval"),
+        ("captioning", captioner, ("--pairs", "image-text"), "is for pre-trained models"),
+        ("captioning", captioner, ("--beams", 0), "task.beams is 0"),
+        ("vqa", chooser, ("--beams", 2), "--beams: "),
+        ("vqa", chooser, ("--length-penalty", 2), "--length-penalty: "),
+        ("vqa", writer, ("--prompt", "why"), "it must hold {question}"),
+    ):
+        said = refusal(evaluate.main, capsys, task, "--checkpoint", run, "--device", "cpu", *options)
+        assert message in said
+
+
+def heldout(*options: object) -> list[str]:
+    return ["--device", "cpu", "--data", *map(str, corpus().heldout), *map(str, options)]
+
+
+def test_the_first_pictures_are_those_with_all_their_questions(writer: Path, tmp_path: Path) -> None:
+    output = tmp_path / "vqa.json"
+    command = ["vqa", "--checkpoint", str(writer), *heldout("--max-images", 2, "--output", output)]
+    assert evaluate.main(command) == 0
+    known = list(notes.annotated(shards.index(list(corpus().heldout)), needs=("questions",)))
+    wanted = len(known[0].questions) + len(known[1].questions)
+    found = json.loads(output.read_text())
+    assert wanted > 2 and found["counts"]["questions"] == wanted == found["data"]["items"]
+    assert found["data"]["max_images"] == 2
+
+
+def test_the_pool_and_the_seed_are_those_asked_for(
+    started: Path, captioner: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    matcher = tuned("retrieval", started, "--seed", "5")
+    output = tmp_path / "retrieval.json"
+    found = {}
+    for pool in ("all", "first"):
+        command = ["retrieval", "--checkpoint", str(matcher), *heldout("--captions", pool)]
+        assert evaluate.main([*command, "--output", str(output)]) == 0
+        found[pool] = json.loads(output.read_text())
+    several = list(notes.annotated(shards.index(list(corpus().heldout))))
+    assert found["all"]["counts"]["captions"] == sum(len(one.captions) for one in several) > 12
+    assert found["first"]["counts"]["captions"] == 12 and found["first"]["captions_per_picture"] == 1
+    assert found["all"]["seed"] == 5
+    seeds: list[int] = []
+    plan = check(("CIDEr",), tokenizer="regex")  # Java takes seconds
+    monkeypatch.setattr(captioning.Captioning, "plan", lambda self: plan)
+    real = captioning.derangement
+    monkeypatch.setattr(
+        captioning, "derangement", lambda count, seed: seeds.append(seed) or real(count, seed)
+    )
+    command = ["captioning", "--checkpoint", str(captioner), *heldout("--output", output, "--beams", 1)]
+    assert evaluate.main([*command, "--seed", "7"]) == 0 and seeds == [7]
+    assert json.loads(output.read_text())["seed"] == 7
