@@ -19,7 +19,7 @@ from pathlib import Path
 from typing import Any
 
 PRELOADED = [
-    "torch", "train.pretrain", "train.engine_fsdp2", "deepspeed", "torch.distributed.run", "test_train_engine", "ranks",
+    "torch", "train.pretrain", "train.engines.fsdp2", "deepspeed", "torch.distributed.run", "test_train_engine", "ranks",
 ]  # fmt: skip
 
 

@@ -8,7 +8,7 @@ from typing import Any
 import pytest
 
 from train.config import OptimConfig, PretrainConfig
-from train.engines import engine_problems, in_words
+from train.engines.choice import engine_problems, in_words
 
 BASE = PretrainConfig()
 
@@ -30,7 +30,7 @@ def test_what_does_not_go_together_is_refused(values: dict[str, Any], size: int,
 
 
 def test_deepspeed_that_is_not_installed_is_said(monkeypatch: pytest.MonkeyPatch) -> None:
-    import train.deepspeed_settings as module
+    import train.engines.deepspeed_settings as module
 
     monkeypatch.setattr(module, "find_spec", lambda name: None)
     (said,) = engine_problems(dataclasses.replace(BASE, engine="deepspeed"), 2)

@@ -21,7 +21,7 @@ from models.objectives import ObjectiveConfig
 from train import checkpoint
 from train.config import OptimConfig, PretrainConfig
 from train.engine import Ranks, TorchEngine, join, leave
-from train.engines import build_engine
+from train.engines.choice import build_engine
 from train.machine import Precision
 from train.multimodal import PerceiverPretrainConfig
 from train.optim import lr_at

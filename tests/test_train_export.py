@@ -19,10 +19,10 @@ from models.aurora.encoder import remembered_offsets
 from models.perceiver import Piece as Pictures
 from train import checkpoint
 from train.checkpoint import CheckpointError, LoadedModel
+from train.engines.pieces import Piece, PiecesError, Stored, as_pieces, share_of, write_pieces
 from train.export import main
 from train.export_program import check_program, export_encoder
 from train.multimodal import PerceiverPretrainConfig
-from train.pieces import Piece, PiecesError, Stored, as_pieces, share_of, write_pieces
 from train.tasks.config import PerceiverFinetuneConfig, TaskConfig
 
 PERCEIVER = replace(PERCEIVER_SIZES["tiny"], encoder_layers=1, latent_layers=1, latents=12)

@@ -27,7 +27,7 @@ from ranks import Agent, Launch, free_port
 
 from train import checkpoint
 from train.engine import StepResult, TorchEngine
-from train.meeting import meet
+from train.engines.meeting import meet
 from train.pretrain import main
 
 # Dropout differs between numbers of ranks; everything else must not.

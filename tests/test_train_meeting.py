@@ -10,7 +10,7 @@ from datetime import timedelta
 import pytest
 import torch.distributed as dist
 
-from train.meeting import agree
+from train.engines.meeting import agree
 
 SOON = timedelta(seconds=20)
 

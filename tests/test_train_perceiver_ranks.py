@@ -18,7 +18,7 @@ from models import PERCEIVER_SIZES, PerceiverIO
 from models.perceiver import PerceiverObjectives, Piece
 from train.config import OptimConfig
 from train.engine import Ranks, TorchEngine, join, leave
-from train.engines import build_engine
+from train.engines.choice import build_engine
 from train.machine import Precision
 from train.multimodal import PerceiverPretrainConfig
 

@@ -14,7 +14,7 @@ import torch
 
 from tests.micro import ROOT, arguments, metric_lines
 from train.engine import Ranks
-from train.straggler import RankReport, Watch, as_columns, stragglers
+from train.engines.straggler import RankReport, Watch, as_columns, stragglers
 
 EVEN = RankReport(data_wait=0.01, step_seconds=0.5, probe=0.002, peak_memory=1e9)
 
@@ -85,6 +85,6 @@ def test_of_two_ranks_the_slow_one_is_named(tmp_path: Path) -> None:
 @pytest.mark.gpu
 @pytest.mark.skipif(not torch.cuda.is_available(), reason="needs a CUDA device")
 def test_the_probe_runs_on_a_gpu() -> None:
-    from train.straggler import probe
+    from train.engines.straggler import probe
 
     assert 1e-6 < probe(torch.device("cuda")) < 1

@@ -10,7 +10,7 @@ import pytest
 import torch.distributed as dist
 
 from train.engine import Ranks
-from train.watchdog import Watchdog
+from train.engines.watchdog import Watchdog
 
 LIMIT = 0.5
 

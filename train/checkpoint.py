@@ -11,8 +11,8 @@ runs/NAME/checkpoints/
         tokenizer.model          the run's SentencePiece model
         state.json               step, data position, optimizer groups; SHA-256 of every file (itself too)
 
-Several ranks write a part each: model-00001-of-00004.safetensors and so on (train/pieces.py). Which engine wrote it, on how
-many ranks, does not matter to who reads it. train/saving.py writes beside the training.
+Several ranks write a part each: model-00001-of-00004.safetensors and so on (train/engines/pieces.py). Which engine wrote it,
+on how many ranks, does not matter to who reads it. train/saving.py writes beside the training.
 """
 
 from __future__ import annotations
@@ -34,10 +34,10 @@ from torch import Tensor
 from dataload.tokenizer import Tokenizer
 from train.config import PretrainConfig, from_dict, to_dict
 from train.engine import EngineState
+from train.engines.pieces import Piece, PiecesError, Stored, as_pieces, write_pieces
 from train.families import AuroraFamily, family_of
 from train.multimodal import PerceiverPretrainConfig
 from train.optim import with_aliases
-from train.pieces import Piece, PiecesError, Stored, as_pieces, write_pieces
 from train.tasks.config import FinetuneConfig, PerceiverFinetuneConfig
 
 FORMAT = 1

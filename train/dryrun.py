@@ -16,8 +16,8 @@ from models.perceiver import PerceiverConfig, PerceiverObjectives
 from train.config import ConfigError, PretrainConfig, micro_batch, problems, to_dict
 from train.data import find_sources, load_tokenizer
 from train.engine import Ranks
-from train.engines import engine_problems, optimizer_of, resolve
-from train.engines import in_words as engine_in_words
+from train.engines.choice import engine_problems, optimizer_of, resolve
+from train.engines.choice import in_words as engine_in_words
 from train.greeting import pair_lines
 from train.machine import choose_device, choose_precision, device_name, free_disk, gigabytes, total_memory
 from train.multimodal import PerceiverPretrainConfig

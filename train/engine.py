@@ -21,12 +21,12 @@ from torch import Tensor, nn
 
 from train.config import PretrainConfig
 from train.contrast import MicroBatch, contrast_all, contrasts
+from train.engines.meeting import meet
+from train.engines.pieces import share_of
 from train.families import family_of
 from train.machine import Precision, choose_device
-from train.meeting import meet
 from train.optim import Ema, load_optimizer_tensors, optimizer_tensors, weights_once, with_aliases
 from train.optimizers import build_optimizer, clip_and_step, forget_gradients
-from train.pieces import share_of
 
 TIMEOUT = timedelta(hours=2)  # the other ranks wait while rank 0 evaluates
 
@@ -114,7 +114,7 @@ def share(value: Any, ranks: Ranks) -> Any:
 
 class TorchEngine:
     """The model and its optimizer on one device per rank: a single process, or DistributedDataParallel. The other engines
-    are made of this one (train/sharded.py).
+    are made of this one (train/engines/sharded.py).
 
     An optimizer step is: `agree` on the denominators; then for each of the `micro_batches` `micro_step(...)` around
     `losses` and `backward`; then `step`. Every loss is such that its mean over ranks is the loss of the

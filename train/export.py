@@ -38,10 +38,10 @@ from dataload.tokenizer import Tokenizer
 from train import checkpoint
 from train.checkpoint import CheckpointError, LoadedModel
 from train.config import PretrainConfig
+from train.engines.pieces import Piece, write_pieces
 from train.export_card import model_card, scores_of
 from train.export_program import FORMATS, Program, check_program, export_encoder
 from train.families import family_of
-from train.pieces import Piece, write_pieces
 from train.tasks.config import FinetuneConfig
 
 DTYPES = {"fp32": torch.float32, "bf16": torch.bfloat16, "fp16": torch.float16}

@@ -13,8 +13,8 @@ from models.perceiver import PerceiverConfig
 from train.config import PretrainConfig, micro_batch
 from train.data import Data
 from train.engine import Ranks
-from train.engines import in_words as engine_in_words
-from train.engines import optimizer_of
+from train.engines.choice import in_words as engine_in_words
+from train.engines.choice import optimizer_of
 from train.machine import Precision, device_name
 from train.multimodal import PerceiverPretrainConfig
 from train.multimodal_data import MultimodalData

@@ -7,8 +7,8 @@ from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 from train.config import to_dict
+from train.engines.straggler import Watch, as_columns, stragglers
 from train.profiling import StepProfiler
-from train.straggler import Watch, as_columns, stragglers
 from train.utilization import device_rate, shares_of, step_flops
 from train.wandb_log import WandbLog
 

@@ -15,6 +15,7 @@ from train import checkpoint
 from train.checkpoint import Snapshot
 from train.config import PretrainConfig
 from train.engine import Ranks, StepResult, TorchEngine, gather_rng, leave, rng_state, share
+from train.engines.watchdog import Watchdog
 from train.log import Metrics, Progress, TensorBoard
 from train.machine import peak_memory
 from train.measure import evaluate_model
@@ -27,7 +28,6 @@ from train.signals import Interrupted, Stop
 from train.tasks.base import TaskResult
 from train.tasks.config import FinetuneConfig
 from train.tasks.running import evaluate_task, say_task
-from train.watchdog import Watchdog
 
 SHOWN_CAPTIONS = 3  # generated captions printed at an evaluation during the run
 

@@ -26,7 +26,7 @@ from train import checkpoint
 from train.checkpoint import Snapshot
 from train.config import PretrainConfig
 from train.engine import Ranks
-from train.pieces import Piece
+from train.engines.pieces import Piece
 
 
 class SaveError(RuntimeError):

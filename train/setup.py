@@ -16,7 +16,8 @@ from train.checkpoint import CheckpointError, Snapshot
 from train.config import ConfigError, PretrainConfig, differences, problems
 from train.data import Data, find_sources, open_data
 from train.engine import Ranks, join, load_rng, share
-from train.engines import build_engine, engine_problems
+from train.engines.choice import build_engine, engine_problems
+from train.engines.watchdog import Watchdog
 from train.families import family_of
 from train.greeting import greeting
 from train.log import Metrics, Progress, TensorBoard
@@ -28,7 +29,6 @@ from train.run import Run
 from train.saving import Saver
 from train.tasks.config import FinetuneConfig
 from train.tasks.data import TaskData, find_task_sources, open_task
-from train.watchdog import Watchdog
 
 LAUNCH = "launch.txt"  # in a run's directory: which launcher has started it
 

@@ -21,7 +21,7 @@ from models import AURORA_SIZES, Aurora
 from train import checkpoint
 from train.config import OptimConfig, PretrainConfig
 from train.engine import Ranks, TorchEngine, join, leave
-from train.engines import build_engine
+from train.engines.choice import build_engine
 from train.machine import Precision, keep_freed_memory
 from train.optim import lr_at
 from train.presets import preset

@@ -16,11 +16,11 @@ from torch import Tensor, nn
 
 from train.config import PretrainConfig
 from train.engine import Ranks, StepResult
+from train.engines.sharded import Shard, ShardedEngine
 from train.families import family_of
 from train.machine import Precision
 from train.optimizers import clip_and_step, global_norm
 from train.plan.standins import replaced
-from train.sharded import Shard, ShardedEngine
 
 
 class RankShare(ShardedEngine):

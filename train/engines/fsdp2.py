@@ -18,8 +18,8 @@ from torch.distributed.device_mesh import init_device_mesh
 from torch.distributed.fsdp import FSDPModule, MixedPrecisionPolicy, fully_shard, register_fsdp_forward_method
 
 from train.engine import StepResult
+from train.engines.sharded import Shard, ShardedEngine, blocks_of, must_be_torch
 from train.optimizers import clip_and_step, global_norm
-from train.sharded import Shard, ShardedEngine, blocks_of, must_be_torch
 
 
 class Fsdp2Engine(ShardedEngine):

@@ -17,8 +17,8 @@ import torch
 from torch import nn
 
 from train.config import OptimConfig, PretrainConfig
-from train.deepspeed_settings import refusal
 from train.engine import Ranks, TorchEngine
+from train.engines.deepspeed_settings import refusal
 from train.machine import Precision
 
 
@@ -85,11 +85,11 @@ def build_engine(
     kind: type[TorchEngine] = TorchEngine
     match resolve(config, ranks.size):
         case "fsdp2":
-            from train.engine_fsdp2 import Fsdp2Engine  # more than a second of imports, in every rank
+            from train.engines.fsdp2 import Fsdp2Engine  # more than a second of imports, in every rank
 
             kind = Fsdp2Engine
         case "deepspeed":
-            from train.engine_deepspeed import DeepSpeedEngine
+            from train.engines.deepspeed import DeepSpeedEngine
 
             kind = DeepSpeedEngine
     return kind(model, config, device, precision, ranks)

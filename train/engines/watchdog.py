@@ -25,7 +25,7 @@ from typing import Any
 import torch.distributed as dist
 
 from train.engine import Ranks
-from train.meeting import ROUND
+from train.engines.meeting import ROUND
 
 EXIT_CODE = 1
 ANSWER = timedelta(seconds=20)  # the store has to

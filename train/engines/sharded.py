@@ -21,9 +21,9 @@ from models.perceiver.classic import ClassicBlock
 from models.perceiver.latents import InputRead
 from train.config import ConfigError
 from train.engine import EngineState, TorchEngine
+from train.engines.pieces import Piece, part_of
 from train.optim import with_aliases
 from train.optimizers import build_optimizer
-from train.pieces import Piece, part_of
 
 BLOCKS = (SwinBlock, Block, ClassicBlock, InputRead)
 MOMENTS = ("exp_avg", "exp_avg_sq")

@@ -20,10 +20,10 @@ import torch
 import torch.distributed as dist
 from torch import Tensor, nn
 
-from train.deepspeed_settings import import_deepspeed, settings_of
 from train.engine import StepResult
+from train.engines.deepspeed_settings import import_deepspeed, settings_of
+from train.engines.sharded import Shard, ShardedEngine, blocks_of, must_be_torch
 from train.optimizers import EPS, forget_gradients, global_norm
-from train.sharded import Shard, ShardedEngine, blocks_of, must_be_torch
 
 
 class DeepSpeedEngine(ShardedEngine):
