@@ -20,8 +20,8 @@ from models.perceiver import Piece as Pictures
 from train import checkpoint
 from train.checkpoint import CheckpointError, LoadedModel
 from train.engines.pieces import Piece, PiecesError, Stored, as_pieces, share_of, write_pieces
-from train.export import main
-from train.export_program import check_program, export_encoder
+from train.export.__main__ import main
+from train.export.program import check_program, export_encoder
 from train.multimodal import PerceiverPretrainConfig
 from train.tasks.config import PerceiverFinetuneConfig, TaskConfig
 

@@ -26,7 +26,7 @@ from models.pretrained import fitted
 from tests.micro import arguments, corpus, losses
 from train import evaluate, finetune, generate
 from train.checkpoint import load_model, read_config
-from train.export import main as export
+from train.export.__main__ import main as export
 from train.pretrain import main as pretrain
 from train.scores import captioning, java
 from train.tasks.config import FinetuneConfig, TuneConfig

@@ -39,8 +39,8 @@ from train import checkpoint
 from train.checkpoint import CheckpointError, LoadedModel
 from train.config import PretrainConfig
 from train.engines.pieces import Piece, write_pieces
-from train.export_card import model_card, scores_of
-from train.export_program import FORMATS, Program, check_program, export_encoder
+from train.export.card import model_card, scores_of
+from train.export.program import FORMATS, Program, check_program, export_encoder
 from train.families import family_of
 from train.tasks.config import FinetuneConfig
 
