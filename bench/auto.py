@@ -3,7 +3,8 @@
 From runs that are in bench/results/, their run.json and others.txt, it takes every call that both `triton` and cuDNN's
 attention (`sdpa`) were timed on. cuDNN has a program for 128 queries of a head and splits no keys, so its time goes with one
 over the share of its waves that the programs fill; `triton` fills the GPU. So each call tells from which share on cuDNN
-is faster: its own share x cuDNN's time / triton's. For each width of heads the table has the median over forward passes.
+is faster: its own share x cuDNN's time / triton's. For each width of heads the table has the median over forward passes, and
+that over forward and backward passes.
 
     python -m bench.auto                                   # from the runs that are named below
     python -m bench.auto --runs 2027-01-01-a100-latent ... # from others
@@ -24,7 +25,7 @@ from typing import Any
 from bench import record
 from bench.peaks import peak_of
 from bench.record import RUN_FILE
-from bench.subject import FORWARD
+from bench.subject import FORWARD, TRAINING
 from kernels.latent_attention.auto import FILE, busy
 
 RESULTS = Path(__file__).resolve().parent / "results"
@@ -34,7 +35,7 @@ CAPABILITIES = {
     "H100": "9.0",
     "H200": "9.0",
 }  # one entry each; see kernels/latent_attention/auto.py
-WIDTHS = (32, 64, 128, 256)
+WIDTHS = (32, 64, 96, 128, 256)
 CUDNN = ("sdpa", "torch-cudnn")  # what it is called in a run; sdpa takes it on these GPUs
 SHAPE = re.compile(
     r"(?P<batch>[\d,]+) x (?P<queries>[\d,]+) latents over (?P<keys>[\d,-]+) keys, (?P<heads>\d+) heads? of (?P<dim>\d+)"
@@ -97,17 +98,9 @@ def entry(device: str, calls: Iterable[Timed]) -> dict[str, Any]:
         raise ValueError(f"{device}: bench/peaks.py does not know how many multiprocessors it has")
     calls = list(calls)
     rows = [row for call in calls if call.dtype == "bfloat16" and (row := row_of(call, peak.sms))]
-    limits = []
-    for least, widest in zip((0, *WIDTHS), WIDTHS, strict=False):
-        shares = [
-            row["busy"] * row["sdpa / triton"]
-            for row in rows
-            if row["mode"] == FORWARD and not row["lengths"] and least < row["head_dim"] <= widest
-        ]
-        if shares:
-            limits.append([widest, round(statistics.median(shares), 2)])
+    limits, training = (limits_of(rows, mode) for mode in (FORWARD, TRAINING))
     ragged = [row["sdpa / triton"] for row in rows if row["lengths"]]
-    if not limits or not ragged or min(ragged) < 1:
+    if not limits or not training or not ragged or min(ragged) < 1:
         raise ValueError(
             f"{device}: auto gives calls with key lengths to triton, and these say {ragged or 'nothing'}"
         )
@@ -119,8 +112,23 @@ def entry(device: str, calls: Iterable[Timed]) -> dict[str, Any]:
         "device": device,
         "float32": min(single, key=lambda peer: single[peer]),
         "sdpa_from": limits,
+        "sdpa_from_training": training,
         "rows": rows,
     }
+
+
+def limits_of(rows: Sequence[dict[str, Any]], mode: str) -> list[list[float]]:
+    """[width, share] for each width of heads that was measured."""
+    limits: list[list[float]] = []
+    for least, widest in zip((0, *WIDTHS), WIDTHS, strict=False):
+        shares = [
+            row["busy"] * row["sdpa / triton"]
+            for row in rows
+            if row["mode"] == mode and not row["lengths"] and least < row["head_dim"] <= widest
+        ]
+        if shares:
+            limits.append([widest, round(statistics.median(shares), 2)])
+    return limits
 
 
 def table(runs: Iterable[str]) -> str:

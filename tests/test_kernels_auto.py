@@ -12,14 +12,14 @@ import torch
 from bench import auto as bench_auto
 from bench import cases, record
 from bench.record import RUN_FILE, Row
+from bench.subject import TRAINING
 from kernels.latent_attention import auto, flash_ops
 from kernels.latent_attention import op as latent
 from kernels.window_attention import op as window
 from kernels.window_attention.geometry import Grid
 
 RESULTS = Path(__file__).resolve().parent.parent / "bench" / "results"
-# `auto` is to reach 0.97 of the fastest; at head_dim 96 and few blocks, with gradients, it reaches 0.966.
-LEAST = 0.96
+LEAST = 0.97  # of the fastest
 PEERS = {"triton": "triton", "sdpa": "torch-cudnn"}  # what a backend is called in the run
 
 
@@ -51,6 +51,7 @@ def test_latent_attention_is_given_to_whoever_was_fastest() -> None:
         case = shapes[name]
         sizes = {"device": "meta", "dtype": torch.bfloat16}
         q = torch.empty(case.batch, case.queries, case.heads, case.head_dim, **sizes)
+        q.requires_grad_(mode == TRAINING)
         k = torch.empty(case.batch, case.keys, case.heads, case.head_dim, **sizes)
         v = torch.empty(case.batch, case.keys, case.heads, case.v_dim or case.head_dim, **sizes)
         backend = latent.prefer(q, k, v, 0.0, False, dense=not case.ragged)[0]
@@ -80,11 +81,12 @@ def test_the_table_is_what_the_runs_say() -> None:
 
 
 def test_every_measured_call_of_the_table_goes_to_the_faster() -> None:
-    """Those in others.txt too: all widths of heads. A figure within 4% is a draw."""
+    """Those in others.txt too: all widths of heads. A figure within 3% is a draw."""
     figures = auto.TABLE[9, 0]
-    assert [width for width, _ in figures.sdpa_from] == list(bench_auto.WIDTHS)
+    limits = {"forward": figures.sdpa_from, "training": figures.sdpa_from_training}
+    assert all([width for width, _ in some] == list(bench_auto.WIDTHS) for some in limits.values())
     for row in json.loads(auto.FILE.read_text(encoding="utf-8"))["9.0"]["rows"]:
-        limit = next(share for width, share in figures.sdpa_from if row["head_dim"] <= width)
+        limit = next(share for width, share in limits[row["mode"]] if row["head_dim"] <= width)
         sdpa = row["busy"] >= limit and not row["lengths"]
         ratio = row["sdpa / triton"] if sdpa else 1 / row["sdpa / triton"]
         assert ratio <= 1 / LEAST, row

@@ -23,14 +23,16 @@ class Figures:
 
     device: str  # the one that measured
     float32: str  # the backend that was fastest in float32
-    # (head_dim, share): for head_dims up to this cuDNN is faster where its programs fill this share of their waves.
+    # (head_dim, share): for head_dims up to this cuDNN is faster where its programs fill this share of their waves; forward
+    # alone, and with gradients.
     sdpa_from: tuple[tuple[int, float], ...]
+    sdpa_from_training: tuple[tuple[int, float], ...]
 
-    def fills(self, q: Tensor, v: Tensor) -> bool:
+    def fills(self, q: Tensor, v: Tensor, training: bool) -> bool:
         """Whether cuDNN's attention keeps so much of the GPU busy with this call that it beats `triton`."""
         processors = torch.cuda.get_device_properties(q.device).multi_processor_count
         dim, share = max(q.shape[-1], v.shape[-1]), busy(q.shape[0], q.shape[1], q.shape[2], processors)
-        for widest, least in self.sdpa_from:
+        for widest, least in self.sdpa_from_training if training else self.sdpa_from:
             if dim <= widest:
                 return share >= least
         return False
@@ -56,8 +58,11 @@ def read(path: Path) -> dict[tuple[int, int], Figures]:
     table = {}
     for capability, entry in entries.items():
         major, minor = capability.split(".")
-        limits = tuple((int(dim), float(share)) for dim, share in entry["sdpa_from"])
-        table[int(major), int(minor)] = Figures(entry["device"], entry["float32"], limits)
+        forward, training = (
+            tuple((int(dim), float(share)) for dim, share in entry[name])
+            for name in ("sdpa_from", "sdpa_from_training")
+        )
+        table[int(major), int(minor)] = Figures(entry["device"], entry["float32"], forward, training)
     return table
 
 

@@ -178,7 +178,8 @@ def prefer(
     triton = triton_ops.refusal(q, v) is None
     figures = auto.figures(q.device)
     if figures is not None and triton and q.dtype.itemsize == 2:
-        if able and dense and sdpa.takes_cudnn(q, k, v) and figures.fills(q, v):
+        training = torch.is_grad_enabled() and any(t.requires_grad for t in (q, k, v))
+        if able and dense and sdpa.takes_cudnn(q, k, v) and figures.fills(q, v, training):
             return "sdpa", f"cuDNN's attention, measured faster on an {figures.device} where it fills the GPU"
         return "triton", f"measured faster on an {figures.device} than torch's kernels for such a call"
     if not able:
