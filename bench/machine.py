@@ -121,11 +121,18 @@ def commit() -> str:
 
 
 def command() -> str:
-    """The command line of this process, as one would type it."""
-    words = [Path(sys.argv[0]).name, *sys.argv[1:]]
-    if words[0] == "__main__.py":
-        words[:1] = ["python", "-m", Path(sys.argv[0]).parent.name]
-    return " ".join(words)
+    """The command line of this process, as one would type it on any machine: of an absolute path the last part is kept."""
+    spec = getattr(sys.modules["__main__"], "__spec__", None)
+    words = [Path(sys.argv[0]).name]
+    if spec is not None:
+        words = ["python", "-m", spec.name.removesuffix(".__main__")]
+    return " ".join([*words, *map(_portable, sys.argv[1:])])
+
+
+def _portable(word: str) -> str:
+    """--out=/mnt/disk/report as --out=report."""
+    option, equals, value = word.rpartition("=")
+    return option + equals + (Path(value).name if Path(value).is_absolute() else value)
 
 
 def ceilings(kind: str, dtypes: tuple[torch.dtype, ...]) -> Ceilings:

@@ -3,8 +3,12 @@
 from __future__ import annotations
 
 import math
+import os
+import subprocess
+import sys
 import time
 from dataclasses import replace
+from pathlib import Path
 
 import pytest
 import torch
@@ -14,6 +18,7 @@ from bench.peaks import PEAKS, peak_of
 from bench.record import Ceilings, Paired, Row, Run, bound, fraction, load, median_interval, save
 from bench.subject import TRAINING, Problem, pair_rows, results
 
+ROOT = Path(__file__).resolve().parent.parent
 # NVIDIA's data sheets: dense bf16 TFLOP/s and memory bandwidth in GB/s.
 SHEETS = {
     "A100-SXM4-80GB": (312, 2039),
@@ -265,3 +270,18 @@ def test_a_run_survives_its_file(tmp_path) -> None:
     (tmp_path / "c.json").write_text("[1]")
     with pytest.raises(ValueError, match="is no run of this benchmark"):
         load(tmp_path / "c.json")
+
+
+def test_a_command_is_written_as_anyone_can_type_it(tmp_path: Path) -> None:
+    """By `python -m`, or by a script; of absolute paths the last part."""
+    (tmp_path / "tool.py").write_text("from bench.machine import command\nprint(command())\n")
+    more = ["--out", str(tmp_path / "a"), f"--report={tmp_path}/b", "c/d", "--tasks", "x/(y|z)"]
+    said = [
+        subprocess.run(
+            [sys.executable, *how, *more], cwd=ROOT, env=os.environ | {"PYTHONPATH": f"{ROOT}{os.pathsep}{tmp_path}"},
+            capture_output=True, text=True, check=True,
+        ).stdout.strip()
+        for how in (["-m", "tool"], [str(tmp_path / "tool.py")])
+    ]  # fmt: skip
+    end = "--out a --report=b c/d --tasks x/(y|z)"
+    assert said == [f"python -m tool {end}", f"tool.py {end}"]

@@ -25,6 +25,7 @@ from typing import Any
 
 import torch
 
+from bench import machine
 from bench.engines.ranks import rank
 from train import checkpoint
 from train.machine import device_name
@@ -44,9 +45,8 @@ def main(argv: Sequence[str] | None = None) -> int:
         return rank(args.part, args.work)
     if args.out is None or not set(args.parts) <= {"steps", "stall", "resume"}:
         parser.error("say --out FOLDER, and which of steps, stall and resume (all, if none is named)")
-    command = " ".join(["python -m bench.engines", *(sys.argv[1:] if argv is None else argv)])
     found: dict[str, Any] = {
-        "command": command, "date": f"{datetime.datetime.now(datetime.UTC):%Y-%m-%d %H:%M} UTC",
+        "command": machine.command(), "date": f"{datetime.datetime.now(datetime.UTC):%Y-%m-%d %H:%M} UTC",
         "device": device_name(torch.device("cpu")), "cores": os.cpu_count(), "python": platform.python_version(),
         "torch": torch.__version__, "threads": int(os.environ.get("OMP_NUM_THREADS", 1)),
     }  # fmt: skip

@@ -84,7 +84,7 @@ class Program:
         self.rows: list[dict[str, Any]] = []
         now = datetime.datetime.now(datetime.UTC)
         self.head = {
-            "command": " ".join(["python -m bench.steps", *sys.argv[1:]]), "date": f"{now:%Y-%m-%d %H:%M} UTC",
+            "command": machine.command(), "date": f"{now:%Y-%m-%d %H:%M} UTC",
             "rehearsed": rehearsal, "versions": machine.versions(), "commit": machine.commit(),
         }  # fmt: skip
 
