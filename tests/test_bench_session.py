@@ -219,7 +219,7 @@ def test_the_gpu_program_needs_little(tmp_path: Path) -> None:
 
 def test_the_gpu_program_refuses_a_cpu_unless_rehearsing() -> None:
     if torch.cuda.is_available():
-        pytest.skip("there is a CUDA device here")
+        pytest.skip("needs a machine without a CUDA device")
     done = subprocess.run(
         [sys.executable, "-m", "bench.gpu"], cwd=ROOT, capture_output=True, text=True, timeout=120
     )

@@ -21,7 +21,7 @@ from dataload.audio import BrokenAudio
 from dataload.broken import BrokenSample
 from dataload.sandbox import Sandbox
 
-sf = pytest.importorskip("soundfile")
+sf = pytest.importorskip("soundfile", reason="needs soundfile: pip install 'auroraio[data]'")
 SECONDS = 2.0
 
 
@@ -283,7 +283,7 @@ def test_segments() -> None:
 
 
 def test_no_band_is_empty_and_the_filters_are_those_of_transformers() -> None:
-    pytest.importorskip("transformers")
+    pytest.importorskip("transformers", reason="needs transformers: pip install 'auroraio[test]'")
     from transformers.audio_utils import mel_filter_bank
 
     for mels in (64, 80, 128):
@@ -296,7 +296,7 @@ def test_no_band_is_empty_and_the_filters_are_those_of_transformers() -> None:
 
 
 def test_log_mel_is_that_of_transformers() -> None:
-    pytest.importorskip("transformers")
+    pytest.importorskip("transformers", reason="needs transformers: pip install 'auroraio[test]'")
     from transformers.audio_utils import mel_filter_bank, spectrogram, window_function
 
     waveform = np.stack([chirp(16000), np.random.default_rng(0).normal(0, 0.1, 32000)]).astype(np.float32)

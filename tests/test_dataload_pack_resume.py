@@ -194,7 +194,7 @@ def test_killed_while_the_shards_are_moved(
 
 
 def test_two_at_once_are_refused(table: list[object], tmp_path: Path) -> None:
-    fcntl = pytest.importorskip("fcntl")
+    fcntl = pytest.importorskip("fcntl", reason="needs a POSIX system: fcntl is not on Windows")
     folder = tmp_path / "out" / ".packing"
     folder.mkdir(parents=True)
     with open(folder / "journal.jsonl", "ab") as file:

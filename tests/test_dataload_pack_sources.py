@@ -83,7 +83,7 @@ def test_what_is_needed_and_not_there(tmp_path: Path) -> None:
 def laion(folder: Path) -> Path:
     """Two shards as img2dataset 1.45 writes them, with a table and statistics each."""
     parquet = pytest.importorskip("pyarrow.parquet", reason="needs pyarrow: pip install pyarrow")
-    pyarrow = pytest.importorskip("pyarrow")
+    pyarrow = pytest.importorskip("pyarrow", reason="needs pyarrow: pip install 'auroraio[test]'")
     folder.mkdir()
     for shard in range(2):
         rows = []

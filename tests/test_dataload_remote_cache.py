@@ -100,7 +100,7 @@ def test_several_processes_download_a_shard_once(tmp_path: Path, served: Callabl
 def test_a_downloader_that_stands_still_is_not_waited_for_for_ever(
     tmp_path: Path, served: Callable[..., Server], monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    fcntl = pytest.importorskip("fcntl")
+    fcntl = pytest.importorskip("fcntl", reason="needs a POSIX system: fcntl is not on Windows")
     two_shards(tmp_path / "served")
     server = served()
     address = Remote(f"{server.url}/t-000.tar")

@@ -231,7 +231,7 @@ def test_search_is_exhaustive(distance: int) -> None:
 
 
 def test_looks_agree_with_imagehash_itself() -> None:
-    imagehash = pytest.importorskip("imagehash")
+    imagehash = pytest.importorskip("imagehash", reason="needs imagehash: pip install 'auroraio[data]'")
     picture = scene(1, (640, 480))
     row, kind = look(encoded(picture, "PNG"), True)
     assert kind == "PNG" and (row["width"], row["height"]) == (640, 480)

@@ -23,7 +23,7 @@ from dataload.sandbox import Sandbox
 from dataload.video import BrokenVideo, Clip
 from tests.test_dataload_audio import mutated
 
-pytest.importorskip("av")
+pytest.importorskip("av", reason="needs av: pip install 'auroraio[data]'")
 X264 = ("-c:v", "libx264", "-pix_fmt", "yuv420p", "-preset", "veryfast")
 
 
@@ -438,7 +438,9 @@ def test_torchcodecs_reference_frames(real_data: Path) -> None:
 
 
 def test_torchcodec_shows_the_same(real_data: Path) -> None:
-    decoders = pytest.importorskip("torchcodec.decoders")
+    decoders = pytest.importorskip(
+        "torchcodec.decoders", reason="needs torchcodec: pip install 'auroraio[test]'"
+    )
     for name in ("flipping_a_pancake.mkv", "av1_video.mkv", "video_90.mov", "bt709_full_range.mp4"):
         data = (real_data / "video_small/videos" / name).read_bytes()
         clip = video.decode(data, frames=5, sound=False)

@@ -209,7 +209,7 @@ def test_lora_changes_nothing_at_first_and_merges_exactly() -> None:
 
 
 def test_lora_is_pefts() -> None:
-    peft = pytest.importorskip("peft")
+    peft = pytest.importorskip("peft", reason="needs peft: pip install 'auroraio[test]'")
     torch.manual_seed(0)
 
     def network() -> nn.Module:

@@ -82,7 +82,7 @@ def test_only_safe_formats_are_written(tmp_path: Path) -> None:
 
 def test_files_can_be_read_by_others(tmp_path: Path) -> None:
     if os.name == "nt":
-        pytest.skip("Windows has other permissions")
+        pytest.skip("needs a POSIX system: Windows has other permissions")
     wanted = tmp_path / "ordinary"
     wanted.touch()
     for file in save(tmp_path / "c", trained()).iterdir():

@@ -148,7 +148,7 @@ def exact(out: Path) -> dict[str, Any]:
 
 @pytest.fixture(scope="module")
 def two(out: Path) -> dict[Case, Any]:
-    pytest.importorskip("deepspeed")
+    pytest.importorskip("deepspeed", reason="needs deepspeed: pip install 'auroraio[deepspeed]'")
     return dict(zip(SEVERAL, Launch(2, run_cases, SEVERAL, out / "2").results()[0], strict=True))
 
 
@@ -298,7 +298,7 @@ def with_a_frozen_encoder(case: Case, ranks: Ranks, out: Path) -> Any:
 
 @pytest.fixture(scope="module")
 def special(out: Path) -> Any:
-    pytest.importorskip("deepspeed")
+    pytest.importorskip("deepspeed", reason="needs deepspeed: pip install 'auroraio[deepspeed]'")
     return Launch(2, specials, out / "special").results()[0]
 
 
@@ -364,7 +364,7 @@ def in_one_rank(out: Path) -> Any:
 
 @pytest.fixture(scope="module")
 def one_rank(out: Path) -> Any:
-    pytest.importorskip("deepspeed")
+    pytest.importorskip("deepspeed", reason="needs deepspeed: pip install 'auroraio[deepspeed]'")
     return Launch(1, in_one_rank, out / "one").results()[0]
 
 
@@ -395,7 +395,7 @@ def test_offloaded_optimizer_gives_the_same_losses(one_rank: Any, exact: Any) ->
 
 def test_a_checkpoint_of_another_optimizer_is_refused(tmp_path: Path) -> None:
     """Moments in 8 bits are not what the shards hold."""
-    pytest.importorskip("torchao")
+    pytest.importorskip("torchao", reason="needs torchao: pip install 'auroraio[torchao]'")
     eight = OptimConfig(kind="torch-8bit")
     one = built(("single", 2, "fp32"), Ranks(0, 0, 1), optim=eight)
     steps(one, 0, 1)

@@ -117,7 +117,7 @@ def test_programs_are_refused_before_anything_is_written(
 @pytest.mark.slow
 def test_programs_give_the_models_numbers(tmp_path: Path) -> None:
     """torch.export's and ONNX's, for any number of pictures, also where nothing has run before them."""
-    onnxruntime = pytest.importorskip("onnxruntime")
+    onnxruntime = pytest.importorskip("onnxruntime", reason="needs onnxruntime: pip install 'auroraio[onnx]'")
     torch.manual_seed(0)
     config = replace(
         CONFIG, model=replace(MODEL, depths=(2, 1, 1, 1))

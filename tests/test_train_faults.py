@@ -127,7 +127,7 @@ def same_weights(a: Path, b: Path, step: int) -> bool:
 def test_other_ranks_and_engines_take_over_and_no_sample_is_lost(straight: Path, tmp_path: Path) -> None:
     """Four ranks of FSDP2 until SIGTERM reaches one of them, two of DeepSpeed until SIGUSR1 does, then one process.
     Each sample of the first epoch is seen once; the losses are those of the run in one process."""
-    pytest.importorskip("deepspeed")
+    pytest.importorskip("deepspeed", reason="needs deepspeed: pip install 'auroraio[deepspeed]'")
     out, keys = tmp_path / "run", tmp_path / "keys"
     typed = [*arguments(out, *STILL), "--save-every", "0"]
     on = ["--resume", "auto"]
@@ -373,7 +373,7 @@ def size_of_one_and_a_half() -> str:
 
 def test_the_deepspeed_launcher(tmp_path: Path, straight: Path) -> None:
     """`deepspeed` instead of torchrun: it passes --local_rank."""
-    pytest.importorskip("deepspeed")
+    pytest.importorskip("deepspeed", reason="needs deepspeed: pip install 'auroraio[deepspeed]'")
     out = tmp_path / "run"
     program = Path(sys.executable).with_name("deepspeed")
     typed = [*arguments(out, *STILL), "--steps", "9", "--engine", "deepspeed", "--zero-stage", "1"]

@@ -193,7 +193,7 @@ def test_segmentation_refuses_the_other_kind_of_truth() -> None:
 
 
 def test_masks_that_cannot_be_read_are_broken_samples() -> None:
-    pytest.importorskip("pycocotools")
+    pytest.importorskip("pycocotools", reason="needs pycocotools: pip install 'auroraio[eval]'")
     good = Object(1, (0, 0, 4, 4), 1, "a", segmentation={"size": [8, 6], "counts": [0, 8, 40]})
     assert good.mask(8, 6)[:, 0].all() and good.mask(8, 6).sum() == 8
     for shape, size, words in (
