@@ -193,6 +193,9 @@ def test_exact_with_the_tiles_of_sm_90(device: str) -> None:
         for name in ("shifted", "many-heads", "hidden-pads", "two-slots"):
             check(*some(**CALLS[name], dtype=HALF, device=device))
         check(*some((8, 8), 2, 32, 4, 2, cosine=True, dtype=HALF, device=device))
+        for cosine in (False, True):  # the bias by a product, in fp16, and large
+            tensors, numbers = some((8, 8), 1, 64, 4, 2, cosine=cosine, dtype=HALF, device=device)
+            check(tensors | {"bias": 8 * tensors["bias"] + 30}, numbers)
 
 
 # Pieces of 64 + 64, 64 + 16, 64 + 64 + 64; one kind of window and four; a table, all pairs and none.
@@ -213,9 +216,9 @@ def test_exact_where_the_backward_walks(device: str, name: str) -> None:
         with mock.patch.object(backward_walking, "backward", wraps=backward_walking.backward) as walked:
             check(tensors, numbers)
             assert walked.called
-            # A bias far from 0, as fp16 could not hold it to a hundredth: what it adds to all logits is taken off.
-            if "bias" in tensors:
-                check(tensors | {"bias": tensors["bias"] + 30}, numbers)
+            # Biases far from 0, and large ones, as fp16 could not hold them: what all logits of a query have is taken off.
+            for change in (lambda bias: bias + 30, lambda bias: 8 * bias) if "bias" in tensors else ():
+                check(tensors | {"bias": change(tensors["bias"])}, numbers)
 
 
 @on_each_device

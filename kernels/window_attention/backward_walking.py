@@ -48,18 +48,18 @@ def rows_at(start, offset, stride, n, HEAD_DIM: tl.constexpr, SLOTS: tl.constexp
 
 
 @triton.jit
-def sums_at(lse, delta, line, n, SLOTS: tl.constexpr):
-    """lse and delta of the slots n: those beyond the window have no weight."""
+def sums_at(near, delta, line, n, SLOTS: tl.constexpr):
+    """lse, less its centre, and delta of the slots n: those beyond the window have no weight."""
     inside = n < SLOTS
     return (
-        tl.load(lse + line + n, mask=inside, other=float("inf")),
+        tl.load(near + line + n, mask=inside, other=float("inf")),
         tl.load(delta + line + n, mask=inside, other=0.0),
     )
 
 
 @triton.jit
 def weights_of(left, left_scale, right, scale, eye, bias, COSINE: tl.constexpr):
-    """Logits less the bias's centre, and right's rows, for COSINE of unit length. Without it, bias is in units of `scale`."""
+    """Logits less the query's centre, and right's rows, for COSINE of unit length. Without it bias is in units of `scale`."""
     if COSINE:
         unit = (right * inverse_norm(right)[:, None]).to(right.dtype)
         return tl.dot(eye, bias, product(left, tl.trans(unit)) * left_scale[:, None]), unit
@@ -85,9 +85,10 @@ def walking_query_grad_kernel(
     qkv: tl.tensor,  # [B, H, W, 3, h, D]
     out: tl.tensor,  # [B, H, W, h, D]
     bias: tl.tensor,  # [kinds, h, SIDE, SIDE] fp16: HalfBias.rows
-    centre: tl.tensor,  # [h] fp32: HalfBias.centre
+    centre: tl.tensor,  # [kinds, h, SIDE] fp32: HalfBias.centre
     multiplier: tl.tensor,  # [h] fp32, times log2 e
     lse: tl.tensor,  # [windows, h, N] fp32, base 2
+    near: tl.tensor,  # [windows, h, N] fp32, written: lse less its query's centre
     delta: tl.tensor,  # [windows, h, N] fp32, written
     grad_qkv: tl.tensor,  # [B, H, W, 3, h, D], dq is written
     grad_bias: tl.tensor,  # [G, h, SIDE, SIDE] fp32
@@ -144,7 +145,8 @@ def walking_query_grad_kernel(
         bias3 = tl.load(lines + n3[None, :])
         acc3 = tl.zeros([BLOCK, N3], tl.float32)
     eye = identity(BLOCK)
-    head_centre = tl.load(centre + head)
+    kind = tl.where(kind_stride == 0, 0, 2 * at_bottom + at_right)
+    q_centre = tl.load(centre + (kind * heads + head) * SIDE + qn)
     if COSINE:
         scale = tl.load(multiplier + head)
     multiplier_acc = tl.zeros([BLOCK], tl.float32)
@@ -166,7 +168,8 @@ def walking_query_grad_kernel(
         number = number_of(sample, row, column, at_bottom, at_right, rows, columns)
         line = (number.to(tl.int64) * heads + head) * slots
         tl.store(delta + line + qn, q_delta, mask=qn < slots)
-        q_lse = tl.load(lse + line + qn, mask=qn < slots, other=float("inf")) - head_centre
+        q_lse = tl.load(lse + line + qn, mask=qn < slots, other=float("inf")) - q_centre
+        tl.store(near + line + qn, q_lse, mask=qn < slots)
         q_scale = tl.zeros([BLOCK], tl.float32)
         if COSINE:
             q_norm = inverse_norm(q)
@@ -232,9 +235,8 @@ def walking_key_grad_kernel(
     grad_out: tl.tensor,  # [B, H, W, h, D]
     qkv: tl.tensor,  # [B, H, W, 3, h, D]
     bias: tl.tensor,  # [kinds, h, SIDE, SIDE] fp16: HalfBias.columns
-    centre: tl.tensor,  # [h] fp32: HalfBias.centre
     multiplier: tl.tensor,  # [h] fp32, times log2 e
-    lse: tl.tensor,  # [windows, h, N] fp32, base 2
+    near: tl.tensor,  # [windows, h, N] fp32, base 2
     delta: tl.tensor,  # [windows, h, N] fp32
     grad_qkv: tl.tensor,  # [B, H, W, 3, h, D], dk and dv are written
     batch: tl.int32,
@@ -284,7 +286,6 @@ def walking_key_grad_kernel(
         at3 = offset_of(n3, at_bottom, at_right, height, width, sy, sx, WY, WX)
         bias3 = tl.load(lines + n3[None, :])
     eye = identity(BLOCK)
-    head_centre = tl.load(centre + head)
     if COSINE:
         scale = tl.load(multiplier + head)
 
@@ -309,30 +310,22 @@ def walking_key_grad_kernel(
         d_v = tl.zeros([BLOCK, HEAD_DIM], tl.float32)
         q = rows_at(q_start, at0, token_stride, n0, HEAD_DIM, slots, N0)
         d_out = rows_at(o_start, at0, width_of_all, n0, HEAD_DIM, slots, N0)
-        q_lse, q_delta = sums_at(lse, delta, line, n0, slots)
-        d_k, d_v = key_step(
-            d_k, d_v, k, k_scale, v, q, d_out, q_lse - head_centre, q_delta, scale, eye, bias0, COSINE
-        )
+        q_lse, q_delta = sums_at(near, delta, line, n0, slots)
+        d_k, d_v = key_step(d_k, d_v, k, k_scale, v, q, d_out, q_lse, q_delta, scale, eye, bias0, COSINE)
         q = rows_at(q_start, at1, token_stride, n1, HEAD_DIM, slots, N0 + N1)
         d_out = rows_at(o_start, at1, width_of_all, n1, HEAD_DIM, slots, N0 + N1)
-        q_lse, q_delta = sums_at(lse, delta, line, n1, slots)
-        d_k, d_v = key_step(
-            d_k, d_v, k, k_scale, v, q, d_out, q_lse - head_centre, q_delta, scale, eye, bias1, COSINE
-        )
+        q_lse, q_delta = sums_at(near, delta, line, n1, slots)
+        d_k, d_v = key_step(d_k, d_v, k, k_scale, v, q, d_out, q_lse, q_delta, scale, eye, bias1, COSINE)
         if N2 > 0:
             q = rows_at(q_start, at2, token_stride, n2, HEAD_DIM, slots, N0 + N1 + N2)
             d_out = rows_at(o_start, at2, width_of_all, n2, HEAD_DIM, slots, N0 + N1 + N2)
-            q_lse, q_delta = sums_at(lse, delta, line, n2, slots)
-            d_k, d_v = key_step(
-                d_k, d_v, k, k_scale, v, q, d_out, q_lse - head_centre, q_delta, scale, eye, bias2, COSINE
-            )
+            q_lse, q_delta = sums_at(near, delta, line, n2, slots)
+            d_k, d_v = key_step(d_k, d_v, k, k_scale, v, q, d_out, q_lse, q_delta, scale, eye, bias2, COSINE)
         if N3 > 0:
             q = rows_at(q_start, at3, token_stride, n3, HEAD_DIM, slots, N0 + N1 + N2 + N3)
             d_out = rows_at(o_start, at3, width_of_all, n3, HEAD_DIM, slots, N0 + N1 + N2 + N3)
-            q_lse, q_delta = sums_at(lse, delta, line, n3, slots)
-            d_k, d_v = key_step(
-                d_k, d_v, k, k_scale, v, q, d_out, q_lse - head_centre, q_delta, scale, eye, bias3, COSINE
-            )
+            q_lse, q_delta = sums_at(near, delta, line, n3, slots)
+            d_k, d_v = key_step(d_k, d_v, k, k_scale, v, q, d_out, q_lse, q_delta, scale, eye, bias3, COSINE)
 
         if COSINE:
             d_k, _ = grad_of_unit(d_k, k, k_norm, scale * LN_2)
@@ -356,7 +349,8 @@ def backward(
     bias_grad: bool,
 ) -> Gradients:
     """The gradients of `forward.forward`, whose results are out and lse; grad_out [B, H, W, h * D] is contiguous."""
-    heads, delta, grad_qkv = call.heads, torch.empty_like(lse), torch.empty_like(qkv)
+    heads, grad_qkv = call.heads, torch.empty_like(qkv)
+    near, delta = torch.empty_like(lse), torch.empty_like(lse)
     queries, keys = (walking_config(kernel, call.launched) for kernel in ("walking queries", "walking keys"))
     q_tiles, k_tiles = -(-call.slots // queries.queries), -(-call.slots // keys.keys)
     q_size, k_size = call.group_size(queries, q_tiles), call.group_size(keys, k_tiles)
@@ -370,12 +364,12 @@ def backward(
     pieces = dict(zip(("N0", "N1", "N2", "N3"), call.form.pieces, strict=True))
     with torch.cuda.device_of(qkv):
         walking_query_grad_kernel[(groups * heads * q_tiles,)](
-            grad_out, qkv, out, bias.rows, bias.centre, multiplier, lse, delta, grad_qkv, d_bias, d_multiplier,
+            grad_out, qkv, out, bias.rows, bias.centre, multiplier, lse, near, delta, grad_qkv, d_bias, d_multiplier,
             *numbers, q_size,
             BLOCK=queries.queries, BIAS_GRAD=bias_grad, **about, **pieces, **queries.options,
         )  # fmt: skip
         walking_key_grad_kernel[(call.groups(k_size) * heads * k_tiles,)](
-            grad_out, qkv, bias.columns, bias.centre, multiplier, lse, delta, grad_qkv, *numbers, k_size,
+            grad_out, qkv, bias.columns, multiplier, near, delta, grad_qkv, *numbers, k_size,
             BLOCK=keys.keys, **about, **pieces, **keys.options,
         )  # fmt: skip
     return Gradients(grad_qkv, *grads)

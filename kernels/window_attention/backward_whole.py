@@ -77,6 +77,9 @@ def whole_backward_kernel(
     if COSINE:
         scale = tl.load(multiplier + head)
     if BY_PRODUCT:
+        # A softmax may take off the largest of each row, and fp16 is finest near 0.
+        largest = tl.max(bias_tile, 1)
+        bias_tile -= tl.where(largest == float("-inf"), 0.0, largest)[:, None]
         if not COSINE:
             bias_tile = bias_tile / scale
         bias_tile = tl.maximum(bias_tile, -LARGEST_HALF).to(tl.float16)

@@ -1,9 +1,9 @@
 """The bias as the kernels that walk take it (backward_walking.py), in Triton: the kernel and its launcher.
 
 fp16, an operand of the tensor cores, finite, with the mask of each kind of window in it, once by queries and once by keys.
-fp16 is finest near 0, and a softmax asks for its largest logits most exactly: so the largest bias of each head, its
-centre, is taken off, and the kernels take it off the log-sum-exp too. The rounding is then at most 2^-12 of the distance
-from there, less than that of the weights to bf16 wherever a weight is not itself small.
+fp16 is finest near 0, and a softmax asks for its largest logits most exactly: so of each query the largest bias that it sees,
+its centre, is taken off, and the kernels take it off the log-sum-exp too. The rounding is then at most 2^-12 of the distance
+from there.
 
 Importing this file imports Triton.
 """
@@ -31,15 +31,15 @@ class HalfBias(NamedTuple):
 
     rows: Tensor  # [kinds, h, SIDE, SIDE] fp16, query by key
     columns: Tensor  # [kinds, h, SIDE, SIDE] fp16, key by query
-    centre: Tensor  # [h] fp32, times log2 e
+    centre: Tensor  # [kinds, h, SIDE] fp32, of each query, times log2 e
 
 
-@triton.jit(do_not_specialize=["heads", "sy", "sx"], do_not_specialize_on_alignment=["bias", "centre"])
+@triton.jit(do_not_specialize=["heads", "sy", "sx"], do_not_specialize_on_alignment=["bias"])
 def half_bias_kernel(
     bias: tl.tensor,  # TABLE: [R, h]; else [h, N, N]; fp32. Not looked at without HAS_BIAS
-    centre: tl.tensor,  # [h] fp32
     by_query: tl.tensor,  # [kinds, h, SIDE, SIDE] fp16
     by_key: tl.tensor,  # the same, transposed
+    centre: tl.tensor,  # [kinds, h, SIDE] fp32
     heads: tl.int32,
     sy: tl.int32,
     sx: tl.int32,
@@ -51,13 +51,32 @@ def half_bias_kernel(
     HAS_BIAS: tl.constexpr,
     TABLE: tl.constexpr,
 ) -> None:
-    """One tile of one head and kind. Grid: (kinds * h, SIDE / TILE, SIDE / TILE)."""
-    slots: tl.constexpr = WY * WX
+    """The rows of TILE queries of one head and kind. Grid: (kinds * h, SIDE / TILE)."""
     head, kind = tl.program_id(0) % heads, tl.program_id(0) // heads
     q = tl.program_id(1) * TILE + tl.arange(0, TILE)
-    k = tl.program_id(2) * TILE + tl.arange(0, TILE)
-    real = (q < slots)[:, None] & (k < slots)[None, :]
-    value = tl.zeros([TILE, TILE], tl.float32)
+    largest = tl.full([TILE], float("-inf"), tl.float32)
+    for start in range(0, SIDE, TILE):
+        k = start + tl.arange(0, TILE)
+        value = visible_bias(bias, head, heads, kind, q, k, sy, sx, WY, WX, HAS_BIAS, TABLE)
+        largest = tl.maximum(largest, tl.max(value, 1))
+    largest = tl.where(largest == float("-inf"), 0.0, largest)  # a query that sees nothing
+    tl.store(centre + tl.program_id(0) * SIDE + q, largest)
+    place = tl.program_id(0).to(tl.int64) * (SIDE * SIDE)
+    for start in range(0, SIDE, TILE):
+        k = start + tl.arange(0, TILE)
+        value = visible_bias(bias, head, heads, kind, q, k, sy, sx, WY, WX, HAS_BIAS, TABLE)
+        value = tl.maximum((value - largest[:, None]) * multiplier, -LARGEST_HALF).to(tl.float16)
+        tl.store(by_query + place + q[:, None] * SIDE + k[None, :], value)
+        tl.store(by_key + place + k[:, None] * SIDE + q[None, :], tl.trans(value))
+
+
+@triton.jit
+def visible_bias(
+    bias, head, heads, kind, q, k, sy, sx, WY: tl.constexpr, WX: tl.constexpr, HAS_BIAS: tl.constexpr, TABLE: tl.constexpr
+):  # fmt: skip
+    """[q, k] fp32, times log2 e: -inf for what a window of the kind hides, and for keys from N on."""
+    slots: tl.constexpr = WY * WX
+    value = tl.zeros([q.shape[0], k.shape[0]], tl.float32)
     if HAS_BIAS:
         if TABLE:
             q_place = q // WX * (2 * WX - 1) + q % WX
@@ -66,14 +85,11 @@ def half_bias_kernel(
             at = bias + row * heads + head
         else:
             at = bias + head.to(tl.int64) * (slots * slots) + q[:, None] * slots + k[None, :]
-        value = (tl.load(at, mask=real, other=0.0) * LOG2_E - tl.load(centre + head)) * multiplier
+        value = tl.load(at, mask=(q < slots)[:, None] & (k < slots)[None, :], other=0.0) * LOG2_E
     q_region, _ = regions(q, kind // 2, kind % 2, 0, 0, 0, 0, WY, WX, sy, sx, True)
     k_region, _ = regions(k, kind // 2, kind % 2, 0, 0, 0, 0, WY, WX, sy, sx, True)
     hidden = (q_region[:, None] != k_region[None, :]) | (k >= slots)[None, :]
-    value = tl.where(hidden, -LARGEST_HALF, tl.maximum(value, -LARGEST_HALF)).to(tl.float16)
-    place = tl.program_id(0).to(tl.int64) * (SIDE * SIDE)
-    tl.store(by_query + place + q[:, None] * SIDE + k[None, :], value)
-    tl.store(by_key + place + k[:, None] * SIDE + q[None, :], tl.trans(value))
+    return tl.where(hidden, float("-inf"), value)
 
 
 def half_bias(call: Call, bias: Tensor | None, like: Tensor) -> HalfBias:
@@ -81,18 +97,12 @@ def half_bias(call: Call, bias: Tensor | None, like: Tensor) -> HalfBias:
     attention, where each query has its own."""
     side, kinds = call.form.side, KINDS if call.masked else 1
     by_query = like.new_empty((kinds, call.heads, side, side), dtype=torch.float16)
-    by_key = torch.empty_like(by_query)
-    wide = (
-        like.new_zeros(call.heads, dtype=torch.float32)
-        if bias is None
-        else bias.detach().float().contiguous()
+    by_key, centre = (
+        torch.empty_like(by_query),
+        like.new_empty((kinds, call.heads, side), dtype=torch.float32),
     )
-    centre = wide
-    if bias is not None:
-        largest = wide.amax(0) if wide.dim() == 2 else wide.amax((1, 2))
-        centre = largest.nan_to_num(0.0, 0.0, 0.0) * LOG2_E.value
+    wide = centre if bias is None else bias.detach().float().contiguous()
     wy, wx = call.grid.window
-    tiles = side // TILE
     about = {
         "WY": wy,
         "WX": wx,
@@ -102,8 +112,8 @@ def half_bias(call: Call, bias: Tensor | None, like: Tensor) -> HalfBias:
         "TABLE": wide.dim() == 2,
     }
     with torch.cuda.device_of(like):
-        half_bias_kernel[kinds * call.heads, tiles, tiles](
-            wide, centre, by_query, by_key, call.heads, *call.grid.shift, 1.0 if call.cosine else 1 / call.scale,
+        half_bias_kernel[kinds * call.heads, side // TILE](
+            wide, by_query, by_key, centre, call.heads, *call.grid.shift, 1.0 if call.cosine else 1 / call.scale,
             num_warps=WARPS, num_stages=STAGES, **about, **LAUNCH_OPTIONS,
         )  # fmt: skip
     return HalfBias(by_query, by_key, centre)
@@ -112,14 +122,14 @@ def half_bias(call: Call, bias: Tensor | None, like: Tensor) -> HalfBias:
 def aot_case(form: Form) -> AotCase:
     """For a table."""
     wy, wx = form.window
-    types = {"bias": "*fp32", "centre": "*fp32", "by_query": "*fp16", "by_key": "*fp16"}
+    types = {"bias": "*fp32", "by_query": "*fp16", "by_key": "*fp16", "centre": "*fp32"}
     numbers = {"heads": "i32", "sy": "i32", "sx": "i32", "multiplier": "fp32"}
     return AotCase(
         kernel=half_bias_kernel,
         config=f"fp16 {wy}x{wx}",
         signature=types | numbers,
         constants={"WY": wy, "WX": wx, "SIDE": form.side, "TILE": TILE, "HAS_BIAS": True, "TABLE": True},
-        divisible=frozenset({"by_query", "by_key"}),
+        divisible=frozenset({"by_query", "by_key", "centre"}),
         num_warps=WARPS,
         num_stages=STAGES,
         expects=Expects("a copy", wide_accesses=True, min_blocks_per_sm=3),
