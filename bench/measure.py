@@ -24,7 +24,7 @@ from typing import Protocol
 import torch
 from torch import Tensor
 
-from train import peak
+from train.telemetry import peak
 
 Call = Callable[[], object]
 FEWEST_ROUNDS, MOST_ROUNDS = 9, 101
@@ -187,7 +187,7 @@ def sets_needed(one: int, device: str, cache: int) -> int:
 
 
 def peak_memory(call: Call, device: str) -> int:
-    """See train.peak; after a call that does not count."""
+    """See train.telemetry.peak; after a call that does not count."""
     call()
     return peak.peak_memory(call, device)
 

@@ -23,7 +23,7 @@ from train.config import OptimConfig, PretrainConfig
 from train.engine import Ranks, TorchEngine, join, leave
 from train.engines.choice import build_engine
 from train.machine import Precision
-from train.multimodal import PerceiverPretrainConfig
+from train.multimodal.config import PerceiverPretrainConfig
 from train.optim import lr_at
 from train.saving import Saver
 

@@ -22,7 +22,7 @@ from train import checkpoint
 from train.checkpoint import Snapshot
 from train.config import DataConfig, PretrainConfig
 from train.engine import Ranks, TorchEngine, rng_state
-from train.evaluate import evaluate_model, main, unigram_counts
+from train.evaluate.__main__ import evaluate_model, main, unigram_counts
 from train.machine import Precision
 
 # A world of known answers: picture i is gray of level 10 * i, and its captions hold the word i.
@@ -341,7 +341,7 @@ def test_training_shards_that_are_gone_cost_the_baseline_only(
     loaded = checkpoint.load_model(run_dir)
     gone = dataclasses.replace(loaded.config.data, train=("gone/train-000000.tar",))
     moved = dataclasses.replace(loaded, config=dataclasses.replace(loaded.config, data=gone))
-    monkeypatch.setattr("train.evaluate.load_model", lambda path: moved)
+    monkeypatch.setattr("train.evaluate.__main__.load_model", lambda path: moved)
     options = ("perplexity", "--checkpoint", run_dir, "--data", shard, "--output", tmp_path / "out.json")
     code, out, err = evaluate(*options, capsys=capsys)
     assert code == 0 and "no word-frequency baseline" in err and "--unigram-from" in err

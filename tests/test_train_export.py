@@ -22,7 +22,7 @@ from train.checkpoint import CheckpointError, LoadedModel
 from train.engines.pieces import Piece, PiecesError, Stored, as_pieces, share_of, write_pieces
 from train.export.__main__ import main
 from train.export.program import check_program, export_encoder
-from train.multimodal import PerceiverPretrainConfig
+from train.multimodal.config import PerceiverPretrainConfig
 from train.tasks.config import PerceiverFinetuneConfig, TaskConfig
 
 PERCEIVER = replace(PERCEIVER_SIZES["tiny"], encoder_layers=1, latent_layers=1, latents=12)

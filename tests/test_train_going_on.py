@@ -13,9 +13,9 @@ from test_train_checkpoint import save, snapshot, trained
 from train import checkpoint, setup
 from train.config import PretrainConfig
 from train.engine import Ranks
-from train.log import Progress
 from train.pretrain import main
 from train.saving import SaveError, Saver
+from train.telemetry.log import Progress
 
 STILL = Progress(1, 1, 1, on=False)
 

@@ -8,7 +8,7 @@ from pathlib import Path
 
 import pytest
 
-from train.log import Metrics, Progress, TensorBoard, duration
+from train.telemetry.log import Metrics, Progress, TensorBoard, duration
 
 
 def lines(path: Path) -> list[tuple[str, int]]:

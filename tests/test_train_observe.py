@@ -17,7 +17,7 @@ from models import Aurora
 from tests.micro import MODEL, arguments, metric_lines
 from train import cli, pretrain
 from train.config import PretrainConfig, problems
-from train.utilization import device_rate, step_flops
+from train.telemetry.utilization import device_rate, step_flops
 
 
 class StandIn(ModuleType):

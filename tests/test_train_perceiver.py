@@ -27,10 +27,10 @@ from models.perceiver import PerceiverObjectives, Piece
 from train import cli
 from train.checkpoint import load_model
 from train.config import ConfigError, problems, to_dict
-from train.evaluate import main as evaluate
-from train.generate import main as generate
-from train.multimodal import PerceiverPretrainConfig
-from train.multimodal_data import find_pairs, open_pairs
+from train.evaluate.__main__ import main as evaluate
+from train.generate.__main__ import main as generate
+from train.multimodal.config import PerceiverPretrainConfig
+from train.multimodal.data import find_pairs, open_pairs
 from train.presets import preset
 from train.pretrain import main
 

@@ -20,7 +20,7 @@ from train.config import OptimConfig
 from train.engine import Ranks, TorchEngine, join, leave
 from train.engines.choice import build_engine
 from train.machine import Precision
-from train.multimodal import PerceiverPretrainConfig
+from train.multimodal.config import PerceiverPretrainConfig
 
 ALONE = Ranks(0, 0, 1)
 LOSSES = PerceiverObjectives(mvm=0.0, mam=0.0, agreement=0.3, contrastive_kind="softmax")

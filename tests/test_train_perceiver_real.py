@@ -10,7 +10,7 @@ import pytest
 
 from dataload.pack.__main__ import main as pack
 from dataload.tokenizer import train_tokenizer
-from train.evaluate import main as evaluate
+from train.evaluate.__main__ import main as evaluate
 from train.pretrain import main
 
 pytest.importorskip("soundfile", reason="needs soundfile: pip install 'auroraio[data]'")

@@ -19,7 +19,6 @@ from train import dryrun, pretrain
 from train.config import PretrainConfig
 from train.devices import DEVICES
 from train.engine import Ranks
-from train.peak import peak_memory
 from train.plan import __main__ as command
 from train.plan.arithmetic import flops_of
 from train.plan.batches import batch_of, kinds, split
@@ -31,6 +30,7 @@ from train.plan.meter import Meter
 from train.plan.stated import RECIPES, findings
 from train.plan.trace import trace
 from train.presets import preset
+from train.telemetry.peak import peak_memory
 
 MICRO = PretrainConfig(model=MODEL, batch_size=16, steps=100)
 A100 = DEVICES["a100-80gb"]

@@ -15,12 +15,12 @@ import torch
 from browser import Page, in_browser
 from PIL import Image
 
+from train.evaluate.result import EvalResult, Material, Score
 from train.report import write_report, write_samples
 from train.report.charts import Chart, Series, moving_average, render, short, ticks
 from train.report.page import read_metrics
 from train.report.samples import agreement
 from train.report.words import duration, number, percent, plain
-from train.result import EvalResult, Material, Score
 
 HOSTILE = '</p><script>document.title="owned"</script><img src=x onerror=alert(1)> & "quotes" {{ 7 * 7 }}'
 PICTURES, CAPTIONS = 24, 3

@@ -24,9 +24,11 @@ from dataload.views import GREY, ViewConfig, seen_objects, training_view, whole_
 from models import load_pretrained
 from models.pretrained import fitted
 from tests.micro import arguments, corpus, losses
-from train import evaluate, finetune, generate
+from train import finetune
 from train.checkpoint import load_model, read_config
+from train.evaluate import __main__ as evaluate
 from train.export.__main__ import main as export
+from train.generate import __main__ as generate
 from train.pretrain import main as pretrain
 from train.scores import captioning, java
 from train.tasks.config import FinetuneConfig, TuneConfig

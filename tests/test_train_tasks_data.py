@@ -23,8 +23,9 @@ from dataload.views import whole_view
 from models.aurora.detection import Detector, Found
 from models.pretrained import Pretrained
 from tests.micro import MODEL, arguments, corpus
-from train import evaluate, finetune
+from train import finetune
 from train.config import ConfigError
+from train.evaluate import __main__ as evaluate
 from train.pretrain import main as pretrain
 from train.scores.vqa import accuracy as official
 from train.tasks.base import Prediction

@@ -13,7 +13,9 @@ from PIL import Image
 from dataload import annotations as notes
 from dataload import shards
 from tests.micro import arguments, corpus
-from train import evaluate, finetune, generate
+from train import finetune
+from train.evaluate import __main__ as evaluate
+from train.generate import __main__ as generate
 from train.pretrain import main as pretrain
 from train.scores.captioning import check
 from train.tasks import captioning, vqa

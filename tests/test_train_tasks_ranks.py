@@ -12,7 +12,8 @@ import pytest
 
 from tests.micro import arguments, corpus
 from tests.ranks import Agent
-from train import evaluate, finetune
+from train import finetune
+from train.evaluate import __main__ as evaluate
 from train.pretrain import main as pretrain
 
 BROKEN = 3  # of pictures in batches of two, the second rank's

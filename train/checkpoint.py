@@ -36,7 +36,7 @@ from train.config import PretrainConfig, from_dict, to_dict
 from train.engine import EngineState
 from train.engines.pieces import Piece, PiecesError, Stored, as_pieces, write_pieces
 from train.families import AuroraFamily, family_of
-from train.multimodal import PerceiverPretrainConfig
+from train.multimodal.config import PerceiverPretrainConfig
 from train.optim import with_aliases
 from train.tasks.config import FinetuneConfig, PerceiverFinetuneConfig
 

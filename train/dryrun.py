@@ -20,8 +20,8 @@ from train.engines.choice import engine_problems, optimizer_of, resolve
 from train.engines.choice import in_words as engine_in_words
 from train.greeting import pair_lines
 from train.machine import choose_device, choose_precision, device_name, free_disk, gigabytes, total_memory
-from train.multimodal import PerceiverPretrainConfig
-from train.multimodal_data import find_pairs, open_pairs
+from train.multimodal.config import PerceiverPretrainConfig
+from train.multimodal.data import find_pairs, open_pairs
 from train.optimizers import in_words
 from train.plan.__main__ import plan_for
 from train.plan.budget import largest_block

@@ -22,7 +22,7 @@ from models.perceiver.contrast import alignment as perceiver_alignment
 from models.perceiver.contrast import fewest_texts, over_ranks
 from models.perceiver.objectives import count_targets
 from train.config import PretrainConfig
-from train.multimodal import PerceiverPretrainConfig
+from train.multimodal.config import PerceiverPretrainConfig
 from train.tasks.config import FinetuneConfig
 
 

@@ -22,7 +22,7 @@ from dataload.pipeline import TooManyBroken, WorkerStuck
 from dataload.sandbox import SandboxError
 from train.checkpoint import CheckpointError, read_config
 from train.config import ConfigError, PretrainConfig
-from train.presets_perceiver import perceiver_sounds
+from train.multimodal.presets import perceiver_sounds
 from train.pretrain import TrainingError, pretrain
 from train.tasks.config import FinetuneConfig
 from train.tasks.data import find_items, find_task_sources, find_tokenizer

@@ -13,14 +13,14 @@ import torch
 from models import AURORA_SIZES
 from models.parameters import count_aurora, count_perceiver
 from models.perceiver import PERCEIVER_SIZES
+from train.evaluate.measure import unigram_counts
+from train.evaluate.pairs import NAMES
+from train.evaluate.result import EvalResult
 from train.families import family_of
 from train.greeting import negatives
 from train.machine import device_name, peak_memory
-from train.measure import unigram_counts
-from train.multimodal import PerceiverPretrainConfig
-from train.pairs import NAMES
+from train.multimodal.config import PerceiverPretrainConfig
 from train.report import write_report, write_samples
-from train.result import EvalResult
 from train.run import Run
 from train.signals import Stop
 from train.tasks.config import FinetuneConfig

@@ -16,8 +16,8 @@ from train.engine import Ranks
 from train.engines.choice import in_words as engine_in_words
 from train.engines.choice import optimizer_of
 from train.machine import Precision, device_name
-from train.multimodal import PerceiverPretrainConfig
-from train.multimodal_data import MultimodalData
+from train.multimodal.config import PerceiverPretrainConfig
+from train.multimodal.data import MultimodalData
 from train.optimizers import in_words
 from train.tasks.config import FinetuneConfig
 from train.tasks.data import TaskData

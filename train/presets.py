@@ -8,7 +8,7 @@ from dataclasses import replace
 from models import AURORA_SIZES
 from models.objectives import ObjectiveConfig
 from train.config import ConfigError, DataConfig, OptimConfig, PretrainConfig
-from train.presets_perceiver import PERCEIVER_PRESETS
+from train.multimodal.presets import PERCEIVER_PRESETS
 
 XL_SAMPLES = 2_000_000_000  # 1.5 billion pairs and 0.5 billion uncaptioned pictures, seen once
 

@@ -16,18 +16,18 @@ from train.checkpoint import Snapshot
 from train.config import PretrainConfig
 from train.engine import Ranks, StepResult, TorchEngine, gather_rng, leave, rng_state, share
 from train.engines.watchdog import Watchdog
-from train.log import Metrics, Progress, TensorBoard
+from train.evaluate.measure import evaluate_model
+from train.evaluate.pairs import score_pairs, summarize_pairs
+from train.evaluate.result import NOTHING, EvalResult
 from train.machine import peak_memory
-from train.measure import evaluate_model
-from train.multimodal import CONTRASTS, PerceiverPretrainConfig
-from train.observe import Observer
-from train.pairs import score_pairs, summarize_pairs
-from train.result import NOTHING, EvalResult
+from train.multimodal.config import CONTRASTS, PerceiverPretrainConfig
 from train.saving import Saver
 from train.signals import Interrupted, Stop
 from train.tasks.base import TaskResult
 from train.tasks.config import FinetuneConfig
 from train.tasks.running import evaluate_task, say_task
+from train.telemetry.log import Metrics, Progress, TensorBoard
+from train.telemetry.observe import Observer
 
 SHOWN_CAPTIONS = 3  # generated captions printed at an evaluation during the run
 
@@ -223,7 +223,7 @@ class Run:
     def score_pairs(
         self, stop: Stop, model: Any, *, generate: int = 0, scenes: bool = False, **options: Any
     ) -> EvalResult:
-        """`train.pairs.score_pairs` with this run's device and precision, for the objectives it trains.
+        """`train.evaluate.pairs.score_pairs` with this run's device and precision, for the objectives it trains.
         Hidden words are asked of one caption of a sample."""
         assert isinstance(self.config, PerceiverPretrainConfig)
         trained = self.config.objectives

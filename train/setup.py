@@ -20,15 +20,15 @@ from train.engines.choice import build_engine, engine_problems
 from train.engines.watchdog import Watchdog
 from train.families import family_of
 from train.greeting import greeting
-from train.log import Metrics, Progress, TensorBoard
 from train.machine import Precision, choose_precision, keep_freed_memory
-from train.multimodal import PerceiverPretrainConfig
-from train.multimodal_data import MultimodalData, find_pairs, open_pairs
-from train.observe import Observer
+from train.multimodal.config import PerceiverPretrainConfig
+from train.multimodal.data import MultimodalData, find_pairs, open_pairs
 from train.run import Run
 from train.saving import Saver
 from train.tasks.config import FinetuneConfig
 from train.tasks.data import TaskData, find_task_sources, open_task
+from train.telemetry.log import Metrics, Progress, TensorBoard
+from train.telemetry.observe import Observer
 
 LAUNCH = "launch.txt"  # in a run's directory: which launcher has started it
 

@@ -24,7 +24,7 @@ from models.perceiver.model import init_weights
 from train.engine import Ranks, StepResult, TorchEngine
 from train.families import family_of
 from train.machine import Precision
-from train.multimodal import PerceiverPretrainConfig
+from train.multimodal.config import PerceiverPretrainConfig
 from train.plan.arithmetic import attention as products
 from train.plan.arithmetic import flops_of, linear, self_block
 from train.plan.batches import batch_of

@@ -21,7 +21,7 @@ from models.perceiver import PerceiverConfig
 from models.perceiver.adapters.audio import SpectrumStem
 from models.perceiver.adapters.image import ConvStem
 from train.config import PretrainConfig
-from train.multimodal import CONTRASTS, PerceiverPretrainConfig
+from train.multimodal.config import CONTRASTS, PerceiverPretrainConfig
 from train.plan.batches import UNIT
 
 Parts = dict[str, float]

@@ -14,7 +14,7 @@ from dataload.batch import IGNORE, Batch
 from dataload.multimodal import MIXTURES, PAIRS, MultimodalBatch
 from dataload.packed import Packed
 from train.config import PretrainConfig
-from train.multimodal import CELL, PerceiverPretrainConfig
+from train.multimodal.config import CELL, PerceiverPretrainConfig
 
 WORD = 9  # a token that is no special one
 UNIT = 32  # pixels of a unit of masked image modelling

@@ -12,7 +12,7 @@ from torch import nn
 from models.parameters import count_aurora, count_perceiver
 from train.config import PretrainConfig
 from train.devices import Device
-from train.multimodal import PerceiverPretrainConfig
+from train.multimodal.config import PerceiverPretrainConfig
 from train.plan.arithmetic import Flops, flops_of, mean_flops
 from train.plan.batches import kinds
 from train.plan.engines import (

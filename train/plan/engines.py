@@ -11,7 +11,7 @@ from dataclasses import dataclass
 from typing import Any
 
 from train.config import PretrainConfig
-from train.multimodal import PerceiverPretrainConfig
+from train.multimodal.config import PerceiverPretrainConfig
 
 ENGINES = ("single", "ddp", "fsdp2", "deepspeed")
 BUCKET = 5e8 * 2  # DeepSpeed's reduce_bucket_size and allgather_bucket_size, in bf16

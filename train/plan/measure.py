@@ -31,13 +31,13 @@ from train.contrast import MicroBatch
 from train.engine import Ranks, TorchEngine
 from train.families import family_of
 from train.machine import Precision, device_name, keep_freed_memory
-from train.peak import peak_memory
 from train.plan.batches import batch_of, kinds, split
 from train.plan.calibration import Row, summary, table
 from train.plan.meter import Meter
 from train.plan.standins import in_place_of_kernels
 from train.plan.trace import Traced, trace
 from train.presets import preset
+from train.telemetry.peak import peak_memory
 
 CASES = {
     "cpu": ("aurora-tiny:16", "aurora-tiny:40", "aurora-tiny:40:checkpointing", "aurora-photos:16", "aurora-small:2",

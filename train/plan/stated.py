@@ -11,7 +11,7 @@ from typing import Any
 
 from train.config import PretrainConfig
 from train.devices import DEVICES, Device
-from train.multimodal import PerceiverPretrainConfig
+from train.multimodal.config import PerceiverPretrainConfig
 from train.plan.arithmetic import mean_flops
 from train.plan.batches import kinds
 from train.plan.budget import stored_bytes

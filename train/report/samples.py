@@ -25,7 +25,7 @@ import torch
 from PIL import Image
 from torch import Tensor
 
-from train.result import EvalResult, Material
+from train.evaluate.result import EvalResult, Material
 
 SHOWN = 6  # examples per retrieval direction, and masked pictures
 TOP_PICTURES, TOP_CAPTIONS = 5, 3

@@ -17,7 +17,7 @@ from dataload.annotations import Annotations, read_classes
 from dataload.tokenizer import Tokenizer
 from models.perceiver.classify import SoundClassifier
 from train.config import ConfigError
-from train.result import Score
+from train.evaluate.result import Score
 from train.scores.audio import accuracy_scores, label_scores
 from train.tasks.base import Example, Prediction, TaskResult, item_of
 from train.tasks.classes import with_ids

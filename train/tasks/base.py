@@ -12,7 +12,7 @@ from torch import Tensor, nn
 from dataload.annotated import Item, Items, Maker, TaskBatch
 from dataload.annotations import Annotations
 from dataload.tokenizer import Tokenizer
-from train.result import Score
+from train.evaluate.result import Score
 from train.tasks.config import FinetuneConfig, TaskConfig
 
 

@@ -21,7 +21,7 @@ from dataload.views import squashed_view, training_view
 from models.aurora.answering import Writer
 from models.generation import generate
 from models.tokens import IGNORE
-from train.result import Score
+from train.evaluate.result import Score
 from train.scores.captioning import METRICS, CaptionScorer, Plan, Split, check
 from train.scores.cider import SIGMA, CiderD, Gram
 from train.scores.shuffle import derangement
@@ -160,7 +160,7 @@ def caption(
 ) -> list[str]:
     """A caption of each normalised image, by beam search as the task says. longest: tokens of a caption at most, its end
     included (None: what the model was made for, the prompt included)."""
-    from train.generate import KnownPieces
+    from train.generate.__main__ import KnownPieces
 
     prompt, room = None, config.model.text_length
     if config.task.prompt:

@@ -18,7 +18,7 @@ from dataload.views import ViewConfig, seen_objects, training_view, unseen, whol
 from models.aurora.detection import NOTHING, Detector, assign
 from models.boxes import iou
 from train.config import ConfigError
-from train.result import Score
+from train.evaluate.result import Score
 from train.scores.detection import score_detections, truth_of
 from train.tasks.base import Drawn, Example, Prediction, TaskResult, item_of
 from train.tasks.classes import with_ids

@@ -66,7 +66,7 @@ def add_parsers(tasks: Any, shared: argparse.ArgumentParser) -> None:
 
 def evaluate_checkpoint(args: argparse.Namespace, given: Sequence[str]) -> int:
     """Run one task; what it raises is for `train.evaluate.main`."""
-    from train.evaluate import check_request  # it is built on this module
+    from train.evaluate.__main__ import check_request  # it is built on this module
 
     task = choose_task(args)
     check_options(args)
@@ -222,7 +222,7 @@ def model_for(task: Task, loaded: LoadedModel, config: FinetuneConfig) -> nn.Mod
 
 def shards_for(args: argparse.Namespace, config: FinetuneConfig) -> tuple[str, ...]:
     """The shards that are scored. Raises ConfigError where none are known, ValueError for several splits."""
-    from train.evaluate import choose_split
+    from train.evaluate.__main__ import choose_split
 
     if args.data or config.data.heldout:
         paths = shards.expand(args.data or config.data.heldout)

@@ -15,7 +15,7 @@ from dataload.images import mirror_caption, normalize
 from dataload.tokenizer import PAD, Tokenizer
 from dataload.views import squashed_view, training_view
 from models.aurora.matching import Matcher
-from train.result import Score
+from train.evaluate.result import Score
 from train.scores.retrieval import KS, retrieval_chance, retrieval_scores
 from train.tasks.base import Example, Prediction, TaskResult
 from train.tasks.config import FinetuneConfig, TaskConfig

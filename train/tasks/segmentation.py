@@ -19,7 +19,7 @@ from dataload.tokenizer import Tokenizer
 from dataload.views import paint, training_view, whole_view
 from models.aurora.segmentation import Segmenter
 from train.config import ConfigError
-from train.result import Score
+from train.evaluate.result import Score
 from train.scores.segmentation import ConfusionMatrix, pair_counts
 from train.tasks.base import Example, Prediction, TaskResult, item_of
 from train.tasks.classes import with_ids

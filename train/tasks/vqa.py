@@ -21,7 +21,7 @@ from models.aurora.answering import Chooser, Writer
 from models.generation import generate
 from models.tokens import IGNORE
 from train.config import ConfigError
-from train.result import Score
+from train.evaluate.result import Score
 from train.scores.vqa import Truth, best_constant, score_vqa, truth_of
 from train.scores.vqa import accuracy as official
 from train.scores.vqa import normalize as plain
@@ -204,7 +204,7 @@ def write(
 ) -> list[str]:  # fmt: skip
     """Written answers to prompts int64 [B, T] (BOS prompt EOS, padded): those of one length go together. longest: tokens of
     an answer at most, its end included (None: `longest_answer`)."""
-    from train.generate import KnownPieces
+    from train.generate.__main__ import KnownPieces
 
     if longest is None:
         longest = longest_answer(config.model.text_length)

@@ -22,7 +22,7 @@ from dataload.tokenizer import Tokenizer
 from dataload.views import squashed_view
 from models.pretrained import class_embeddings
 from train.config import ConfigError
-from train.result import Score
+from train.evaluate.result import Score
 from train.tasks.base import Example, Prediction, TaskResult, item_of
 from train.tasks.config import FinetuneConfig, TaskConfig
 

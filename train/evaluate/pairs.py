@@ -14,9 +14,9 @@ from torch import Tensor
 from dataload.multimodal import PairSet
 from dataload.tokenizer import Tokenizer
 from models.perceiver import PerceiverIO
-from train.collect_pairs import PairCollector, PairsWanted
-from train.measure import retrieval, scenes_found
-from train.result import NOTHING, EvalResult, Material, Score
+from train.evaluate.collect_pairs import PairCollector, PairsWanted
+from train.evaluate.measure import retrieval, scenes_found
+from train.evaluate.result import NOTHING, EvalResult, Material, Score
 from train.scores.naming import labels_of, naming_chance, naming_scores
 from train.scores.perplexity import unigram_perplexity
 from train.scores.shuffle import derangement
@@ -52,7 +52,7 @@ def score_pairs(
 
     tasks: "retrieval" (and naming, where captions are labels), "perplexity". generate: how many samples of each kind are
     captioned. keep_images: small pictures of them, for the report. unigram: token counts of the training captions by the
-    kind of pair. scenes, captions, asked: as in `train.measure.evaluate_model`. blind_mlm: as in training.
+    kind of pair. scenes, captions, asked: as in `train.evaluate.measure.evaluate_model`. blind_mlm: as in training.
 
     The model is in eval mode meanwhile and back in its former mode afterwards. Raises ValueError for a set of fewer than two.
     """

@@ -24,7 +24,7 @@ from models.generation import generate
 from models.perceiver import PerceiverIO
 from train.checkpoint import LoadedModel, load_model
 from train.machine import choose_device
-from train.multimodal import PerceiverPretrainConfig
+from train.multimodal.config import PerceiverPretrainConfig
 from train.tasks.config import FinetuneConfig
 
 BATCH = 16
@@ -106,7 +106,7 @@ def main(arguments: Sequence[str] | None = None) -> int:
         generator = torch.Generator(device).manual_seed(args.seed)
         read = caption_files
         if isinstance(loaded.config, PerceiverPretrainConfig):
-            from train.generate_media import caption_media as read  # it is built on this module
+            from train.generate.media import caption_media as read  # it is built on this module
         for group in (args.images[i : i + BATCH] for i in range(0, len(args.images), BATCH)):
             for path, captions, error in read(loaded, group, args, generator):
                 failed |= bool(error)

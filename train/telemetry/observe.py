@@ -8,9 +8,9 @@ from typing import TYPE_CHECKING, Any
 
 from train.config import to_dict
 from train.engines.straggler import Watch, as_columns, stragglers
-from train.profiling import StepProfiler
-from train.utilization import device_rate, shares_of, step_flops
-from train.wandb_log import WandbLog
+from train.telemetry.profiling import StepProfiler
+from train.telemetry.utilization import device_rate, shares_of, step_flops
+from train.telemetry.wandb_log import WandbLog
 
 if TYPE_CHECKING:
     from train.run import Run

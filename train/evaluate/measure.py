@@ -1,6 +1,6 @@
 """Scores of a model on held-out pictures, beside what chance, word frequencies and shuffled pictures give.
 
-A batch's way: EvalSet -> train/collect.py (the model runs here) -> train/scores/* -> EvalResult.
+A batch's way: EvalSet -> train/evaluate/collect.py (the model runs here) -> train/scores/* -> EvalResult.
 Pictures are resized and centre-cropped, never augmented; all captions of a picture are in the pool unless
 captions="first" asks for one.
 """
@@ -19,8 +19,8 @@ from dataload.pipeline import EvalSet
 from dataload.scenes import words_of
 from dataload.tokenizer import Tokenizer
 from models import Aurora
-from train.collect import Collector, Wanted
-from train.result import EvalResult, Material, Score
+from train.evaluate.collect import Collector, Wanted
+from train.evaluate.result import EvalResult, Material, Score
 from train.scores.perplexity import unigram_perplexity
 from train.scores.retrieval import retrieval_chance, retrieval_scores
 from train.scores.scenes import scene_scores

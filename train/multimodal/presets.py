@@ -6,7 +6,7 @@ from dataclasses import replace
 
 from models.perceiver import PERCEIVER_SIZES, PerceiverObjectives
 from train.config import OptimConfig
-from train.multimodal import MultimodalDataConfig, PairConfig, PerceiverPretrainConfig
+from train.multimodal.config import MultimodalDataConfig, PairConfig, PerceiverPretrainConfig
 
 XL_SAMPLES = 3_600_000_000  # 2.5 + 0.8 + 0.3 billion pairs, seen once
 

@@ -17,13 +17,13 @@ import torch
 from dataload import shards
 from dataload.multimodal import PairSet
 from train.checkpoint import LoadedModel
-from train.evaluate import _version, choose_split
+from train.evaluate.__main__ import _version, choose_split
+from train.evaluate.measure import unigram_counts
+from train.evaluate.pairs import NAMES, score_pairs
+from train.evaluate.result import EvalResult
 from train.machine import choose_device, choose_precision
-from train.measure import unigram_counts
-from train.multimodal import CONTRASTS, PerceiverPretrainConfig
-from train.multimodal_data import PairSources, evaluation_sets, find_pairs
-from train.pairs import NAMES, score_pairs
-from train.result import EvalResult
+from train.multimodal.config import CONTRASTS, PerceiverPretrainConfig
+from train.multimodal.data import PairSources, evaluation_sets, find_pairs
 
 Addresses = Mapping[str, Sequence[shards.Address]]
 

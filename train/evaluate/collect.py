@@ -18,8 +18,8 @@ from dataload.masking import mim_mask
 from dataload.tokenizer import MASK, Tokenizer
 from models import Aurora
 from models.generation import generate
-from train.generate import KnownPieces
-from train.result import Material
+from train.evaluate.result import Material
+from train.generate.__main__ import KnownPieces
 from train.scores.perplexity import Perplexity, evaluation_mask
 from train.scores.shuffle import derangement
 
@@ -30,7 +30,7 @@ MIM_UNIT = 32  # pixels
 
 @dataclass(frozen=True)
 class Wanted:
-    """What a pass is to find out; see train.measure.evaluate_model."""
+    """What a pass is to find out; see train.evaluate.measure.evaluate_model."""
 
     tasks: frozenset[str]
     generate: int

@@ -9,7 +9,7 @@ import torch
 
 from train.config import PretrainConfig, micro_batch
 from train.devices import peak_of
-from train.multimodal import PerceiverPretrainConfig
+from train.multimodal.config import PerceiverPretrainConfig
 from train.plan.arithmetic import mean_flops
 from train.tasks.config import FinetuneConfig
 

@@ -17,17 +17,17 @@ from dataload.packed import pack
 from dataload.tokenizer import MASK, Tokenizer
 from models.generation import generate
 from models.perceiver import PerceiverIO, Piece
-from train.collect import thumbnails
+from train.evaluate.collect import thumbnails
+from train.evaluate.result import Material
 from train.families import pieces_of
-from train.generate import KnownPieces
-from train.result import Material
+from train.generate.__main__ import KnownPieces
 from train.scores.perplexity import IGNORE, Perplexity, evaluation_mask
 from train.scores.shuffle import derangement
 
 
 @dataclass(frozen=True)
 class PairsWanted:
-    """What a pass is to find out; see train.pairs.score_pairs."""
+    """What a pass is to find out; see train.evaluate.pairs.score_pairs."""
 
     tasks: frozenset[str]
     generate: int

@@ -5,7 +5,7 @@
     python -m train.evaluate captioning|vqa|detection|segmentation|audio --checkpoint runs/FINE-TUNED
 
 Every score is printed beside what chance, word frequencies or shuffled pictures give, and written as JSON
-together with what is needed to repeat it. The measuring itself is train/measure.py.
+together with what is needed to repeat it. The measuring itself is train/evaluate/measure.py.
 """
 
 from __future__ import annotations
@@ -32,10 +32,10 @@ from models.aurora import AuroraConfig
 from train.checkpoint import LoadedModel, load_model
 from train.data import Sources, find_sources
 from train.engine import Ranks
+from train.evaluate.measure import evaluate_model, unigram_counts
+from train.evaluate.result import EvalResult, Score
 from train.machine import choose_device, choose_precision
-from train.measure import evaluate_model, unigram_counts
-from train.multimodal import PerceiverPretrainConfig
-from train.result import EvalResult, Score
+from train.multimodal.config import PerceiverPretrainConfig
 from train.tasks.config import FinetuneConfig
 from train.tasks.evaluating import add_parsers, evaluate_checkpoint, is_matcher
 
@@ -112,7 +112,7 @@ def main(arguments: Sequence[str] | None = None) -> int:
         output = args.output or loaded.path / f"{args.task}.json"
         _check(args, loaded, output)
         if isinstance(loaded.config, PerceiverPretrainConfig):
-            from train.evaluate_pairs import evaluate_pairs  # it is built on this module
+            from train.evaluate.media import evaluate_pairs  # it is built on this module
 
             return evaluate_pairs(args, loaded, output, given)
         if args.pairs not in (None, "image-text"):

@@ -22,7 +22,7 @@ from dataload.multimodal import (
 from dataload.tokenizer import Tokenizer
 from train.config import ConfigError, micro_batch
 from train.data import LARGEST_SCENE, load_tokenizer
-from train.multimodal import CELL, MultimodalDataConfig, PerceiverPretrainConfig
+from train.multimodal.config import CELL, MultimodalDataConfig, PerceiverPretrainConfig
 
 
 @dataclass(frozen=True)

@@ -16,8 +16,8 @@ from dataload.packed import pack
 from models.generation import generate
 from models.perceiver import PerceiverIO, Piece
 from train.checkpoint import LoadedModel
-from train.generate import KnownPieces
-from train.multimodal import PerceiverPretrainConfig
+from train.generate.__main__ import KnownPieces
+from train.multimodal.config import PerceiverPretrainConfig
 
 
 def caption_media(

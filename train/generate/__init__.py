@@ -1,0 +1,1 @@
+"""Captions and answers from the shell: `python -m train.generate`."""

@@ -1,0 +1,1 @@
+"""PerceiverIO's runs: their configuration, loaders and presets."""

@@ -1,0 +1,1 @@
+"""What a run shows of itself: metrics, times, use of the machine, profiles."""
