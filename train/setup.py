@@ -27,6 +27,7 @@ from train.run import Run
 from train.saving import Saver
 from train.tasks.config import FinetuneConfig
 from train.tasks.data import TaskData, find_task_sources, open_task
+from train.tasks.family import TaskFamily
 from train.telemetry.log import Metrics, Progress, TensorBoard
 from train.telemetry.observe import Observer
 
@@ -63,6 +64,8 @@ def set_up(config: PretrainConfig, command: Sequence[str]) -> Run:
     data = _open(config, ranks, device, progress)
     program = "train.finetune" if isinstance(config, FinetuneConfig) else "train.pretrain"
     engine = build_engine(model, config, device, precision, ranks)
+    if isinstance(data, TaskData) and isinstance(engine.family, TaskFamily):
+        engine.family.attach(data.loader.items, data.tokenizer)
     run = Run(
         config,
         out,

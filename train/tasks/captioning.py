@@ -28,6 +28,7 @@ from train.scores.shuffle import derangement
 from train.tasks.base import Example, Prediction, TaskResult, item_of
 from train.tasks.config import FinetuneConfig, TaskConfig
 from train.tasks.detection import view_of
+from train.tasks.reward import CiderReward
 
 QUICK = ("Bleu_4", "ROUGE_L", "CIDEr")
 CONSTANTS = (
@@ -46,6 +47,7 @@ class Captioning:
     def __init__(self, spice_jars: Path | None = None, metrics: Sequence[str] = METRICS) -> None:
         """spice_jars: a directory of jars for SPICE, which does not come with its package."""
         self.spice_jars, self.metrics = spice_jars, tuple(metrics)
+        self.reward: CiderReward | None = None
 
     def parts(self, one: Annotations) -> int:
         return 1
@@ -57,18 +59,25 @@ class Captioning:
     def complete(self, task: TaskConfig, items: Items) -> TaskConfig:
         return task
 
+    def attach(self, config: FinetuneConfig, items: Items, tokenizer: Tokenizer) -> None:
+        """Before the first step of a run: reads the training captions where the losses need all of them."""
+        if samples := config.objectives.self_critical:
+            self.reward = CiderReward(items, tokenizer, samples, prompt_of(config, tokenizer))
+
     def model(self, config: FinetuneConfig) -> nn.Module:
         return Writer(config.model)
 
     def maker(self, config: FinetuneConfig, tokenizer: Tokenizer) -> Maker:
         size, length, view_config = config.model.image_size, config.model.text_length, view_of(config)
-        prompt = tokenizer.encode(config.task.prompt) if config.task.prompt else []
+        prompt = prompt_of(config, tokenizer)
 
         def make(items: Items, item: Item, rng: np.random.Generator | None) -> dict[str, np.ndarray]:
             encoded = items.index.image(item.sample)
             if rng is None:
                 return {"images": squashed_view(encoded, size, config.data.interpolation).pixels}
             view = training_view(encoded, view_config, rng)
+            if config.objectives.self_critical:
+                return {"images": view.pixels, "mirrored": np.asarray(view.flipped)}
             captions = items.index.captions(item.sample)
             picks = rng.permutation(len(captions))
             rows, targets = [], []
@@ -86,13 +95,21 @@ class Captioning:
         return make
 
     def counts(self, batch: TaskBatch, config: FinetuneConfig) -> Sequence[float]:
+        if config.objectives.self_critical:
+            return [float(len(batch) * config.objectives.self_critical)]
         return [float((batch["targets"] != IGNORE).sum())]
 
     def forward(
         self, module: nn.Module, batch: TaskBatch, config: FinetuneConfig, shares: Sequence[float]
     ) -> dict[str, Tensor]:
+        images = normalize(batch["images"])
+        if config.objectives.self_critical:
+            assert self.reward is not None, "attach() comes first"
+            critic = self.reward.of(batch.items, batch["mirrored"].tolist())
+            judged: dict[str, Tensor] = module(images, None, None, shares[0], critic=critic)
+            return judged
         losses: dict[str, Tensor] = module(
-            normalize(batch["images"]), batch["tokens"].flatten(0, 1), batch["targets"].flatten(0, 1),
+            images, batch["tokens"].flatten(0, 1), batch["targets"].flatten(0, 1),
             shares[0], config.objectives.label_smoothing,
         )  # fmt: skip
         return losses
@@ -154,6 +171,11 @@ class Captioning:
         )
 
 
+def prompt_of(config: FinetuneConfig, tokenizer: Tokenizer) -> list[int]:
+    """The tokens of the task's prompt, without the begin token."""
+    return tokenizer.encode(config.task.prompt) if config.task.prompt else []
+
+
 @torch.no_grad()
 def caption(
     base: Any, images: Tensor, config: FinetuneConfig, tokenizer: Tokenizer, longest: int | None = None
@@ -164,7 +186,7 @@ def caption(
 
     prompt, room = None, config.model.text_length
     if config.task.prompt:
-        ids = [BOS, *tokenizer.encode(config.task.prompt)]
+        ids = [BOS, *prompt_of(config, tokenizer)]
         prompt = torch.tensor([ids], device=images.device).expand(len(images), -1)
     if longest is not None:
         room = min(room, longest + (1 if prompt is None else prompt.shape[1]))

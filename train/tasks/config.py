@@ -119,6 +119,10 @@ class TaskObjectives:
     """Label smoothing of written text and of single labels."""
     word_dropout: float = 0.0
     """Captions: chance of each input word to be hidden from the text stack, so that it looks at the picture instead."""
+    self_critical: int = 0
+    """Captions: so many are sampled of each picture, and those with a higher CIDEr-D than the others become likelier
+    (self-critical training, arXiv:1612.00563). 0: off, people's captions are learned; that comes first, this after it with
+    a lower learning rate, from that run as the checkpoint. The loss is then minus the mean CIDEr-D of the samples."""
 
     @property
     def itc(self) -> float:
@@ -127,7 +131,7 @@ class TaskObjectives:
 
     def weights(self) -> dict[str, float]:
         """The weight of each loss by its name."""
-        return dict(LOSSES[self.kind])
+        return {"cider": 1.0} if self.self_critical else dict(LOSSES[self.kind])
 
 
 @dataclass(frozen=True)
@@ -167,6 +171,15 @@ class FinetuneConfig(PretrainConfig):
             found.append(
                 "task.classes is given; written answers are not chosen among some: --task.head chosen"
             )
+        if samples := self.objectives.self_critical:
+            if self.task.kind != "captioning":
+                found.append(
+                    f"objectives.self_critical is {samples}; it is for captioning, not {self.task.kind}"
+                )
+            elif samples < 2:
+                found.append(
+                    f"objectives.self_critical is {samples}; it must be 0 (off) or 2 and more, which are compared"
+                )
         if self.itc_negatives != "microstep":
             found.append(f"itc_negatives is {self.itc_negatives}; fine-tuning supports microstep")
         if self.objectives.kind != self.task.kind:

@@ -9,7 +9,8 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 
-from dataload.annotated import TaskBatch
+from dataload.annotated import Items, TaskBatch
+from dataload.tokenizer import Tokenizer
 from models.lora import merge_lora
 from train.config import ConfigError, PretrainConfig
 from train.tasks.config import FinetuneConfig
@@ -53,6 +54,11 @@ class TaskFamily:
         kept = load_base(model, weights, optional)
         new = f"; new: {', '.join(kept)}" if kept else ""
         return [f"start       {loaded.path}, step {loaded.step}{new}"]
+
+    def attach(self, items: Items, tokenizer: Tokenizer) -> None:
+        """Show the task its training data, where it wants to see all of it before the first step."""
+        if attach := getattr(self.task, "attach", None):
+            attach(self.config, items, tokenizer)
 
     def counts(self, batch: TaskBatch, config: PretrainConfig) -> Sequence[float]:
         return self.task.counts(batch, self.config)
