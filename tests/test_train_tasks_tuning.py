@@ -8,6 +8,7 @@ from pathlib import Path
 import pytest
 import torch
 
+from dataload.tokenizer import train_tokenizer
 from models.aurora.answering import Writer
 from models.perceiver import PERCEIVER_SIZES
 from models.perceiver.classify import SoundClassifier
@@ -75,13 +76,20 @@ def test_a_run_that_could_learn_nothing_is_refused(
 
 def test_new_words_learn_beside_lora(started: Path, tmp_path: Path) -> None:
     """Another tokenizer's pieces have new embeddings; LoRA holds the weights that were pre-trained, and not these."""
-    out = tmp_path / "run"
-    words = ("--data.tokenizer", str(corpus().tokenizer), "--tune.lora-rank", "2", "--tune.freeze", "all")
+    out, other = tmp_path / "run", tmp_path / "other.model"
+    train_tokenizer(["a red circle left of a small blue square"] * 50, other, 300)
+    words = ("--data.tokenizer", str(other), "--tune.lora-rank", "2", "--tune.freeze", "all")
     assert finetune.main(command("captioning", started, out, *words)) == 0
     before, after = load_model(started).model.state_dict(), load_model(out).model.state_dict()
     name = "decoder.embedding.weight"
     assert not torch.equal(after[f"base.{name}"], before[name])
     assert torch.equal(after["base.decoder.norm.weight"], before["decoder.norm.weight"])
+    same = command(
+        "captioning", started, tmp_path / "same", "--data.tokenizer", str(corpus().tokenizer), "--dry-run"
+    )
+    assert (
+        finetune.completed(finetune.parse(same)).data.tokenizer == ""
+    )  # the checkpoint's own: nothing is new
     learning = {n for n, p in load_model(out).model.named_parameters() if p.requires_grad}
     assert f"base.{name}" in learning and all(".lora_" in n or "embedding" in n for n in learning)
 

@@ -68,10 +68,15 @@ def _start(kind: str, args: Sequence[str]) -> PretrainConfig:
     return read_config(find_tokenizer(path).parent)
 
 
-def with_classes(config: FinetuneConfig) -> FinetuneConfig:
-    """The configuration with the classes of its training data. Raises what reading the data raises."""
+def completed(config: FinetuneConfig) -> FinetuneConfig:
+    """The configuration with the classes of its training data, and without a tokenizer that is the checkpoint's own: its words
+    need no new embeddings. Raises what reading the data raises."""
     task = task_of(config.task.kind)
     sources = find_task_sources(config, lambda line: None)
+    if config.data.tokenizer and config.checkpoint:
+        own = find_tokenizer(config.checkpoint)
+        if own.read_bytes() == sources.tokenizer.read_bytes():
+            config = replace(config, data=replace(config.data, tokenizer=""))
     items = find_items(task, sources.train, config, training=True)
     return replace(config, task=task.complete(config.task, items))
 
@@ -80,7 +85,7 @@ def main(argv: Sequence[str] | None = None) -> int:
     """The command. Exit codes as train.pretrain's."""
     args = list(sys.argv[1:] if argv is None else argv)
     try:
-        config = with_classes(parse(args))
+        config = completed(parse(args))
         if config.dry_run:
             print(f"dry run: {config.task.kind}, {len(config.task.classes)} classes; nothing was run")
             return 0
