@@ -38,18 +38,17 @@ def mlm_mask(
     """
     masked = tokens.copy()
     targets = np.full_like(tokens, IGNORE)
-    places = np.flatnonzero(tokens >= FIRST_PIECE)
-    if not len(places):
+    # A caption is short: plain numbers are quicker than arrays.
+    places = [place for place, token in enumerate(tokens.tolist()) if token >= FIRST_PIECE]
+    if not places:
         return masked, targets
     # The first ordinary token opens a word even where a cut or a byte piece hides the mark.
-    starts = word_starts[tokens[places]]
-    starts[0] = True
-    first = [*np.flatnonzero(starts).tolist(), len(places)]
+    starts = word_starts[tokens[places[1:]]].tolist()
+    first = [0, *(at for at, opens in enumerate(starts, 1) if opens), len(places)]
     words = _choose_words(first, probability * len(places), rng)
-    asked = places[[at for word in words for at in range(first[word], first[word + 1])]]
+    asked = [places[at] for word in words for at in range(first[word], first[word + 1])]
     targets[asked] = tokens[asked]
-    fates = rng.random(len(asked)).tolist()
-    for place, fate in zip(asked.tolist(), fates, strict=True):
+    for place, fate in zip(asked, rng.random(len(asked)).tolist(), strict=True):
         if fate < 0.8:
             masked[place] = MASK
         elif fate >= 0.9:

@@ -5,9 +5,11 @@ from __future__ import annotations
 
 import hashlib
 import warnings
+from bisect import bisect_right
 from collections.abc import Callable, Sequence
 from concurrent.futures import ThreadPoolExecutor
 from functools import cached_property
+from itertools import accumulate, pairwise
 from pathlib import Path
 from typing import Any
 
@@ -143,13 +145,13 @@ class ShardIndex:
     def __init__(self, shards: tuple[Shard, ...], problems: tuple[tuple[str, str, str], ...] = ()) -> None:
         self.shards = shards
         self._problems = problems
-        self._starts = np.cumsum([0, *(len(shard) for shard in shards)])
+        self._starts = [0, *accumulate(map(len, shards))]
         self._handles = Handles()
         self._tables = Tables(shards)
         self._said: set[tuple[str, ...]] = set()
 
     def __len__(self) -> int:
-        return int(self._starts[-1])
+        return self._starts[-1]
 
     def __reduce__(self) -> tuple[Any, ...]:
         return ShardIndex, (self.shards, self._problems)  # open files stay behind
@@ -199,8 +201,7 @@ class ShardIndex:
                 stacklevel=2,
             )
         chosen = able & (self.captioned == captioned)
-        starts = self._starts.tolist()
-        return [SampleNumbers(chosen, *ends) for ends in zip(starts[:-1], starts[1:], strict=True)]
+        return [SampleNumbers(chosen, *ends) for ends in pairwise(self._starts)]
 
     @cached_property
     def manifest(self) -> dict[str, str | int]:
@@ -304,6 +305,6 @@ class ShardIndex:
         return texts
 
     def _locate(self, sample: int) -> tuple[Shard, Table, int]:
-        number = int(np.searchsorted(self._starts, sample, side="right")) - 1
-        shard, row = self.shards[number], sample - int(self._starts[number])
+        number = bisect_right(self._starts, sample) - 1
+        shard, row = self.shards[number], sample - self._starts[number]
         return shard, self._tables[number], row if shard.rows is None else int(shard.rows[row])

@@ -84,9 +84,9 @@ class Table:
 
     def find(self, row: int, kind: str) -> tuple[int, int] | None:
         """(offset, size) of a sample's first file of a kind."""
-        for extension, offset, size in self.files(row):
-            if KIND_OF.get(extension.lower()) == kind:
-                return offset, size
+        for file in range(int(self.file_ends[row - 1]) if row else 0, int(self.file_ends[row])):
+            if KIND_OF.get(self.extensions[self.kinds[file]].lower()) == kind:
+                return int(self.offsets[file]), int(self.sizes[file])
         return None
 
     def arrays(self) -> tuple[np.ndarray, ...]:

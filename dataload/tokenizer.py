@@ -14,8 +14,8 @@ import hashlib
 import io
 import re
 import sys
-import threading
 from collections.abc import Iterable, Iterator, Sequence
+from functools import cached_property
 from itertools import chain
 from pathlib import Path
 
@@ -25,6 +25,7 @@ import torch
 
 from dataload.files import write_atomically
 from dataload.progress import Progress
+from dataload.segmentation import Segmenter
 
 PAD, UNK, BOS, EOS, MASK = 0, 1, 2, 3, 4
 FIRST_PIECE = 5  # ids below are special; the first ordinary piece is the byte 0x00
@@ -37,10 +38,6 @@ Trains a SentencePiece tokenizer with byte fallback on captions; no text is unkn
 
   python -m dataload.tokenizer --input 'shards/train-*.tar' --output shards/tokenizer.model
   python -m dataload.tokenizer --input captions.txt --vocab-size 8000 --model-type bpe --lowercase --output bpe.model"""
-
-# SentencePiece's seed is documented as the process's (0.2.3 in fact keeps one per thread), so that seeding and
-# drawing are one critical section.
-_SAMPLING_LOCK = threading.Lock()
 
 
 class Tokenizer:
@@ -89,13 +86,14 @@ class Tokenizer:
         BPE-dropout).
 
         `alpha` is the inverse temperature of a unigram model (small = wilder, 0.1 to 0.5 is usual) or the
-        dropout probability of a BPE model. The same (text, alpha, seed) gives the same ids in any thread and
+        dropout probability of a BPE model. The same (text, alpha, seed) gives the same ids in any thread, process and
         order.
         """
-        with _SAMPLING_LOCK:
-            # 31 bits: SentencePiece takes 2**32 - 1 to mean "seed yourself".
-            sentencepiece.set_random_generator_seed(seed & 0x7FFFFFFF)
-            return self._processor.encode(text, enable_sampling=True, alpha=alpha, nbest_size=-1)
+        return self._segmenter(text, alpha, seed)
+
+    @cached_property
+    def _segmenter(self) -> Segmenter:
+        return Segmenter(self._processor)
 
     def row(self, ids: Sequence[int], length: int) -> np.ndarray:
         """int64 [length]: BOS, the ids (cut to fit), EOS, then PAD."""

@@ -4,16 +4,21 @@ import hashlib
 import io
 import pickle
 import random
+import subprocess
+import sys
 import tarfile
 import threading
+from collections import Counter
 from pathlib import Path
 
 import pytest
 import sentencepiece
 
 from dataload import tokenizer as module
+from dataload.segmentation import Segmenter
 from dataload.tokenizer import BOS, EOS, MASK, PAD, UNK, Tokenizer, main, train_tokenizer
 
+ROOT = Path(__file__).absolute().parent.parent
 NOUNS = "dog cat horse boy girl woman man bicycle ball surfer snowboarder".split()
 VERBS = "runs jumps sleeps climbs watches follows".split()
 PLACES = "in the park, on a grassy hill; near the water. under an old bridge! behind Kate's house".split(" ")
@@ -112,6 +117,53 @@ def test_sampling_depends_on_the_seed_alone(trained: Tokenizer) -> None:
     for thread in threads:
         thread.join()
     assert all(results[number] == expected for number in range(4))
+
+
+def test_sampling_is_the_same_in_another_process(trained: Tokenizer, tmp_path: Path) -> None:
+    trained.save(tmp_path / "t.model")
+    code = (
+        f"from dataload.tokenizer import Tokenizer; t = Tokenizer.load({str(tmp_path / 't.model')!r})\n"
+        "print([t.sample('A dog runs near the water', 0.2, seed) for seed in range(30)])"
+    )
+    done = subprocess.run([sys.executable, "-c", code], capture_output=True, text=True, check=True, cwd=ROOT)
+    expected = [trained.sample("A dog runs near the water", 0.2, seed) for seed in range(30)]
+    assert done.stdout == f"{expected}\n"
+
+
+def test_the_extremes_of_sampling_are_the_best_segmentation(trained: Tokenizer) -> None:
+    """SentencePiece's own: by a unigram model in the limit of large alpha, by BPE without dropout."""
+    segmenter = Segmenter(trained._processor)
+    sure = 1000.0 if segmenter.unigram else 0.0
+    texts = [*sentences(60, seed=2), "", "  ", "日本語 ✨ ok  x", "naïve Ünï", "a\u0000b", "ﬁn ½"]
+    for text in texts:
+        assert segmenter(text, sure, 0) == trained.encode(text), text
+    plain = io.BytesIO()  # without bytes to fall back on: unknown characters in a row are one unknown
+    sentencepiece.SentencePieceTrainer.train(
+        sentence_iterator=iter(sentences(200)), model_writer=plain, vocab_size=120, hard_vocab_limit=False,
+        model_type="unigram" if segmenter.unigram else "bpe",
+    )  # fmt: skip
+    processor = sentencepiece.SentencePieceProcessor(model_proto=plain.getvalue())
+    assert processor.encode("dog 日本 ✨x").count(processor.unk_id()) == 2
+    assert Segmenter(processor)("dog 日本 ✨x", sure, 0) == processor.encode("dog 日本 ✨x")
+
+
+def test_segmentations_are_as_frequent_as_sentencepieces(trained: Tokenizer) -> None:
+    """Of two samples of 8,000 from one distribution the frequencies differ as SentencePiece's own two do."""
+    text, count = "A snowboarder near Kate", 8000
+    alpha, other = (0.08, 0.2) if Segmenter(trained._processor).unigram else (0.3, 0.5)
+    draws = {"enable_sampling": True, "alpha": alpha, "nbest_size": -1}
+    theirs, again = (
+        Counter(tuple(trained._processor.encode(text, **draws)) for _ in range(count)) for _ in range(2)
+    )
+    ours = Counter(tuple(trained.sample(text, alpha, seed)) for seed in range(count))
+
+    def distance(a: Counter[tuple[int, ...]], b: Counter[tuple[int, ...]]) -> float:
+        return sum(abs(a[k] - b[k]) for k in a.keys() | b.keys()) / (2 * count)
+
+    assert len(ours) > 5, ours
+    assert distance(ours, theirs) < 1.5 * distance(theirs, again) + 0.01
+    others = Counter(tuple(trained.sample(text, other, seed)) for seed in range(count))
+    assert distance(others, theirs) > 2 * distance(theirs, again) + 0.01  # the measure sees a difference
 
 
 def test_files(trained: Tokenizer, tmp_path: Path) -> None:
