@@ -1,7 +1,8 @@
 """LoRA (arXiv:2106.09685): a linear layer that keeps its weights and learns a low-rank change of them.
 
 y = W x + (alpha / rank) B A x, with A random and B zero at the start, so that nothing changes at first. Parameters are named
-as peft names them (`base_layer`, `lora_A.default`, `lora_B.default`), so that state dicts go either way.
+as peft names them (`base_layer`, `lora_A.default`, `lora_B.default`), so that state dicts go either way, and peft's own layers
+work in these models too. Training does without peft, which brings transformers and accelerate along.
 """
 
 from __future__ import annotations
@@ -47,23 +48,13 @@ class LoraLinear(nn.Module):
         assert isinstance(layer, nn.Linear)
         return layer
 
-    @property
-    def weight(self) -> Tensor:
-        """W + (alpha / rank) B A [out, in], as one matrix, for code that takes a layer's weight. Without dropout."""
-        return self.base_layer.weight + self.scaling * (self.up.weight @ self.down.weight)
-
-    @property
-    def bias(self) -> Tensor | None:
-        """The layer's own."""
-        return self.base_layer.bias
-
     def forward(self, x: Tensor) -> Tensor:
         return self.base_layer(x) + self.scaling * self.up(self.down(self.dropout(x)))
 
     @torch.no_grad()
     def merged(self) -> nn.Linear:
         """The plain layer with the change added to its weights, in place."""
-        self.base_layer.weight.copy_(self.weight)
+        self.base_layer.weight += self.scaling * (self.up.weight @ self.down.weight)
         return self.base_layer
 
 

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import copy
 import importlib
 from dataclasses import replace
 
@@ -200,7 +201,7 @@ def test_lora_changes_nothing_at_first_and_merges_exactly() -> None:
     assert not torch.allclose(changed, before, atol=1e-3)
     changed.sum().backward()
     encoder = [n for n in names if n.startswith("encoder.stages")]
-    for name in encoder:  # those whose weight is read directly learn too
+    for name in encoder:
         layer = model.get_submodule(name)
         assert isinstance(layer, LoraLinear) and layer.down.weight.grad is not None, name
     merge_lora(model)
@@ -225,3 +226,33 @@ def test_lora_is_pefts() -> None:
     ours.load_state_dict(theirs.state_dict())  # the same names
     x = torch.randn(4, 6)
     torch.testing.assert_close(ours(x), theirs(x))
+
+
+@pytest.mark.parametrize("autocast", [False, True])
+def test_pefts_layers_work_in_aurora(autocast: bool) -> None:
+    """Around the attention's projection as well, whose bias stands apart; and ours do the same."""
+    peft = pytest.importorskip("peft", reason="needs peft: pip install 'auroraio[test]'")
+    torch.manual_seed(0)
+    ours = Aurora(replace(MODEL, decoder_dropout=0.0)).eval()
+    theirs = copy.deepcopy(ours)
+    images = torch.randn(2, 3, 32, 32)
+    settings = peft.LoraConfig(r=2, lora_alpha=6.0, target_modules=["qkv", "out"])
+    theirs = peft.inject_adapter_in_model(settings, theirs)
+    add_lora(ours, ("qkv", "out"), rank=2, alpha=6.0)
+    before = theirs.image_embedding(theirs.encode_image(images))
+    for name, parameter in theirs.named_parameters():
+        if "lora_" in name:
+            nn.init.normal_(parameter, std=0.1)
+    ours.load_state_dict(theirs.state_dict())
+    with torch.autocast("cpu", dtype=torch.bfloat16, enabled=autocast):
+        found, expected = (model.image_embedding(model.encode_image(images)) for model in (ours, theirs))
+    torch.testing.assert_close(found, expected, atol=2e-2 if autocast else 1e-5, rtol=0)
+    assert (expected - before).abs().max() > 0.1
+    found.sum().backward()
+    expected.sum().backward()
+    learning = [(name, p) for name, p in ours.encoder.named_parameters() if ".qkv.lora_" in name]
+    assert len(learning) == 8
+    for name, parameter in learning:
+        gradient = theirs.encoder.get_parameter(name).grad
+        assert gradient.abs().max() > 0
+        torch.testing.assert_close(parameter.grad, gradient, atol=2e-2 if autocast else 1e-5, rtol=1e-2)

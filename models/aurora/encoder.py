@@ -195,7 +195,12 @@ class WindowAttention(nn.Module):
         window = (min(self.window, height), min(self.window, width))
         shift = (self.shift if height > window[0] else 0, self.shift if width > window[1] else 0)
         bias = torch.cat((self.q_bias, torch.zeros_like(self.q_bias), self.v_bias))
-        qkv = F.linear(x, self.qkv.weight, bias).view(batch, height, width, 3, -1, self.head_dim)
+        if type(self.qkv) is nn.Linear:  # one pass over the output
+            qkv = F.linear(x, self.qkv.weight, bias)
+        else:  # an adapter (LoRA, peft's too) has a forward of its own
+            qkv = self.qkv(x)
+            qkv = qkv + bias.to(qkv.dtype)
+        qkv = qkv.view(batch, height, width, 3, -1, self.head_dim)
         pad_kv = None
         if self.padding == "zero":
             pad_kv = (
