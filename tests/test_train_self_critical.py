@@ -20,7 +20,9 @@ from models.aurora.answering import Writer, sample
 from models.generation import Generator
 from models.tokens import BOS, EOS, IGNORE, PAD
 from tests.micro import MODEL, arguments, corpus
+from tests.ranks import Launch
 from train import finetune
+from train.checkpoint import load_model
 from train.config import problems
 from train.pretrain import main as pretrain
 from train.scores.captioning import check, regex_tokenize, score_captions
@@ -192,6 +194,21 @@ def test_a_run_samples_saves_and_resumes_exactly(started: Path, tmp_path: Path) 
     assert any(one["cider"] < 0 for one in losses[0])
 
 
+def test_two_ranks_sample_apart_and_learn_together(started: Path, tmp_path: Path) -> None:
+    """Each draws its own captions of its own pictures; the loss is the mean reward of all, over micro-steps too."""
+    words = ("--objectives.self-critical", "2", "--batch-size", "8", "--accumulation", "2", "--steps", "2")
+    run = Launch(
+        2, finetune.main, command(started, tmp_path / "two", *words), RANKS_OUTPUT=str(tmp_path / "said")
+    )
+    assert run.results() == [0, 0]
+    lines = [json.loads(line) for line in (tmp_path / "two/metrics.jsonl").read_text().splitlines()]
+    losses = [line["losses"]["cider"] for line in lines if line["kind"] == "train"]
+    assert len(losses) == 2 and all(-10 <= loss <= 0 for loss in losses) and any(losses)
+    before, after = load_model(started).model.state_dict(), load_model(tmp_path / "two").model.state_dict()
+    name = "decoder.crossmodal.0.self_attention.qkv.weight"
+    assert not torch.equal(before[name], after[f"base.{name}"])
+
+
 def test_what_cannot_be_judged_is_refused(
     started: Path, tmp_path: Path, capsys: pytest.CaptureFixture[str]
 ) -> None:
@@ -200,3 +217,13 @@ def test_what_cannot_be_judged_is_refused(
     config = task_preset("vqa", FinetuneConfig(model=MODEL))
     config = replace(config, checkpoint="x", objectives=replace(config.objectives, self_critical=4))
     assert any("it is for captioning, not vqa" in line for line in problems(config, 1))
+    config = task_preset("captioning", FinetuneConfig(model=MODEL))
+    config = replace(config, checkpoint="x", objectives=replace(config.objectives, self_critical=4))
+    for engine, stage, refused in (
+        ("ddp", 2, False),
+        ("fsdp2", 2, True),
+        ("deepspeed", 2, False),
+        ("deepspeed", 3, True),
+    ):
+        lines = problems(replace(config, engine=engine, zero_stage=stage), 2)
+        assert any("needs whole weights on every rank" in line for line in lines) == refused

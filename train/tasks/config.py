@@ -180,6 +180,11 @@ class FinetuneConfig(PretrainConfig):
                 found.append(
                     f"objectives.self_critical is {samples}; it must be 0 (off) or 2 and more, which are compared"
                 )
+            if self.engine == "fsdp2" or (self.engine == "deepspeed" and self.zero_stage == 3):
+                found.append(
+                    "objectives.self_critical needs whole weights on every rank, for the captions that it samples: engine ddp, "
+                    f"or deepspeed with zero_stage 1 or 2, not {self.engine} with {self.zero_stage}"
+                )
         if self.itc_negatives != "microstep":
             found.append(f"itc_negatives is {self.itc_negatives}; fine-tuning supports microstep")
         if self.objectives.kind != self.task.kind:
