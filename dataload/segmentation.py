@@ -10,21 +10,33 @@ that no run could be repeated or resumed.
 
 from __future__ import annotations
 
+import functools
 import heapq
 import math
 import random
+import re
 from collections.abc import Iterator
 from typing import Any
 
 UNKNOWN_PENALTY = 10.0
 """So much less than the least likely piece is a character that no piece has, to SentencePiece."""
+SPACE = "\u2581"
+Arrived = tuple[tuple[tuple[int, ...], tuple[float, ...], float], ...]
+"""For each place of a word: where the pieces that end there begin, the weights of all ways through each, and their sum"""
 
 
 class Segmenter:
     """Of one SentencePiece model, unigram or BPE. Thread-safe."""
 
     def __init__(self, processor: Any) -> None:
-        """processor: a sentencepiece.SentencePieceProcessor."""
+        """processor: a sentencepiece.SentencePieceProcessor. Raises ValueError for models with nothing to draw (of words or
+        characters), and for BPE with pieces that no merge makes (user-defined symbols)."""
+        try:
+            processor.encode("a", enable_sampling=True, alpha=0.5, nbest_size=-1)
+        except RuntimeError as error:
+            raise ValueError(
+                f"this tokenizer's segmentations cannot be drawn at random ({error}); unigram and BPE models' can"
+            ) from error
         self._normalize, self._unknown = processor.normalize, processor.unk_id()
         count = processor.get_piece_size()
         usable = [
@@ -42,13 +54,31 @@ class Segmenter:
             self.unigram = bool(processor.nbest_encode("a", nbest_size=1))
         except RuntimeError:
             self.unigram = False
+        if not self.unigram and (odd := [piece for piece in self._ids if not self._is_merged(piece)]):
+            raise ValueError(
+                f"this BPE tokenizer has {len(odd)} pieces that no merge makes, such as {odd[0]!r} (user-defined symbols?); "
+                "its segmentations cannot be drawn at random"
+            )
+        across = any(SPACE in piece.lstrip(SPACE) for piece in self._ids)
+        self._words = re.compile(r".*" if across else f"{SPACE}*[^{SPACE}]*", re.DOTALL)
+        """what is segmented by itself: a word with its space, unless pieces reach across spaces"""
+        self._arrived = functools.lru_cache(1 << 16)(self._arrive)
 
     def __call__(self, text: str, alpha: float, seed: int) -> list[int]:
         """Ids of one segmentation; the same for the same arguments, everywhere."""
-        draw = random.Random(seed).random
+        draw = random.Random(int(seed)).random
         normal = self._normalize(text)
-        pieces = self._lattice(normal, alpha, draw) if self.unigram else self._merged(normal, alpha, draw)
+        if not self.unigram:
+            return list(self._known(self._merged(normal, alpha, draw)))
+        pieces = [piece for word in self._words.findall(normal) for piece in self._drawn(word, alpha, draw)]
         return list(self._known(pieces))
+
+    def _is_merged(self, piece: str) -> bool:
+        """Whether a piece is a character, or two pieces put together."""
+        return len(piece) == 1 or any(
+            (at == 1 or piece[:at] in self._ids) and (at == len(piece) - 1 or piece[at:] in self._ids)
+            for at in range(1, len(piece))
+        )
 
     def _known(self, pieces: list[str]) -> Iterator[int]:
         """Ids; what has none is spelled in bytes, or is unknown, once for all in a row."""
@@ -64,35 +94,47 @@ class Segmenter:
                 yield self._unknown
             last = self._unknown if one is None else one
 
-    def _lattice(self, text: str, alpha: float, draw: Any) -> list[str]:
-        ids, scores, end = self._ids, self._scores, len(text)
-        # arrived[place]: (start, log-weight of all ways to its end) of each piece that ends there
-        arrived: list[list[tuple[int, float]]] = [[] for _ in range(end + 1)]
-        ways = [0.0] + [-math.inf] * end
+    def _arrive(self, word: str, alpha: float) -> Arrived:
+        """Forward filtering of one word."""
+        ids, scores, end = self._ids, self._scores, len(word)
+        starts: list[list[int]] = [[] for _ in range(end + 1)]
+        weights: list[list[float]] = [[] for _ in range(end + 1)]
+        ways = 0.0  # logarithm of the summed weights of all ways to `start`
         for start in range(end):
             if start:
-                ways[start] = _log_sum([weight for _, weight in arrived[start]])
-            found = False
+                highest = max(weights[start])
+                ways = highest + math.log(sum(math.exp(weight - highest) for weight in weights[start]))
+            single = False
             for stop in range(start + 1, min(end, start + self._longest) + 1):
-                one = ids.get(text[start:stop])
+                one = ids.get(word[start:stop])
                 if one is not None:
-                    arrived[stop].append((start, ways[start] + alpha * scores[one]))
-                    found |= stop == start + 1
-            if not found:
-                arrived[start + 1].append((start, ways[start] + alpha * self._floor))
-        pieces = []
+                    starts[stop].append(start)
+                    weights[stop].append(ways + alpha * scores[one])
+                    single |= stop == start + 1
+            if not single:
+                starts[start + 1].append(start)
+                weights[start + 1].append(ways + alpha * self._floor)
+        found = []
+        for begins, logs in zip(starts, weights, strict=True):
+            highest = max(logs, default=0.0)
+            shares = tuple(math.exp(log - highest) for log in logs)
+            found.append((tuple(begins), shares, sum(shares)))
+        return tuple(found)
+
+    def _drawn(self, word: str, alpha: float, draw: Any) -> list[str]:
+        """Backward sampling of one word."""
+        arrived, end, pieces = self._arrived(word, alpha), len(word), []
         while end:
-            options = arrived[end]
-            highest = max(weight for _, weight in options)
-            shares = [math.exp(weight - highest) for _, weight in options]
-            left = draw() * sum(shares)
-            start = options[-1][0]
-            for (candidate, _), share in zip(options, shares, strict=True):
-                left -= share
-                if left < 0:
-                    start = candidate
-                    break
-            pieces.append(text[start:end])
+            starts, shares, left = arrived[end]
+            start = starts[-1]
+            if len(starts) > 1:
+                left *= draw()
+                for candidate, share in zip(starts, shares, strict=True):
+                    left -= share
+                    if left < 0:
+                        start = candidate
+                        break
+            pieces.append(word[start:end])
             end = start
         return pieces[::-1]
 
@@ -123,8 +165,3 @@ class Segmenter:
             offer(before[left], left)
             offer(left, after[left])
         return [piece for piece in pieces if piece]
-
-
-def _log_sum(values: list[float]) -> float:
-    highest = max(values)
-    return highest + math.log(sum(math.exp(value - highest) for value in values))

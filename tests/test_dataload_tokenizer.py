@@ -166,6 +166,26 @@ def test_segmentations_are_as_frequent_as_sentencepieces(trained: Tokenizer) -> 
     assert distance(others, theirs) > 2 * distance(theirs, again) + 0.01  # the measure sees a difference
 
 
+def test_models_with_nothing_to_draw_are_refused() -> None:
+    """Words, and BPE with a symbol that no merge makes; of a unigram model symbols are pieces like others."""
+
+    def model(kind: str, **options: object) -> sentencepiece.SentencePieceProcessor:
+        written = io.BytesIO()
+        sentencepiece.SentencePieceTrainer.train(
+            sentence_iterator=iter(sentences(200)), model_writer=written, vocab_size=110, hard_vocab_limit=False,
+            model_type=kind, **options,
+        )  # fmt: skip
+        return sentencepiece.SentencePieceProcessor(model_proto=written.getvalue())
+
+    with pytest.raises(ValueError, match="cannot be drawn at random .* unigram and BPE"):
+        Segmenter(model("word"))
+    with pytest.raises(ValueError, match=r"1 pieces that no merge makes, such as '<img>'"):
+        Segmenter(model("bpe", user_defined_symbols=["<img>"]))
+    across = model("unigram", split_by_whitespace=False)
+    text = "A dog runs near the water"
+    assert Segmenter(across)(text, 1000.0, 0) == across.encode(text)
+
+
 def test_files(trained: Tokenizer, tmp_path: Path) -> None:
     path = tmp_path / "copy.model"
     trained.save(path)

@@ -25,10 +25,10 @@ from train import finetune
 from train.checkpoint import load_model
 from train.config import problems
 from train.pretrain import main as pretrain
-from train.scores.captioning import check, regex_tokenize, score_captions
+from train.scores.captioning import check, score_captions
 from train.tasks.config import FinetuneConfig
 from train.tasks.presets import task_preset
-from train.tasks.reward import CiderReward
+from train.tasks.reward import CiderReward, ended
 
 STILL = replace(MODEL, decoder_dropout=0.0, drop_path=0.0)
 WANTED = 77  # the token that the test's critic likes
@@ -76,9 +76,7 @@ def test_the_gradient_is_that_of_the_likelihoods_by_hand() -> None:
     memory = model.base.memory(model.base.encode_image(images))
     for i in range(3):
         for k in range(3):
-            ids = [BOS, *prompt, *critic.heard[3 * i + k]]
-            ids += [EOS] if len(ids) < STILL.text_length else []
-            row = torch.tensor([ids])
+            row = torch.tensor([[BOS, *prompt, *critic.heard[3 * i + k]]])
             text = model.base.decoder.read_text(row[:, :-1], causal=True)
             x = model.base.decoder.read_image(text, memory[i : i + 1], causal=True)
             logs = F.log_softmax(x @ model.base.decoder.embedding.weight.T, dim=-1)[0]
@@ -95,13 +93,15 @@ def test_the_gradient_is_that_of_the_likelihoods_by_hand() -> None:
 
 def test_a_caption_without_an_end_has_no_end_token() -> None:
     model = writer()
+    model.base.decoder.embedding.weight.data[EOS] *= 5  # so that some end
     memory = model.base.memory(model.base.encode_image(pictures(40)))
     model.train()
     critic = Likes(2, (9,))
     tokens, targets, said = sample(model.base, memory, critic)
     assert model.base.decoder.training
-    ended = torch.tensor([len(ids) < STILL.text_length - 2 for ids in said])
-    assert not ended.all() and ((tokens == EOS).sum(1) == ended).all()
+    ended = torch.tensor([ids[-1] == EOS for ids in said])
+    assert ended.any() and not ended.all() and ((tokens == EOS).sum(1) == ended).all()
+    assert all(len(ids) == STILL.text_length - 2 for ids, end in zip(said, ended, strict=True) if not end)
     assert (tokens[:, 0] == BOS).all() and (tokens[:, 1] == 9).all() and (targets[:, :2] == IGNORE).all()
     assert torch.equal(targets[:, 2:] == IGNORE, tokens[:, 2:] == PAD)
     for row, ids in zip(tokens.tolist(), said, strict=True):
@@ -137,6 +137,14 @@ def test_weights_that_were_cast_for_the_samples_still_learn() -> None:
     assert silent == ["queries.weight"]  # of no caption
 
 
+def test_a_model_gone_wrong_shows_in_the_loss() -> None:
+    """... where the engine sees it and leaves the step out; sampling does not fall over it."""
+    model = writer().train()
+    model.base.decoder.norm.weight.data.fill_(torch.nan)
+    (loss,) = model(pictures(2), None, None, critic=Likes(2)).values()
+    assert loss.isnan() and model.base.decoder.training
+
+
 def test_the_reward_is_cider_of_the_training_captions() -> None:
     """The official score of the same captions, where the training pictures are the ones scored; and mirrored words."""
     tokenizer = Tokenizer.load(corpus().tokenizer)
@@ -144,16 +152,23 @@ def test_the_reward_is_cider_of_the_training_captions() -> None:
     reward = CiderReward(items, tokenizer, 2)
     said = [f"{texts[0]} and a circle" for texts in reward.references]
     critic = reward.of(range(30), [False] * 30)
-    ids = [tokenizer.encode(text) for text in said]
+    ids = [[*tokenizer.encode(text), EOS] for text in said]
     found = critic.rewards([one for one in ids for _ in range(2)])
     plan = check(("CIDEr",), tokenizer="regex")
-    official = score_captions(dict(enumerate(said)), dict(enumerate(reward.references)), plan)
+    theirs = {i: [f"{text} itsend" for text in texts] for i, texts in enumerate(reward.references)}
+    official = score_captions({i: f"{text} itsend" for i, text in enumerate(said)}, theirs, plan)
     each = [official.per_image[i]["CIDEr"] for i in range(30)]
+    # What did not come to an end lacks that word, which all references have.
+    unended = critic.rewards([one[:-1] for one in ids for _ in range(2)])[::2]
+    lacking = score_captions(dict(enumerate(said)), theirs, plan).per_image
+    torch.testing.assert_close(
+        unended, torch.tensor([lacking[i]["CIDEr"] for i in range(30)]), atol=2e-3, rtol=2e-3
+    )
     torch.testing.assert_close(found[::2], torch.tensor(each), atol=2e-3, rtol=2e-3)
     assert torch.equal(found[::2], found[1::2])
     sided = next(i for i, texts in enumerate(reward.references) if any("left" in t.split() for t in texts))
     turned = reward.of([sided], [True]).references[0]
-    assert turned == [regex_tokenize(mirror_caption(text)) for text in reward.references[sided]]
+    assert turned == [reward.cider.weigh(ended(mirror_caption(text))) for text in reward.references[sided]]
     assert turned != reward.of([sided], [False]).references[0]
 
 
@@ -170,7 +185,9 @@ def command(start: Path, out: Path, *more: str) -> list[str]:
     return ["captioning", "--checkpoint", str(start), *data, *run, "--out", str(out), *more]
 
 
-def test_a_run_samples_saves_and_resumes_exactly(started: Path, tmp_path: Path) -> None:
+def test_a_run_samples_saves_and_resumes_exactly(
+    started: Path, tmp_path: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
     words = (
         "--objectives.self-critical",
         "3",
@@ -182,6 +199,7 @@ def test_a_run_samples_saves_and_resumes_exactly(started: Path, tmp_path: Path) 
         "a",
     )
     assert finetune.main(command(started, tmp_path / "a", *words, "--steps", "4")) == 0
+    assert "self-critical: CIDEr-D of 3 captions that are sampled of each picture" in capsys.readouterr().out
     middle = str(tmp_path / "a/checkpoints/step-000002")
     assert finetune.main(command(started, tmp_path / "b", *words, "--steps", "4", "--resume", middle)) == 0
     losses = [
@@ -219,6 +237,18 @@ def test_what_cannot_be_judged_is_refused(
     assert any("it is for captioning, not vqa" in line for line in problems(config, 1))
     config = task_preset("captioning", FinetuneConfig(model=MODEL))
     config = replace(config, checkpoint="x", objectives=replace(config.objectives, self_critical=4))
+    both = replace(
+        config,
+        objectives=replace(config.objectives, word_dropout=0.1),
+        data=replace(config.data, captions_per_image=2),
+    )
+    unread = [line for line in problems(both, 1) if "is for people's captions" in line]
+    assert (
+        len(unread) == 2 and "objectives.word_dropout" in unread[0] and "data.captions_per_image" in unread[1]
+    )
+    words = ("--task.prompt", "one two three four five six seven eight nine ten")
+    assert finetune.main(command(started, tmp_path / "b", *words)) == 2
+    assert "model.text_length is 12, which has room for 9 and a caption" in capsys.readouterr().err
     for engine, stage, refused in (
         ("ddp", 2, False),
         ("fsdp2", 2, True),

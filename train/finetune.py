@@ -73,6 +73,8 @@ def completed(config: FinetuneConfig) -> FinetuneConfig:
     need no new embeddings. Raises what reading the data raises."""
     task = task_of(config.task.kind)
     sources = find_task_sources(config, lambda line: None)
+    if sources.heldout and (plan := getattr(task, "plan", None)):
+        plan()  # an ImportError here, before any compute, not at the first evaluation
     if config.data.tokenizer and config.checkpoint:
         own = find_tokenizer(config.checkpoint)
         if own.read_bytes() == sources.tokenizer.read_bytes():

@@ -10,7 +10,7 @@ Shapes: B batch, K captions of an image, T tokens, C answers, D decoder width.
 from __future__ import annotations
 
 from collections.abc import Sequence
-from typing import Protocol
+from typing import Any, Protocol
 
 import torch
 import torch.nn.functional as F
@@ -37,7 +37,8 @@ class Critic(Protocol):
         """The model as it may speak: without ids that no piece has."""
 
     def rewards(self, captions: Sequence[Sequence[int]]) -> Tensor:
-        """fp32 [B*K]: what each caption (its tokens) is worth; B*K captions, those of image i at i*K to i*K+K-1."""
+        """fp32 [B*K]: what each caption is worth; B*K captions, those of image i at i*K to i*K+K-1. Of each its tokens, and the
+        end token where it came to an end."""
 
 
 class Writer(nn.Module):
@@ -80,7 +81,7 @@ class Writer(nn.Module):
         policy gradient of self-critical training (arXiv:1612.00563). What a caption's reward is measured against is the
         mean of the other samples of its image (arXiv:2003.09971).
 
-        memory [B, M, D]. Samples are drawn without dropout, and learned from with it.
+        memory [B, M, D]. Samples are drawn without dropout of the text stack, and learned from with it.
         """
         base, samples = self.base, critic.samples
         memory = memory.repeat_interleave(samples, dim=0)
@@ -102,22 +103,41 @@ class Writer(nn.Module):
 @torch.no_grad()
 def sample(base: Aurora, memory: Tensor, critic: Critic) -> tuple[Tensor, Tensor, list[list[int]]]:
     """One caption for each row of memory [N, M, D]: as tokens int64 [N, T], as targets int64 [N, T] (-100 where nothing was
-    chosen: begin token, prompt, padding), and each caption's own tokens. One that came to no end has no end token."""
+    chosen: begin token, prompt, padding), and each caption's own tokens. One that came to no end has no end token.
+
+    Of a model with a number that is not finite anything is drawn: the loss shows it, and the engine leaves the step out."""
     length, prompt = base.config.text_length, [BOS, *critic.prompt]
     learning = base.decoder.training
     base.decoder.eval()
-    said = generate(
-        critic.speaker(base), memory, method="sample", max_length=length,
-        prompt=torch.tensor([prompt], device=memory.device).expand(len(memory), -1),
-    )  # fmt: skip
-    base.decoder.train(learning)
-    rows = [[*prompt, *ids, EOS][:length] for ids in said]
+    try:
+        said = generate(
+            Finite(critic.speaker(base)), memory, method="sample", max_length=length,
+            prompt=torch.tensor([prompt], device=memory.device).expand(len(memory), -1),
+        )  # fmt: skip
+    finally:
+        base.decoder.train(learning)
+    room = length - len(prompt)
+    said = [ids if len(ids) == room else [*ids, EOS] for ids in said]
+    rows = [[*prompt, *ids] for ids in said]
     tokens = torch.full((len(rows), length), PAD, device=memory.device)
     for row, ids in zip(tokens, rows, strict=True):
         row[: len(ids)] = torch.tensor(ids, device=memory.device)
     targets = tokens.masked_fill(tokens == PAD, IGNORE)
     targets[:, : len(prompt)] = IGNORE
     return tokens, targets, said
+
+
+class Finite:
+    """A generator whose logits are 0 where the model's are no numbers."""
+
+    def __init__(self, model: Generator) -> None:
+        self.model = model
+        self.start = model.start
+
+    def step(self, tokens: Tensor, state: Any) -> Tensor:
+        """See `models.generation.Generator`."""
+        logits = self.model.step(tokens, state)
+        return logits.masked_fill(logits.isnan(), 0.0)
 
 
 class Chooser(nn.Module):

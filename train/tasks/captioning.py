@@ -21,6 +21,7 @@ from dataload.views import squashed_view, training_view
 from models.aurora.answering import Writer
 from models.generation import generate
 from models.tokens import IGNORE
+from train.config import ConfigError
 from train.evaluate.result import Score
 from train.scores.captioning import METRICS, CaptionScorer, Plan, Split, check
 from train.scores.cider import SIGMA, CiderD, Gram
@@ -172,8 +173,14 @@ class Captioning:
 
 
 def prompt_of(config: FinetuneConfig, tokenizer: Tokenizer) -> list[int]:
-    """The tokens of the task's prompt, without the begin token."""
-    return tokenizer.encode(config.task.prompt) if config.task.prompt else []
+    """The tokens of the task's prompt, without the begin token. Raises ConfigError where no caption has room behind it."""
+    ids, length = tokenizer.encode(config.task.prompt) if config.task.prompt else [], config.model.text_length
+    if len(ids) + 3 > length:  # the begin token, a word, the end token
+        raise ConfigError(
+            f"task.prompt {config.task.prompt!r} is {len(ids)} tokens long; model.text_length is {length}, which has room for "
+            f"{length - 3} and a caption"
+        )
+    return ids
 
 
 @torch.no_grad()

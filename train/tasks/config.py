@@ -180,6 +180,13 @@ class FinetuneConfig(PretrainConfig):
                 found.append(
                     f"objectives.self_critical is {samples}; it must be 0 (off) or 2 and more, which are compared"
                 )
+            unread = {
+                "objectives.word_dropout": self.objectives.word_dropout > 0,
+                "data.captions_per_image": self.data.captions_per_image > 1,
+            }
+            for name in (name for name, given in unread.items() if given):
+                found.append(f"{name} is for people's captions, which objectives.self_critical does not read")
+            # Ranks end their samples after different numbers of words, so that gathering weights would not match.
             if self.engine == "fsdp2" or (self.engine == "deepspeed" and self.zero_stage == 3):
                 found.append(
                     "objectives.self_critical needs whole weights on every rank, for the captions that it samples: engine ddp, "

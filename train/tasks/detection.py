@@ -19,7 +19,7 @@ from models.aurora.detection import NOTHING, Detector, assign
 from models.boxes import iou
 from train.config import ConfigError
 from train.evaluate.result import Score
-from train.scores.detection import score_detections, truth_of
+from train.scores.detection import check, score_detections, truth_of
 from train.tasks.base import Drawn, Example, Prediction, TaskResult, item_of
 from train.tasks.classes import with_ids
 from train.tasks.config import FinetuneConfig, TaskConfig
@@ -38,6 +38,10 @@ class Detection:
 
     def parts(self, one: Annotations) -> int:
         return 1
+
+    def plan(self) -> None:
+        """Before any compute: ImportError without what scores boxes."""
+        check("bbox")
 
     def complete(self, task: TaskConfig, items: Items) -> TaskConfig:
         try:

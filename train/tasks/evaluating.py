@@ -71,8 +71,8 @@ def evaluate_checkpoint(args: argparse.Namespace, given: Sequence[str]) -> int:
     task = choose_task(args)
     check_options(args)
     ranks = Ranks.from_environment()
-    if args.task == "captioning" and ranks.first:
-        print(task.plan(), file=sys.stderr)  # type: ignore[attr-defined]  # before any compute
+    if ranks.first and (plan := getattr(task, "plan", None)) and (said := plan()):  # before any compute
+        print(said, file=sys.stderr)
     loaded = load_model(args.checkpoint)
     config = config_for(args, loaded)
     output = args.output or loaded.path / f"{args.task}.json"

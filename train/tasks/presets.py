@@ -34,6 +34,10 @@ def task_preset(kind: str, start: PretrainConfig) -> FinetuneConfig:
         raise ConfigError(f"{kind} is for {wanted}; the checkpoint is {has}'s")
     model = start.model
     made = make(PerceiverFinetuneConfig(model=model) if perceiver else FinetuneConfig(model=model))  # type: ignore[arg-type]
+    if (
+        isinstance(start, FinetuneConfig) and start.task.kind == kind
+    ):  # it goes on with what it learned to read first
+        made = replace(made, task=replace(made.task, prompt=start.task.prompt))
     return replace(made, name=f"{kind}-{start.name}")
 
 

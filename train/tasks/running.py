@@ -50,6 +50,10 @@ def greet_task(
         f"steps       {config.steps:,} of {config.batch_size:,} items",
         f"output      {out}",
     ]
+    if samples := config.objectives.self_critical:
+        lines.insert(
+            2, f"loss        self-critical: CIDEr-D of {samples} captions that are sampled of each picture"
+        )
     items = data.loader.items
     if items.lacking:
         lines.insert(
@@ -62,6 +66,10 @@ def greet_task(
     if items.broken:
         lines.insert(
             5, f"data        {len(items.broken):,} have annotations that cannot be read: {items.broken[0]}"
+        )
+    if samples := config.objectives.self_critical:
+        lines.insert(
+            2, f"loss        self-critical: CIDEr-D of {samples} captions that are sampled of each picture"
         )
     return lines
 
