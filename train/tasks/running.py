@@ -50,10 +50,6 @@ def greet_task(
         f"steps       {config.steps:,} of {config.batch_size:,} items",
         f"output      {out}",
     ]
-    if samples := config.objectives.self_critical:
-        lines.insert(
-            2, f"loss        self-critical: CIDEr-D of {samples} captions that are sampled of each picture"
-        )
     items = data.loader.items
     if items.lacking:
         lines.insert(
