@@ -69,7 +69,7 @@ class DataConfig:
     mlm_share: float = 1.0
     """Masked language modelling: share of each micro-batch's captions that takes part; the others cost it nothing."""
     tokenizer_sampling: float = 0.0
-    """SentencePiece sampling of token boundaries (alpha; 0.1 is usual). 0: off."""
+    """Token boundaries drawn at random (alpha of unigram sampling or of BPE-dropout; 0.1 is usual). 0: off."""
     backend: Literal["auto", "cpu", "dali"] = "auto"
     """What decodes pictures: cpu (simplejpeg and Pillow), dali (NVIDIA DALI), or auto: dali on a GPU where it is
     installed, else cpu. The samples, crops and flips are the same."""

@@ -59,7 +59,7 @@ class MultimodalDataConfig:
     mlm_probability: float = 0.15
     """Masked language modelling: share of the words that is asked for."""
     tokenizer_sampling: float = 0.0
-    """SentencePiece sampling of token boundaries (alpha; 0.1 is usual). 0: off."""
+    """Token boundaries drawn at random (alpha of unigram sampling or of BPE-dropout; 0.1 is usual). 0: off."""
     captions_per_sample: int = 1
     """Captions drawn of each sample at each visit (its reading is shared by them)."""
     exclude: tuple[str, ...] = ()
