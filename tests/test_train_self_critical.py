@@ -199,7 +199,10 @@ def test_a_run_samples_saves_and_resumes_exactly(
         "a",
     )
     assert finetune.main(command(started, tmp_path / "a", *words, "--steps", "4")) == 0
-    assert capsys.readouterr().out.count("self-critical: CIDEr-D of 3 captions that are sampled of each picture") == 1
+    assert (
+        capsys.readouterr().out.count("self-critical: CIDEr-D of 3 captions that are sampled of each picture")
+        == 1
+    )
     middle = str(tmp_path / "a/checkpoints/step-000002")
     assert finetune.main(command(started, tmp_path / "b", *words, "--steps", "4", "--resume", middle)) == 0
     losses = [

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import sys
 from dataclasses import replace
 from pathlib import Path
 
@@ -17,7 +18,8 @@ from train import finetune
 from train.checkpoint import load_model
 from train.config import ConfigError
 from train.pretrain import main as pretrain
-from train.tasks.config import TuneConfig
+from train.tasks.config import FinetuneConfig, TuneConfig
+from train.tasks.presets import task_preset
 from train.tasks.tuning import load_base, prepare
 
 TINY = replace(
@@ -92,6 +94,27 @@ def test_new_words_learn_beside_lora(started: Path, tmp_path: Path) -> None:
     )  # the checkpoint's own: nothing is new
     learning = {n for n, p in load_model(out).model.named_parameters() if p.requires_grad}
     assert f"base.{name}" in learning and all(".lora_" in n or "embedding" in n for n in learning)
+
+
+def test_a_task_goes_on_with_its_prompt() -> None:
+    start = task_preset("captioning", FinetuneConfig(model=MODEL))
+    start = replace(start, task=replace(start.task, prompt="a photo of"))
+    assert task_preset("captioning", start).task.prompt == "a photo of"
+    assert task_preset("vqa", start).task.prompt == "{question}"
+
+
+@pytest.mark.parametrize(("task", "library"), [("captioning", "pycocoevalcap"), ("detection", "pycocotools")])
+def test_what_scores_is_asked_for_before_the_first_step(
+    task: str, library: str, started: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch,
+    capsys: pytest.CaptureFixture[str],
+) -> None:  # fmt: skip
+    for name in [name for name in sys.modules if name.partition(".")[0] == library]:
+        monkeypatch.delitem(sys.modules, name)
+    monkeypatch.setitem(sys.modules, library, None)
+    heldout = ("--data.heldout", *map(str, corpus().heldout))
+    assert finetune.main(command(task, started, tmp_path / "run", *heldout)) == 2
+    assert "pip install 'auroraio[eval]'" in capsys.readouterr().err and not (tmp_path / "run").exists()
+    assert finetune.main(command(task, started, tmp_path / "unscored")) == 0
 
 
 @pytest.mark.parametrize("seconds", [0.5, 2.0])
