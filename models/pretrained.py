@@ -23,7 +23,7 @@ import torch
 from torch import Tensor, nn
 
 from models.aurora import Aurora, AuroraConfig
-from models.aurora.answering import Chooser, Writer
+from models.aurora.answering import Chooser
 from models.aurora.detection import Detector
 from models.aurora.segmentation import Segmenter
 from models.generation import DecodingState, generate
@@ -31,6 +31,7 @@ from models.lora import add_lora, merge_lora
 from models.perceiver import PerceiverConfig, PerceiverIO
 from models.perceiver.classify import SoundClassifier
 from models.tokens import BOS, EOS
+from models.writing import Writer
 
 if TYPE_CHECKING:
     from PIL import Image
@@ -96,9 +97,8 @@ class Pretrained:
     @torch.no_grad()
     def caption(self, picture: Picture, *, beams: int = 4, length_penalty: float = 1.0) -> str:
         """A caption, by beam search."""
-        self._must_be(Aurora, "captions")
         fit = "squash" if self.task.get("kind") == "captioning" else "crop"
-        memory = self.base.memory(self.base.encode_image(self.pixels([picture], fit)))
+        memory = self.base.image_memory(self.pixels([picture], fit))
         prompt = None
         if self.task.get("kind") == "captioning" and self.task.get("prompt"):
             prompt = torch.tensor([[BOS, *self.tokenizer.encode(self.task["prompt"])]], device=self.device)
@@ -117,7 +117,7 @@ class Pretrained:
         longest = min(8, self.config.text_length // 3)  # tokens of an answer, as in training
         room = self.config.text_length - longest - 2
         prompt = torch.tensor([[BOS, *self.tokenizer.encode(asked)[:room], EOS]], device=self.device)
-        memory = self.base.memory(self.base.encode_image(images))
+        memory = self.base.image_memory(images)
         return self._write(memory, prompt, prompt.shape[1] + longest, beams, 1.0)
 
     @torch.no_grad()
@@ -290,7 +290,13 @@ def build(
     classes = len(task.get("classes", ()))
     model: nn.Module
     if isinstance(config, PerceiverConfig):
-        model = SoundClassifier(config, classes) if task.get("kind") == "audio" else PerceiverIO(config)
+        match task.get("kind"):
+            case "audio":
+                model = SoundClassifier(config, classes)
+            case "vqa" | "captioning":
+                model = Writer(PerceiverIO(config))
+            case _:
+                model = PerceiverIO(config)
     else:
         match task.get("kind"):
             case "detection":
@@ -300,7 +306,7 @@ def build(
             case "vqa" if task.get("head") == "chosen":
                 model = Chooser(config, classes)
             case "vqa" | "captioning":
-                model = Writer(config)
+                model = Writer(Aurora(config))
             case "retrieval":
                 from models.aurora.matching import Matcher
 

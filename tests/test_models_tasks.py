@@ -11,7 +11,7 @@ import torch
 from torch import nn
 
 from models import Aurora
-from models.aurora.answering import Chooser, Writer
+from models.aurora.answering import Chooser
 from models.aurora.detection import NOTHING, STRIDES, Detector, around, assign, grid, level_sizes
 from models.aurora.matching import Matcher
 from models.aurora.segmentation import Segmenter
@@ -20,6 +20,7 @@ from models.lora import LoraLinear, add_lora, merge_lora
 from models.perceiver import PERCEIVER_SIZES
 from models.perceiver.classify import SoundClassifier
 from models.tokens import IGNORE
+from models.writing import Writer
 from tests.micro import MODEL
 
 
@@ -127,7 +128,7 @@ def test_losses_divide_by_the_whole_step() -> None:
     cases = [
         (Detector(config, 3), (images, asked, sides), (whole,)),
         (Segmenter(config, 3), (images, maps), (float(maps.numel()), 4.0)),
-        (Writer(config), (images, tokens, targets), (float((targets != IGNORE).sum()),)),
+        (Writer(Aurora(config)), (images, tokens, targets), (float((targets != IGNORE).sum()),)),
         (Chooser(config, 7), (images, tokens, worth), (4.0,)),
     ]
     for model, given, totals in cases:

@@ -16,9 +16,9 @@ from dataload.annotated import Items
 from dataload.images import mirror_caption
 from dataload.tokenizer import Tokenizer
 from models.aurora import Aurora
-from models.aurora.answering import Writer, sample
 from models.generation import Generator
 from models.tokens import BOS, EOS, IGNORE, PAD
+from models.writing import Writer, sample
 from tests.micro import MODEL, arguments, corpus
 from tests.ranks import Launch
 from train import finetune
@@ -51,7 +51,7 @@ class Likes:
 
 def writer(seed: int = 0) -> Writer:
     torch.manual_seed(seed)
-    return Writer(STILL)
+    return Writer(Aurora(STILL))
 
 
 def pictures(count: int) -> Tensor:
@@ -110,7 +110,7 @@ def test_a_caption_without_an_end_has_no_end_token() -> None:
 
 def test_what_is_liked_is_said_more_often() -> None:
     torch.manual_seed(0)
-    model, critic, images = Writer(replace(STILL, text_length=6)), Likes(8), pictures(2)
+    model, critic, images = Writer(Aurora(replace(STILL, text_length=6))), Likes(8), pictures(2)
     optimizer = torch.optim.AdamW(model.parameters(), lr=5e-3)
     liked = []
     for _ in range(40):

@@ -10,9 +10,10 @@ import pytest
 import torch
 
 from dataload.tokenizer import train_tokenizer
-from models.aurora.answering import Writer
+from models.aurora import Aurora
 from models.perceiver import PERCEIVER_SIZES
 from models.perceiver.classify import SoundClassifier
+from models.writing import Writer
 from tests.micro import MODEL, arguments, corpus
 from train import finetune
 from train.checkpoint import load_model
@@ -68,9 +69,11 @@ def test_a_run_that_could_learn_nothing_is_refused(
     assert finetune.main(command("captioning", started, tmp_path / "a", "--tune.freeze", "all")) == 2
     assert "nothing is left that learns" in capsys.readouterr().err
     with pytest.raises(ConfigError, match="no head of its own"):
-        prepare(Writer(MODEL), TuneConfig(freeze=("all",)))
-    assert any(p.requires_grad for p in prepare(Writer(MODEL), TuneConfig(("all",), 2)).parameters())
-    rest = [name for name, _ in Writer(MODEL).base.named_children() if name != "pyramid"]  # not for captions
+        prepare(Writer(Aurora(MODEL)), TuneConfig(freeze=("all",)))
+    assert any(p.requires_grad for p in prepare(Writer(Aurora(MODEL)), TuneConfig(("all",), 2)).parameters())
+    rest = [
+        name for name, _ in Writer(Aurora(MODEL)).base.named_children() if name != "pyramid"
+    ]  # not for captions
     freeze = ("--tune.freeze", *rest, "logit_scale", "logit_bias")
     code = finetune.main(command("captioning", started, tmp_path / "b", *freeze))
     assert code == 2 and "no weight is left that captioning learns by" in capsys.readouterr().err

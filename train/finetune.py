@@ -47,7 +47,7 @@ def parse(argv: Sequence[str]) -> FinetuneConfig:
     start = _start(kind, args)
     default = task_preset(kind, start)
     config = tyro.cli(type(default), default=default, args=args, prog=f"{PROG} {kind}", description=__doc__)
-    if config.model.image_size != start.model.image_size and task_of(kind).family == "Aurora":
+    if config.model.image_size != start.model.image_size and config.family == "Aurora":
         sized = at_size(replace(config.model, image_size=start.model.image_size), config.model.image_size)
         config = replace(config, model=sized)
     return config

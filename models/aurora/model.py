@@ -153,6 +153,14 @@ class Aurora(nn.Module):
         width], normalised space."""
         return objectives.unpatchify(self.pixels(self.encoder(images, mask)[3]))
 
+    def image_memory(self, images: Tensor) -> Tensor:
+        """Normalised images [B, 3, H, W] -> the memory [B, M, D] that text about them reads."""
+        return self.memory(self.encode_image(images))
+
+    def next_words(self, tokens: Tensor, memory: Tensor) -> Tensor:
+        """int64 [B, T], memory [B, M, D] -> [B, T, D]: what each place has to say of the word that follows it."""
+        return self.decoder.read_image(self.decoder.read_text(tokens, causal=True), memory, causal=True)
+
     def start(self, memory: Tensor) -> DecodingState:
         """Begin generating captions from memory [B, M, D]."""
         return self.decoder.start(memory)

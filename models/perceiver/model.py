@@ -161,6 +161,15 @@ class PerceiverIO(nn.Module):
         """The decoder of a modality's patches."""
         return cast(PatchQueries, self.queries[modality])
 
+    def image_memory(self, images: Tensor) -> Tensor:
+        """Normalised images [B, 3, H, W] -> the latents [B, M, D] that text about them reads."""
+        samples = torch.arange(len(images), device=images.device)
+        return self.encode({"image": Piece(images, samples)}, len(images))
+
+    def next_words(self, tokens: Tensor, latents: Tensor) -> Tensor:
+        """int64 [B, T], latents [B, M, D] -> [B, T, W]: what each place has to say of the word that follows it."""
+        return self.decoder(tokens, latents, causal=True)
+
     def start(self, latents: Tensor) -> DecodingState:
         """Begin generating text from latents [B, M, D]."""
         return self.decoder.start(latents)

@@ -33,7 +33,8 @@ MIX = 0.4  # of the beta distribution of what a sound counts that is mixed with 
 class AudioClassification:
     """An item is one sound."""
 
-    name, family, media = "audio", "PerceiverIO", "audio"
+    name, media = "audio", "audio"
+    families: tuple[str, ...] = ("PerceiverIO",)
     needs: tuple[str, ...] = ("labels",)
     ragged: tuple[str, ...] = ("audio",)
     fresh: tuple[str, ...] = ()

@@ -18,15 +18,15 @@ from dataload.annotations import Annotations
 from dataload.images import mirror_caption, normalize
 from dataload.tokenizer import BOS, EOS, MASK, PAD, Tokenizer
 from dataload.views import squashed_view, training_view
-from models.aurora.answering import Writer
 from models.generation import generate
 from models.tokens import IGNORE
+from models.writing import Writer
 from train.config import ConfigError
 from train.evaluate.result import Score
 from train.scores.captioning import METRICS, CaptionScorer, Plan, Split, check
 from train.scores.cider import SIGMA, CiderD, Gram
 from train.scores.shuffle import derangement
-from train.tasks.base import Example, Prediction, TaskResult, item_of
+from train.tasks.base import Example, Prediction, TaskResult, item_of, new_base
 from train.tasks.config import FinetuneConfig, TaskConfig
 from train.tasks.detection import view_of
 from train.tasks.reward import CiderReward
@@ -40,7 +40,8 @@ CONSTANTS = (
 class Captioning:
     """An item is a picture with its captions."""
 
-    name, family, media = "captioning", "Aurora", "image"
+    name, media = "captioning", "image"
+    families: tuple[str, ...] = ("Aurora", "PerceiverIO")
     needs: tuple[str, ...] = ("captions",)
     ragged: tuple[str, ...] = ()
     fresh: tuple[str, ...] = ()
@@ -66,7 +67,7 @@ class Captioning:
             self.reward = CiderReward(items, tokenizer, samples, prompt_of(config, tokenizer))
 
     def model(self, config: FinetuneConfig) -> nn.Module:
-        return Writer(config.model)
+        return Writer(new_base(config))
 
     def maker(self, config: FinetuneConfig, tokenizer: Tokenizer) -> Maker:
         size, length, view_config = config.model.image_size, config.model.text_length, view_of(config)
@@ -199,7 +200,7 @@ def caption(
         room = min(room, longest + (1 if prompt is None else prompt.shape[1]))
     found = generate(
         KnownPieces(base, tokenizer),
-        base.memory(base.encode_image(images)),
+        base.image_memory(images),
         method="beam" if config.task.beams > 1 else "greedy",
         beams=config.task.beams,
         length_penalty=config.task.length_penalty,

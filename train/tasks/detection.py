@@ -31,7 +31,8 @@ SURE = 0.3  # boxes of at least this confidence are drawn
 class Detection:
     """Boxes of objects."""
 
-    name, family, media = "detection", "Aurora", "image"
+    name, media = "detection", "image"
+    families: tuple[str, ...] = ("Aurora",)
     needs: tuple[str, ...] = ("objects",)
     ragged: tuple[str, ...] = ()
     fresh: tuple[str, ...] = ("pyramid",)

@@ -205,7 +205,9 @@ def config_for(args: argparse.Namespace, loaded: LoadedModel) -> FinetuneConfig:
 
 
 def own_data(found: FinetuneConfig, start: PretrainConfig) -> FinetuneConfig:
-    """The configuration with the shards that the pre-training run held out."""
+    """The configuration with the shards that the pre-training run held out; PerceiverIO's may hold other kinds of pairs."""
+    if found.family == "PerceiverIO":
+        return found
     data = replace(found.data, train=start.data.train, heldout=start.data.heldout, cache=start.data.cache)
     return replace(found, data=data)
 

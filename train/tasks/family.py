@@ -28,7 +28,7 @@ class TaskFamily:
 
     def __init__(self, config: FinetuneConfig) -> None:
         self.config, self.task = config, task_of(config.task.kind)
-        self.name = f"{self.task.family}, {self.task.name}"
+        self.name = f"{config.family}, {self.task.name}"
 
     def model(self, config: PretrainConfig) -> nn.Module:
         assert isinstance(config, FinetuneConfig)

@@ -14,6 +14,7 @@ from train.tasks.config import (
     TaskDataConfig,
     TaskObjectives,
 )
+from train.tasks.registry import task_of
 
 
 def task_preset(kind: str, start: PretrainConfig) -> FinetuneConfig:
@@ -29,9 +30,9 @@ def task_preset(kind: str, start: PretrainConfig) -> FinetuneConfig:
     if make is None:
         raise ConfigError(f"no task is called {kind!r}")
     perceiver = isinstance(start.model, PerceiverConfig)
-    if perceiver != (kind == "audio"):
-        has, wanted = ("PerceiverIO", "Aurora") if perceiver else ("Aurora", "PerceiverIO")
-        raise ConfigError(f"{kind} is for {wanted}; the checkpoint is {has}'s")
+    has, wanted = "PerceiverIO" if perceiver else "Aurora", task_of(kind).families
+    if has not in wanted:
+        raise ConfigError(f"{kind} is for {' and '.join(wanted)}; the checkpoint is {has}'s")
     model = start.model
     made = make(PerceiverFinetuneConfig(model=model) if perceiver else FinetuneConfig(model=model))  # type: ignore[arg-type]
     if (

@@ -27,7 +27,8 @@ PAIRS = 256  # of picture and caption that the decoder reads at once
 class Retrieval:
     """An item is a picture with its captions."""
 
-    name, family, media = "retrieval", "Aurora", "image"
+    name, media = "retrieval", "image"
+    families: tuple[str, ...] = ("Aurora",)
     needs: tuple[str, ...] = ("captions",)
     ragged: tuple[str, ...] = ("captions",)
     fresh: tuple[str, ...] = ()

@@ -10,9 +10,9 @@ from torch import Tensor
 from dataload.annotated import Items
 from dataload.images import mirror_caption
 from dataload.tokenizer import Tokenizer
-from models.aurora.model import Aurora
 from models.generation import Generator
 from models.tokens import EOS
+from models.writing import Narrator
 from train.scores.captioning import regex_tokenize
 from train.scores.cider import CiderD, Weighed
 
@@ -49,14 +49,14 @@ def ended(caption: str) -> str:
 
 
 class CiderCritic:
-    """See `models.aurora.answering.Critic`."""
+    """See `models.writing.Critic`."""
 
     def __init__(self, reward: CiderReward, references: Sequence[Sequence[Weighed]]) -> None:
         """references: of each picture of the batch, its captions as CIDEr sees them."""
         self.reward, self.references = reward, references
         self.samples, self.prompt = reward.samples, reward.prompt
 
-    def speaker(self, model: Aurora) -> Generator:
+    def speaker(self, model: Narrator) -> Generator:
         from train.generate.__main__ import KnownPieces
 
         return KnownPieces(model, self.reward.tokenizer)

@@ -193,7 +193,7 @@ def describe(run: Run, result: TaskResult | None) -> dict[str, Any]:
         "prompt": config.task.prompt,
         "started_from": config.checkpoint,
         "model": {
-            "family": task_of(config.task.kind).family,
+            "family": config.family,
             "parameters": sum(p.numel() for p in run.engine.model.parameters()),
             "learning": sum(p.numel() for p in run.engine.model.parameters() if p.requires_grad),
             "image_size": config.model.image_size,

@@ -33,7 +33,8 @@ BACKGROUND = "background"
 class Segmentation:
     """A class per pixel: of KEY.seg.png, or the objects' masks over a background."""
 
-    name, family, media = "segmentation", "Aurora", "image"
+    name, media = "segmentation", "image"
+    families: tuple[str, ...] = ("Aurora",)
     needs: tuple[str, ...] = ()
     ragged: tuple[str, ...] = ()
     fresh: tuple[str, ...] = ("pyramid",)

@@ -119,4 +119,4 @@ def _answer(
     if config.task.head == "chosen":
         return config.task.classes[int(loaded.model.answers(images, tokens).argmax())]
     base = loaded.model.base
-    return write(base, base.memory(base.encode_image(images)), tokens, config, loaded.tokenizer, longest)[0]
+    return write(base, base.image_memory(images), tokens, config, loaded.tokenizer, longest)[0]

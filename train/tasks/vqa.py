@@ -17,15 +17,16 @@ from dataload.annotations import Annotations, Question
 from dataload.images import mirror_caption, normalize
 from dataload.tokenizer import BOS, EOS, Tokenizer
 from dataload.views import squashed_view, training_view
-from models.aurora.answering import Chooser, Writer
+from models.aurora.answering import Chooser
 from models.generation import generate
 from models.tokens import IGNORE
+from models.writing import Writer
 from train.config import ConfigError
 from train.evaluate.result import Score
 from train.scores.vqa import Truth, best_constant, score_vqa, truth_of
 from train.scores.vqa import accuracy as official
 from train.scores.vqa import normalize as plain
-from train.tasks.base import Example, Prediction, TaskResult, item_of
+from train.tasks.base import Example, Prediction, TaskResult, item_of, new_base
 from train.tasks.config import FinetuneConfig, TaskConfig
 from train.tasks.detection import view_of
 
@@ -38,7 +39,8 @@ def longest_answer(length: int) -> int:
 class QuestionAnswering:
     """An item is one question."""
 
-    name, family, media = "vqa", "Aurora", "image"
+    name, media = "vqa", "image"
+    families: tuple[str, ...] = ("Aurora", "PerceiverIO")
     needs: tuple[str, ...] = ("questions",)
     ragged: tuple[str, ...] = ()
     fresh: tuple[str, ...] = ()
@@ -69,7 +71,7 @@ class QuestionAnswering:
     def model(self, config: FinetuneConfig) -> nn.Module:
         if config.task.head == "chosen":
             return Chooser(config.model, len(config.task.classes))
-        return Writer(config.model)
+        return Writer(new_base(config))
 
     def maker(self, config: FinetuneConfig, tokenizer: Tokenizer) -> Maker:
         size, length, view_config = config.model.image_size, config.model.text_length, view_of(config)
@@ -128,8 +130,7 @@ class QuestionAnswering:
             answers = [config.task.classes[i] for i in best]
         else:
             base = model.base
-            memory = base.memory(base.encode_image(images))
-            answers = write(base, memory, batch["tokens"], config, tokenizer)
+            answers = write(base, base.image_memory(images), batch["tokens"], config, tokenizer)
         return [Prediction(number, answer) for number, answer in zip(batch.items, answers, strict=True)]
 
     def score(

@@ -34,7 +34,8 @@ NOTHING = "zero-shot classification trains nothing: python -m train.evaluate cla
 class ZeroShot:
     """An item is a picture with labels; where there are none, with objects, whose categories are its labels."""
 
-    name, family, media = "classify", "Aurora", "image"
+    name, media = "classify", "image"
+    families: tuple[str, ...] = ("Aurora",)
     needs: tuple[str, ...] = ()
     ragged: tuple[str, ...] = ()
     fresh: tuple[str, ...] = ()

@@ -1,0 +1,160 @@
+"""Captions and answers by PerceiverIO: fine-tuned, scored, asked from the shell and from Python, as Aurora's are."""
+
+from __future__ import annotations
+
+import json
+import tarfile
+from pathlib import Path
+
+import pytest
+import torch
+import torch.nn.functional as F
+
+from models import load_pretrained
+from models.objectives import ObjectiveConfig
+from models.perceiver import PERCEIVER_SIZES, PerceiverIO
+from models.tokens import IGNORE
+from models.writing import Writer
+from tests.micro import corpus
+from train import finetune
+from train.checkpoint import load_model
+from train.evaluate import __main__ as evaluate
+from train.generate import __main__ as generate
+from train.pretrain import main as pretrain
+
+SMALL = {
+    "latents": 8, "latent-width": 32, "latent-layers": 1, "latent-head-dim": 16, "encoder-width": 32,
+    "encoder-head-dim": 16, "image-size": 32, "image-patch": 16, "text-width": 32, "decoder-width": 32,
+    "decoder-head-dim": 16, "decoder-layers": 1, "query-width": 32, "embedding-width": 16,
+}  # fmt: skip
+
+
+@pytest.fixture(scope="module")
+def started(tmp_path_factory: pytest.TempPathFactory) -> Path:
+    """One step of a very small model on pictures with captions."""
+    pytest.importorskip("av", reason="needs PyAV: pip install 'auroraio[data]'")
+    pytest.importorskip("soundfile", reason="needs soundfile: pip install 'auroraio[data]'")
+    out, paths = tmp_path_factory.mktemp("start") / "run", corpus()
+    words = ["perceiver-tiny", "--out", str(out), "--data.tokenizer", str(paths.tokenizer)]
+    words += [
+        "--data.image-text.train",
+        *map(str, paths.train),
+        "--data.image-text.heldout",
+        *map(str, paths.heldout),
+    ]
+    words += [word for name, value in SMALL.items() for word in (f"--model.{name}", str(value))]
+    words += "--steps 1 --batch-size 8 --optim.warmup 0 --eval-every 0 --eval-images 2 --device cpu --precision fp32".split()
+    assert pretrain(words) == 0
+    return out
+
+
+@pytest.fixture(scope="module")
+def picture(tmp_path_factory: pytest.TempPathFactory) -> Path:
+    out = tmp_path_factory.mktemp("picture")
+    with tarfile.open(corpus().heldout[0]) as tar:
+        member = next(m for m in tar if m.name.endswith((".png", ".jpg", ".webp")))
+        file = tar.extractfile(member)
+        assert file is not None
+        path = out / f"one{Path(member.name).suffix}"
+        path.write_bytes(file.read())
+    return path
+
+
+def command(task: str, start: Path, out: Path, *more: str) -> list[str]:
+    data = ("--data.train", *map(str, corpus().train), "--data.workers", "1")
+    run = ("--device", "cpu", "--precision", "fp32", "--optim.warmup", "0", "--eval-every", "0")
+    return [
+        task,
+        "--checkpoint",
+        str(start),
+        *data,
+        *run,
+        "--batch-size",
+        "8",
+        "--steps",
+        "3",
+        "--out",
+        str(out),
+        *more,
+    ]
+
+
+def said(capsys: pytest.CaptureFixture[str], picture: Path, *words: str) -> str:
+    capsys.readouterr()
+    assert generate.main([*words, str(picture)]) == 0
+    return capsys.readouterr().out.strip().removeprefix(f"{picture}:").strip()
+
+
+def test_captions(started: Path, picture: Path, tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
+    out = tmp_path / "captions"
+    assert finetune.main(command("captioning", started, out)) == 0
+    losses = [json.loads(line)["losses"] for line in (out / "metrics.jsonl").read_text().splitlines()]
+    assert all(set(one) == {"text"} for one in losses) and losses[-1]["text"] < losses[0]["text"]
+    assert json.loads((out / "summary.json").read_text())["model"]["family"] == "PerceiverIO"
+    heldout = [*map(str, corpus().heldout)]
+    scored = tmp_path / "captioning.json"
+    assert (
+        evaluate.main(["captioning", "--checkpoint", str(out), "--data", *heldout, "--output", str(scored)])
+        == 0
+    )
+    record = json.loads(scored.read_text())
+    assert record["counts"]["images"] == 12 and record["scores"]["CIDEr"]["value"] >= 0
+    caption = said(capsys, picture, "--checkpoint", str(out), "--method", "beam", "--beams", "3")
+    assert caption == load_pretrained(out).caption(picture, beams=3)
+    critical = tmp_path / "critical"
+    assert finetune.main(command("captioning", out, critical, "--objectives.self-critical", "2")) == 0
+    losses = [json.loads(line)["losses"] for line in (critical / "metrics.jsonl").read_text().splitlines()]
+    assert all(set(one) == {"cider"} for one in losses)
+
+
+def test_answers(started: Path, picture: Path, tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
+    out, question = tmp_path / "answers", "what color is the circle?"
+    assert finetune.main(command("vqa", started, out)) == 0
+    heldout, scored = [*map(str, corpus().heldout)], tmp_path / "vqa.json"
+    assert evaluate.main(["vqa", "--checkpoint", str(out), "--data", *heldout, "--output", str(scored)]) == 0
+    assert 0 <= json.loads(scored.read_text())["scores"]["accuracy"]["value"] <= 1
+    answer = said(capsys, picture, "--checkpoint", str(out), "--question", question)
+    assert answer == load_pretrained(out).answer(picture, question)
+
+
+def test_what_is_aurora_s_alone_is_refused(
+    started: Path, tmp_path: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    assert finetune.main(command("detection", started, tmp_path / "a")) == 2
+    assert "detection is for Aurora; the checkpoint is PerceiverIO's" in capsys.readouterr().err
+    assert finetune.main(command("vqa", started, tmp_path / "b", "--task.head", "chosen")) == 2
+    assert "task.head chosen is for Aurora; PerceiverIO writes its answers" in capsys.readouterr().err
+
+
+def test_a_pretrained_model_is_scored_as_it_is(started: Path, tmp_path: Path) -> None:
+    scored, heldout = tmp_path / "captioning.json", [*map(str, corpus().heldout)]
+    words = ["captioning", "--checkpoint", str(started), "--data", *heldout, "--output", str(scored)]
+    assert evaluate.main(words) == 0
+    assert json.loads(scored.read_text())["counts"]["images"] == 12
+
+
+def test_the_loss_is_that_of_the_words_by_hand(started: Path) -> None:
+    """Of two captions of each picture, next-token cross-entropies (and z-losses) over the words asked for."""
+    torch.manual_seed(0)
+    base = load_model(started).model.eval()
+    assert isinstance(base, PerceiverIO)
+    images, tokens = torch.randn(2, 3, 32, 32), torch.randint(5, 60, (4, 9))
+    targets = tokens.clone()
+    targets[:, :2] = IGNORE
+    targets[1, 6:] = IGNORE
+    (loss,) = Writer(base)(images, tokens, targets).values()
+    total, count = torch.zeros(()), 0
+    for row in range(4):
+        latents = base.image_memory(images[row // 2 : row // 2 + 1])
+        logits = base.decoder.logits(base.decoder(tokens[row : row + 1, :-1], latents, causal=True))[0]
+        wanted = targets[row, 1:]
+        total = total + F.cross_entropy(logits, wanted, ignore_index=IGNORE, reduction="sum")
+        total = total + ObjectiveConfig().z_loss * logits.logsumexp(1)[wanted != IGNORE].square().sum()
+        count += int((wanted != IGNORE).sum())
+    torch.testing.assert_close(loss, total / count)
+
+
+def test_the_largest_has_what_writing_asks_for() -> None:
+    with torch.device("meta"):
+        writer = Writer(PerceiverIO(PERCEIVER_SIZES["xl"]))
+    assert sum(p.numel() for p in writer.parameters()) == sum(p.numel() for p in writer.base.parameters())
