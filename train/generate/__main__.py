@@ -175,10 +175,17 @@ def caption_images(
     loaded: LoadedModel, images: Tensor, args: argparse.Namespace, generator: torch.Generator
 ) -> list[list[str]]:
     """`num` captions for each of images, uint8 [B, H, W, 3]."""
-    model = loaded.model
-    memory = model.memory(model.encode_image(normalize(images.to(generator.device))))  # [B, M, D]
+    memory = loaded.model.image_memory(normalize(images.to(generator.device)))
+    return write(loaded, memory, args, generator)
+
+
+@torch.no_grad()
+def write(
+    loaded: LoadedModel, memory: Tensor, args: argparse.Namespace, generator: torch.Generator
+) -> list[list[str]]:
+    """`num` captions for each row of memory [B, M, D], as the options say."""
     ids = generate(
-        KnownPieces(model, loaded.tokenizer),
+        KnownPieces(loaded.model, loaded.tokenizer),
         memory.repeat_interleave(args.num, 0),
         method=args.method,
         max_length=args.max_length or loaded.config.model.text_length,

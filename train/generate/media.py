@@ -13,10 +13,9 @@ from dataload.broken import BrokenSample
 from dataload.multimodal.sample import Clip
 from dataload.pack.kinds import kind_of
 from dataload.packed import pack
-from models.generation import generate
 from models.perceiver import PerceiverIO, Piece
 from train.checkpoint import LoadedModel
-from train.generate.__main__ import KnownPieces
+from train.generate.__main__ import write
 from train.multimodal.config import PerceiverPretrainConfig
 
 
@@ -68,20 +67,7 @@ def caption_clips(
     """`num` captions for each."""
     model: PerceiverIO = loaded.model
     latents = model.encode(pieces(clips, generator.device), len(clips))
-    ids = generate(
-        KnownPieces(model, loaded.tokenizer),
-        latents.repeat_interleave(args.num, 0),
-        method=args.method,
-        max_length=args.max_length or loaded.config.model.text_length,
-        beams=args.beams,
-        length_penalty=args.length_penalty,
-        temperature=args.temperature,
-        top_k=args.top_k,
-        top_p=args.top_p,
-        generator=generator,
-    )
-    texts = [loaded.tokenizer.decode(tokens) for tokens in ids]
-    return [texts[i : i + args.num] for i in range(0, len(texts), args.num)]
+    return write(loaded, latents, args, generator)
 
 
 def pieces(clips: Sequence[Clip], device: torch.device) -> dict[str, Piece]:
