@@ -127,10 +127,14 @@ def test_what_is_aurora_s_alone_is_refused(
 
 
 def test_a_pretrained_model_is_scored_as_it_is(started: Path, tmp_path: Path) -> None:
-    scored, heldout = tmp_path / "captioning.json", [*map(str, corpus().heldout)]
-    words = ["captioning", "--checkpoint", str(started), "--data", *heldout, "--output", str(scored)]
-    assert evaluate.main(words) == 0
-    assert json.loads(scored.read_text())["counts"]["images"] == 12
+    """On the pictures that its run held out, unless others are named."""
+    heldout = [*map(str, corpus().heldout)]
+    for name, more in (("named", ["--data", *heldout]), ("own", [])):
+        scored = tmp_path / f"{name}.json"
+        words = ["captioning", "--checkpoint", str(started), *more, "--output", str(scored)]
+        assert evaluate.main(words) == 0
+        record = json.loads(scored.read_text())
+        assert record["counts"]["images"] == 12 and record["data"]["shards"] == heldout
 
 
 def test_the_loss_is_that_of_the_words_by_hand(started: Path) -> None:

@@ -25,6 +25,7 @@ from train.checkpoint import LoadedModel, find, load_model, read_config
 from train.config import ConfigError, PretrainConfig
 from train.engine import Ranks, join, leave
 from train.machine import choose_precision
+from train.multimodal.config import PerceiverPretrainConfig
 from train.report.tasks import write_task_page
 from train.tasks.base import Task, TaskResult
 from train.tasks.config import FinetuneConfig
@@ -205,11 +206,14 @@ def config_for(args: argparse.Namespace, loaded: LoadedModel) -> FinetuneConfig:
 
 
 def own_data(found: FinetuneConfig, start: PretrainConfig) -> FinetuneConfig:
-    """The configuration with the shards that the pre-training run held out; PerceiverIO's may hold other kinds of pairs."""
-    if found.family == "PerceiverIO":
-        return found
-    data = replace(found.data, train=start.data.train, heldout=start.data.heldout, cache=start.data.cache)
-    return replace(found, data=data)
+    """The configuration with the shards that the pre-training run held out: PerceiverIO's, of its pictures."""
+    if isinstance(start, PerceiverPretrainConfig):
+        pairs = start.data.pairs()
+        train = tuple(pattern for pair in pairs.values() for pattern in pair.train)
+        heldout = pairs["image-text"].heldout
+    else:
+        train, heldout = start.data.train, start.data.heldout
+    return replace(found, data=replace(found.data, train=train, heldout=heldout, cache=start.data.cache))
 
 
 def model_for(task: Task, loaded: LoadedModel, config: FinetuneConfig) -> nn.Module:
