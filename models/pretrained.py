@@ -53,12 +53,16 @@ class Box:
 class Pretrained:
     """A trained model with what it needs to read pictures and write text. `model` is the module itself, in eval mode."""
 
-    def __init__(self, model: nn.Module, config: Any, tokenizer: bytes, task: Mapping[str, Any]) -> None:
+    def __init__(
+        self, model: nn.Module, config: Any, tokenizer: bytes, task: Mapping[str, Any], *, writes: bool = True
+    ) -> None:
+        """writes: whether the model has learned to write captions."""
         import sentencepiece
 
         self.model: Any = model
         self.config = config
         self.task = dict(task)
+        self.writes = writes
         self.tokenizer = sentencepiece.SentencePieceProcessor(model_proto=tokenizer)
 
     @property
@@ -96,7 +100,11 @@ class Pretrained:
 
     @torch.no_grad()
     def caption(self, picture: Picture, *, beams: int = 4, length_penalty: float = 1.0) -> str:
-        """A caption, by beam search."""
+        """A caption, by beam search. Raises ValueError of a model that never learned to write them."""
+        if not self.writes:
+            raise ValueError(
+                "this model never learned to write captions: python -m train.finetune captioning"
+            )
         fit = "squash" if self.task.get("kind") == "captioning" else "crop"
         memory = self.base.image_memory(self.pixels([picture], fit))
         prompt = None
@@ -189,10 +197,6 @@ class Pretrained:
         odds = (scale * self.image_embedding([picture]) @ classes.T).softmax(-1)[0]
         return dict(zip(labels, odds.tolist(), strict=True))
 
-    def _must_be(self, kind: type[nn.Module], what: str) -> None:
-        if not isinstance(self.base, kind):
-            raise ValueError(f"{type(self.base).__name__} gives no {what} here; {kind.__name__} does")
-
     def _write(self, memory: Tensor, prompt: Tensor | None, length: int, beams: int, penalty: float) -> str:
         (ids,) = generate(
             _Speaker(self.base, self.tokenizer.get_piece_size()), memory, method="beam" if beams > 1 else "greedy",
@@ -237,7 +241,9 @@ def load_pretrained(path: str | Path, device: torch.device | str = "cpu", *, ema
     if missing := [name for name in problems.missing_keys if name in own] + problems.unexpected_keys:
         raise ValueError(f"{folder} does not fit: {len(missing)} weights, the first is {missing[0]}")
     merge_lora(model)
-    return Pretrained(model.to(device).eval(), settings, (folder / "tokenizer.model").read_bytes(), task)
+    writes = task.get("kind") != "audio" and bool((config.get("objectives") or {}).get("caption", 1))
+    words = (folder / "tokenizer.model").read_bytes()
+    return Pretrained(model.to(device).eval(), settings, words, task, writes=writes)
 
 
 def find_checkpoint(path: Path) -> Path:

@@ -3,7 +3,9 @@
 from __future__ import annotations
 
 import json
+import shutil
 import tarfile
+from collections.abc import Callable
 from pathlib import Path
 
 import pytest
@@ -12,7 +14,8 @@ import torch.nn.functional as F
 
 from models import load_pretrained
 from models.objectives import ObjectiveConfig
-from models.perceiver import PERCEIVER_SIZES, PerceiverIO
+from models.perceiver import PERCEIVER_SIZES, PerceiverIO, latents
+from models.perceiver.queries import text
 from models.tokens import IGNORE
 from models.writing import Writer
 from tests.micro import corpus
@@ -21,6 +24,8 @@ from train.checkpoint import load_model
 from train.evaluate import __main__ as evaluate
 from train.generate import __main__ as generate
 from train.pretrain import main as pretrain
+from train.tasks.config import TuneConfig
+from train.tasks.tuning import prepare
 
 SMALL = {
     "latents": 8, "latent-width": 32, "latent-layers": 1, "latent-head-dim": 16, "encoder-width": 32,
@@ -79,6 +84,15 @@ def command(task: str, start: Path, out: Path, *more: str) -> list[str]:
     ]
 
 
+def replace_objectives(run: Path, copy: Path) -> Path:
+    """The run's checkpoint as one that was trained without captions."""
+    shutil.copytree(run / "checkpoints/step-000001", copy)
+    config = json.loads((copy / "config.json").read_text())
+    config["objectives"]["caption"] = 0.0
+    (copy / "config.json").write_text(json.dumps(config))
+    return copy
+
+
 def said(capsys: pytest.CaptureFixture[str], picture: Path, *words: str) -> str:
     capsys.readouterr()
     assert generate.main([*words, str(picture)]) == 0
@@ -117,6 +131,48 @@ def test_answers(started: Path, picture: Path, tmp_path: Path, capsys: pytest.Ca
     assert answer == load_pretrained(out).answer(picture, question)
 
 
+def test_pictures_may_be_of_another_size(started: Path, tmp_path: Path) -> None:
+    """The positions are what the pre-trained model itself gives to a picture of that size."""
+    out = tmp_path / "larger"
+    larger = ("--model.image-size", "64", "--steps", "1", "--optim.lr", "1e-6")  # so small that nothing moves
+    assert finetune.main(command("captioning", started, out, *larger)) == 0
+    before, after = load_model(started).model, load_model(out).model.base
+    learned = after.adapters["image"].positions.flatten(0, 1)
+    torch.testing.assert_close(learned, before.adapters["image"].place((4, 4)), atol=1e-4, rtol=1e-4)
+    images = torch.randn(2, 3, 64, 64)
+    torch.testing.assert_close(
+        after.eval().image_memory(images), before.eval().image_memory(images), atol=1e-3, rtol=1e-3
+    )
+
+
+def test_activations_are_recomputed_where_that_is_asked_for(
+    started: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    calls: list[str] = []
+    for module in (text, latents):
+        real = module.checkpoint
+
+        def counted(
+            *args: object, real: Callable[..., object] = real, name: str = module.__name__, **more: object
+        ) -> object:
+            calls.append(name)
+            return real(*args, **more)
+
+        monkeypatch.setattr(module, "checkpoint", counted)
+    assert finetune.main(command("captioning", started, tmp_path / "kept")) == 0 and not calls
+    assert (
+        finetune.main(command("captioning", started, tmp_path / "again", "--activation-checkpointing")) == 0
+    )
+    assert {name.rpartition(".")[2] for name in calls} == {"text", "latents"}
+
+
+def test_a_weight_that_two_parts_share_is_frozen_with_both(started: Path) -> None:
+    for part in ("decoder", "decoder.embedding", "text"):
+        model = prepare(Writer(load_model(started).model), TuneConfig(freeze=(part,)))
+        assert not model.base.decoder.embedding.weight.requires_grad, part
+        assert model.base.latent.latents.requires_grad
+
+
 def test_what_is_aurora_s_alone_is_refused(
     started: Path, tmp_path: Path, capsys: pytest.CaptureFixture[str]
 ) -> None:
@@ -124,6 +180,11 @@ def test_what_is_aurora_s_alone_is_refused(
     assert "detection is for Aurora; the checkpoint is PerceiverIO's" in capsys.readouterr().err
     assert finetune.main(command("vqa", started, tmp_path / "b", "--task.head", "chosen")) == 2
     assert "task.head chosen is for Aurora; PerceiverIO writes its answers" in capsys.readouterr().err
+    assert finetune.main(command("vqa", started, tmp_path / "b", "--task.head", "chosen", "--dry-run")) == 2
+    assert "task.head chosen is for Aurora" in capsys.readouterr().err
+    silent = replace_objectives(started, tmp_path / "silent")
+    with pytest.raises(ValueError, match="never learned to write captions"):
+        load_pretrained(silent).caption("none.jpg")
 
 
 def test_a_pretrained_model_is_scored_as_it_is(started: Path, tmp_path: Path) -> None:

@@ -134,7 +134,8 @@ class TorchEngine:
         self.config, self.device, self.precision, self.ranks = config, device, precision, ranks
         self.family = family_of(config)
         self.model = cast(Any, self.placed(model).train())
-        self.model.gradient_checkpointing = config.activation_checkpointing
+        within = getattr(self.model, "base", self.model)  # a task's model has the one that knows how
+        within.gradient_checkpointing = config.activation_checkpointing
         self.ema: Ema | None = None
         self.weights = {name: weight for name, weight in config.objectives.weights().items() if weight}
         self._sums: dict[str, Tensor] = {}

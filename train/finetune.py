@@ -3,7 +3,7 @@
     python -m train.finetune detection --checkpoint runs/aurora-tiny                  # the built-in corpus
     python -m train.finetune captioning --checkpoint runs/aurora-tiny --data.train "shards/train-*.tar" \\
         --data.heldout "shards/val-*.tar"
-    python -m train.finetune vqa --checkpoint runs/aurora-tiny --tune.lora-rank 8     # LoRA
+    python -m train.finetune vqa --checkpoint runs/aurora-tiny --tune.lora-rank 8     # LoRA; of PerceiverIO too
     python -m train.finetune audio                          # the built-in sounds; without --checkpoint a new model
     torchrun --nproc-per-node 8 -m train.finetune ...                                 # several GPUs, or CPU processes
 
@@ -21,7 +21,7 @@ import tyro
 from dataload.pipeline import TooManyBroken, WorkerStuck
 from dataload.sandbox import SandboxError
 from train.checkpoint import CheckpointError, read_config
-from train.config import ConfigError, PretrainConfig
+from train.config import ConfigError, PretrainConfig, problems
 from train.multimodal.presets import perceiver_sounds
 from train.pretrain import TrainingError, pretrain
 from train.tasks.config import FinetuneConfig
@@ -88,6 +88,8 @@ def main(argv: Sequence[str] | None = None) -> int:
     args = list(sys.argv[1:] if argv is None else argv)
     try:
         config = completed(parse(args))
+        if config.dry_run and (found := problems(config)):
+            raise ConfigError("\n".join(found))
         if config.dry_run:
             print(f"dry run: {config.task.kind}, {len(config.task.classes)} classes; nothing was run")
             return 0

@@ -11,6 +11,7 @@ from train.checkpoint import LoadedModel
 from train.config import to_dict
 
 USES = {
+    "captioning": 'print(model.caption("photo.jpg"))',
     "detection": 'print(model.detect("photo.jpg"))',
     "segmentation": 'print(model.segment("photo.jpg").shape)',
     "vqa": 'print(model.answer("photo.jpg", "what is this?"))',

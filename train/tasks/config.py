@@ -53,8 +53,8 @@ class TuneConfig:
     """Which weights learn."""
 
     freeze: tuple[str, ...] = ()
-    """Parts of the pre-trained model that keep their weights: encoder, decoder, encoder.stages.0 ...; all: everything but the
-    task's head."""
+    """Parts of the pre-trained model that keep their weights, of Aurora encoder, decoder, encoder.stages.0 ..., of PerceiverIO
+    adapters, latent, decoder ...; all: everything but the task's head. A weight that two parts share belongs to both."""
     lora_rank: int = 0
     """Rank of LoRA's matrices (arXiv:2106.09685, models/lora.py); the pre-trained weights then keep their values. 0: off."""
     lora_alpha: float = 16.0

@@ -5,6 +5,7 @@ from __future__ import annotations
 from collections.abc import Collection, Mapping
 
 import torch
+import torch.nn.functional as F
 from torch import Tensor, nn
 from torch.nn.modules.batchnorm import _BatchNorm
 
@@ -14,6 +15,8 @@ from train.tasks.config import TuneConfig
 
 PLACES, QUERIES = "adapters.audio.positions", "queries.audio.queries"
 """Learned positions [T, ...] of the moments of a sound; what is asked of each place, all of a moment one behind the other."""
+GRID, PATCHES = "adapters.image.positions", "queries.image.queries"
+"""Learned positions [H, W, E] of the patches of a picture; what is asked of each patch [H W, E]."""
 
 
 def prepare(model: nn.Module, tune: TuneConfig, fresh: Collection[str] = ()) -> nn.Module:
@@ -28,7 +31,7 @@ def prepare(model: nn.Module, tune: TuneConfig, fresh: Collection[str] = ()) -> 
     for part in tune.freeze:
         prefix = "base." if part == "all" else f"base.{part}."
         found = False
-        for name, parameter in model.named_parameters():
+        for name, parameter in model.named_parameters(remove_duplicate=False):
             if name.startswith(prefix) or name == f"base.{part}":
                 found = True
                 if ".lora_" not in name:
@@ -67,11 +70,12 @@ def load_base(model: nn.Module, weights: Mapping[str, Tensor], optional: Collect
     """Copy a pre-trained model's weights into `model.base`; returns the names that stay as they were initialised.
 
     optional: beginnings of names that may be missing or of another shape (a head for other classes). Sounds may be of another
-    length: see `with_sounds_of`. Raises ConfigError naming all others that do not fit.
+    length, and PerceiverIO's pictures of another size: see `with_sounds_of`, `with_pictures_of`. Raises ConfigError naming all
+    others that do not fit.
     """
     base = _base(model)
     own = base.state_dict()
-    weights = with_sounds_of(weights, own)
+    weights = with_pictures_of(with_sounds_of(weights, own), own)
     kept: list[str] = []
     wrong: list[str] = []
     for name, tensor in own.items():
@@ -109,6 +113,30 @@ def with_sounds_of(weights: Mapping[str, Tensor], own: Mapping[str, Tensor]) -> 
         moments = found[name].unflatten(0, (had, -1))
         last = moments[-1:].expand(max(has - had, 0), *moments.shape[1:])
         found[name] = torch.cat([moments, last])[:has].flatten(0, 1)
+    return found
+
+
+def with_pictures_of(weights: Mapping[str, Tensor], own: Mapping[str, Tensor]) -> dict[str, Tensor]:
+    """The weights for pictures of the size that the weights `own` are for: what belongs to a patch is interpolated, as
+    PerceiverIO does with a picture of another size."""
+    found = dict(weights)
+    if GRID not in found or GRID not in own or found[GRID].shape[2:] != own[GRID].shape[2:]:
+        return found
+    had, has = found[GRID].shape[:2], own[GRID].shape[:2]
+    if had == has:
+        return found
+
+    def at(table: Tensor) -> Tensor:  # [H, W, E]
+        wide = table.permute(2, 0, 1)[None].float()
+        return (
+            F.interpolate(wide, size=tuple(has), mode="bilinear", align_corners=False)[0]
+            .permute(1, 2, 0)
+            .to(table)
+        )
+
+    found[GRID] = at(found[GRID])
+    if PATCHES in found and len(found[PATCHES]) == had.numel():
+        found[PATCHES] = at(found[PATCHES].unflatten(0, had)).flatten(0, 1)
     return found
 
 
