@@ -89,11 +89,11 @@ def decode(
         raise ValueError(f"seconds={seconds}: more than 0, and at most max_seconds={max_seconds:g}")
     arguments = (bytes(data), start, seconds, float(place), float(max_seconds))
     if sandbox is None:
-        from dataload.audio_decode import decode_here
+        from dataload.decode.audio import decode_here
 
         return Sound(*decode_here(*arguments))
     return Sound(*_checked(sandbox.call(
-        "dataload.audio_decode:decode_here", *arguments, timeout=timeout, needs=_NEEDS, broken=BrokenAudio
+        "dataload.decode.audio:decode_here", *arguments, timeout=timeout, needs=_NEEDS, broken=BrokenAudio
     )))  # fmt: skip
 
 

@@ -19,9 +19,8 @@ import numpy as np
 import torch
 from PIL import Image, ImageEnhance
 
-from dataload.crops import crop_box
-from dataload.jpeg_header import everyday_size
-from dataload.picture_decode import (
+from dataload.decode.crops import crop_box
+from dataload.decode.picture import (
     MAX_PIXELS,
     UPRIGHT,
     BrokenImage,
@@ -33,6 +32,7 @@ from dataload.picture_decode import (
     orientation_of,
     to_rgb,
 )
+from dataload.jpeg_header import everyday_size
 from dataload.resize import resize
 from dataload.scratch import scratch
 
@@ -48,7 +48,7 @@ __all__ = [
 MEAN = (0.485, 0.456, 0.406)
 STD = (0.229, 0.224, 0.225)
 """ImageNet's mean and standard deviation per RGB channel, for pixels in 0..1."""
-CHILD = "dataload.picture_decode:decode_array"
+CHILD = "dataload.decode.picture:decode_array"
 MANY_SCANS = 100
 """of a JPEG; encoders write 1 to 20"""
 _SCAN = b"\xff\xda"

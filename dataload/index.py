@@ -13,11 +13,11 @@ from pathlib import Path
 import numpy as np
 
 from dataload import shards
-from dataload.address import Remote
 from dataload.progress import Progress
-from dataload.shard import Address, load_shard
+from dataload.remote.address import Remote
 from dataload.shards import BrokenShard, Cache, ShardIndex, ShardWarning
-from dataload.tarindex import MEDIA
+from dataload.shards.shard import Address, load_shard
+from dataload.shards.tarindex import MEDIA
 
 DESCRIPTION = """\
 Reads the headers and captions of tar shards once and writes NAME.tar.index beside each (for remote shards: into

@@ -20,8 +20,8 @@ from dataload.annotations import CLASSES
 from dataload.files import write_atomically
 from dataload.index import EXCLUDE, PATTERNS, listed, open_all, say_problems
 from dataload.progress import Progress
-from dataload.shard import load_shard
 from dataload.shards import ShardIndex
+from dataload.shards.shard import load_shard
 
 DESCRIPTION = """\
 Writes the samples of tar shards as shards of another size, in their order or shuffled, without those of an exclude

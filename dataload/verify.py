@@ -21,8 +21,8 @@ from dataload.index import EXCLUDE, PATTERNS, listed, open_all, say_problems
 from dataload.progress import Progress
 from dataload.sandbox import Sandbox
 from dataload.shards import ShardIndex
+from dataload.shards.tarindex import BIT
 from dataload.substitute import describe
-from dataload.tarindex import BIT
 
 DESCRIPTION = """\
 Decodes every picture, sound and video of tar shards, each in a child process that a damaged file may crash, and

@@ -9,7 +9,7 @@ from __future__ import annotations
 
 def image(data: bytes, max_pixels: int) -> str:
     """A picture."""
-    from dataload import picture_decode
+    from dataload.decode import picture as picture_decode
 
     picture_decode.decode(data, max_pixels)
     return ""

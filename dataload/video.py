@@ -124,7 +124,7 @@ def decode(
         "interpolation": interpolation, "sound": sound, "max_pixels": max_pixels, "max_seconds": float(max_seconds),
     }  # fmt: skip
     if sandbox is None:
-        from dataload.video_decode import decode_here
+        from dataload.decode.video import decode_here
 
         return Clip(**decode_here(bytes(data), plan))
     needs = [
@@ -133,7 +133,7 @@ def decode(
         *(["soundfile", "soxr"] if sound else []),
     ]
     answer = sandbox.call(
-        "dataload.video_decode:decode_here",
+        "dataload.decode.video:decode_here",
         bytes(data),
         plan,
         timeout=timeout,

@@ -16,7 +16,7 @@ from PIL import Image
 
 from dataload import images, sandbox
 from dataload.annotations import IGNORE, Annotations, Object
-from dataload.crops import crop_box
+from dataload.decode.crops import crop_box
 from dataload.resize import resize
 
 GREY = tuple(round(255 * m) for m in images.MEAN)

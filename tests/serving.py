@@ -10,10 +10,9 @@ from collections.abc import Callable
 from pathlib import Path
 from typing import Any
 
-from test_dataload_shards import pairs, write_tar
-
 from dataload import shards
 from dataload.shards import ShardIndex, expand
+from tests.tars import pairs, write_tar
 
 
 class Server(http.server.ThreadingHTTPServer):

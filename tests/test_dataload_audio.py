@@ -175,7 +175,7 @@ def test_a_place_is_a_share_of_what_is_possible() -> None:
 
 
 def test_seeking_does_not_decode_the_rest(monkeypatch: pytest.MonkeyPatch) -> None:
-    import dataload.audio_decode as inside
+    import dataload.decode.audio as inside
 
     seen = []
     plain = inside.Resampler.__call__

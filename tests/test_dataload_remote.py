@@ -15,12 +15,12 @@ from typing import Any
 
 import pytest
 from serving import Handler, Server, quiet_index, two_shards
-from test_dataload_shards import contents_of_files as contents
-from test_dataload_shards import pairs, picture, write_tar
 
-from dataload import remote, shard, shards
-from dataload.cache import Cache
-from dataload.shards import ShardIndex, expand
+from dataload import remote, shards
+from dataload.remote.cache import Cache
+from dataload.shards import ShardIndex, expand, shard
+from tests.tars import contents_of_files as contents
+from tests.tars import pairs, picture, write_tar
 
 pytestmark = pytest.mark.usefixtures("impatient")
 

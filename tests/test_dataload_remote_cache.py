@@ -13,13 +13,13 @@ from typing import Any
 import numpy as np
 import pytest
 from serving import Server, quiet_index, two_shards
-from test_dataload_shards import pairs, picture, write_tar
 
-from dataload import cache as cache_module
-from dataload import remote, shard, shards
-from dataload.address import Remote
-from dataload.cache import Cache
-from dataload.shards import ShardWarning, expand
+from dataload import remote, shards
+from dataload.remote import cache as cache_module
+from dataload.remote.address import Remote
+from dataload.remote.cache import Cache
+from dataload.shards import ShardWarning, expand, shard
+from tests.tars import pairs, picture, write_tar
 
 pytestmark = pytest.mark.usefixtures("impatient")
 

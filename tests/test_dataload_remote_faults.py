@@ -14,12 +14,12 @@ from typing import Any
 
 import pytest
 from serving import Handler, Server, quiet_index, two_shards
-from test_dataload_shards import contents_of_files as contents
 
 from dataload import remote, shards
-from dataload.address import Remote
-from dataload.cache import Cache
+from dataload.remote.address import Remote
+from dataload.remote.cache import Cache
 from dataload.shards import BrokenShard, expand
+from tests.tars import contents_of_files as contents
 
 pytestmark = pytest.mark.usefixtures("impatient")
 

@@ -21,8 +21,10 @@ import numpy as np
 import pytest
 from PIL import Image
 
-from dataload import scenes, scenes_draw, scenes_text
-from dataload.scenes_text import (
+from dataload import scenes
+from dataload.scenes import draw as scenes_draw
+from dataload.scenes import text as scenes_text
+from dataload.scenes.text import (
     BACKGROUNDS,
     COLORS,
     PLACES,

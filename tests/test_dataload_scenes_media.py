@@ -12,12 +12,13 @@ from typing import Any
 import numpy as np
 import pytest
 
-from dataload import audio, scenes_media, shards, video
+from dataload import audio, shards, video
 from dataload.annotations import annotated, read_classes
-from dataload.scenes_clip import FRAMES, MOTIONS, ROUND, ClipScene, draw_clip
-from dataload.scenes_draw import GROUND
-from dataload.scenes_sound import HARMONICS, NOTES, PITCH, RATE, SILENT, claim_of_sound, render
-from dataload.scenes_text import SHAPES, Scene, SceneObject, heldout_triples, words_of
+from dataload.scenes import media as scenes_media
+from dataload.scenes.clip import FRAMES, MOTIONS, ROUND, ClipScene, draw_clip
+from dataload.scenes.draw import GROUND
+from dataload.scenes.sound import HARMONICS, NOTES, PITCH, RATE, SILENT, claim_of_sound, render
+from dataload.scenes.text import SHAPES, Scene, SceneObject, heldout_triples, words_of
 
 pytest.importorskip("av", reason="needs PyAV: pip install 'auroraio[data]'")
 pytest.importorskip("soundfile", reason="needs soundfile: pip install 'auroraio[data]'")

@@ -16,11 +16,11 @@ import numpy as np
 import pytest
 import webdataset
 from PIL import Image
-from test_dataload_shards import contents_of_files, count_scans, pairs, write_tar
 
 from dataload import index as index_tool
 from dataload import reshard, shards, verify
 from dataload.shards import ShardIndex, ShardWarning
+from tests.tars import contents_of_files, count_scans, pairs, write_tar
 
 
 def indexed(*paths: Path, **options: Any) -> ShardIndex:

@@ -1,61 +1,24 @@
+"""Shards: found, read by offset, and what is said of those that are damaged."""
+
 from __future__ import annotations
 
 import hashlib
 import io
-import json
 import os
 import pickle
 import tarfile
 import threading
-import time
 import warnings
-from collections.abc import Sequence
-from dataclasses import replace
 from pathlib import Path
 
 import numpy as np
 import pytest
 import webdataset
 
-from bench.peers.opening import OpenCase, write_indexes
-from dataload import indexfile, order, shard, shards, tarindex
+from dataload import shards
 from dataload.broken import BrokenSample
-from dataload.shards import BrokenShard, ShardIndex, ShardWarning, expand
-
-Files = Sequence[tuple[str, bytes]]
-
-
-def write_tar(path: Path, files: Files, format: int = tarfile.USTAR_FORMAT) -> Path:
-    with tarfile.open(path, "w", format=format) as tar:
-        for name, data in files:
-            member = tarfile.TarInfo(name)
-            member.size = len(data)
-            tar.addfile(member, io.BytesIO(data))
-    return path
-
-
-def picture(number: int) -> bytes:
-    """Bytes that stand for a picture: this file never decodes."""
-    return f"picture {number} ".encode() * (number + 1)
-
-
-def pairs(count: int, first: int = 0) -> list[tuple[str, bytes]]:
-    return [
-        file
-        for i in range(first, first + count)
-        for file in ((f"{i:05d}.jpg", picture(i)), (f"{i:05d}.txt", f"caption {i}".encode()))
-    ]
-
-
-def contents(index: ShardIndex) -> dict[str, tuple[bytes, list[str]]]:
-    return {index.key(i): (index.image(i), index.captions(i)) for i in range(len(index))}
-
-
-def quiet_index(*paths: Path) -> ShardIndex:
-    with warnings.catch_warnings():
-        warnings.simplefilter("error")
-        return shards.index(paths)
-
+from dataload.shards import BrokenShard, ShardWarning, expand
+from tests.tars import contents, pairs, picture, quiet_index, write_tar
 
 # finding shards
 
@@ -302,105 +265,6 @@ def test_a_tar_that_shrinks_later_is_an_error_and_not_a_short_picture(tmp_path: 
         index.image(2)
 
 
-# the cache
-
-
-def test_cache_is_used_checked_and_renewed(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
-    path = write_tar(tmp_path / "t.tar", pairs(4))
-    before = contents(quiet_index(path))
-    cache = tmp_path / "t.tar.index"
-    assert cache.is_file() and sorted(os.listdir(tmp_path)) == ["t.tar", "t.tar.index"]
-    whole = cache.read_bytes()
-    scans = count_scans(monkeypatch)
-    assert contents(quiet_index(path)) == before and not scans
-    another_version = whole[:8] + b"\x01" + whole[9:]
-    for spoil in (b"", b"{}", whole[:50], whole[:-1], whole + b"x", another_version, bytes(len(whole))):
-        cache.write_bytes(spoil)
-        scans.clear()
-        assert contents(quiet_index(path)) == before and len(scans) == 1
-        assert cache.read_bytes() == whole
-    # another tar of the same size
-    status = path.stat()
-    write_tar(path, [(name, data.replace(b"caption", b"CAPTION")) for name, data in pairs(4)])
-    os.utime(path, ns=(status.st_atime_ns, status.st_mtime_ns + 1))
-    assert path.stat().st_size == status.st_size
-    assert quiet_index(path).captions(0) == ["CAPTION 0"]
-
-
-def count_scans(monkeypatch: pytest.MonkeyPatch) -> list[str]:
-    """Gets a name whenever a tar is read through."""
-    scans: list[str] = []
-    scan = shard.scan
-    monkeypatch.setattr(shard, "scan", lambda file, size, name: scans.append(name) or scan(file, size, name))
-    return scans
-
-
-def test_any_flipped_byte_of_an_index_is_noticed(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
-    path = write_tar(tmp_path / "t.tar", [*pairs(3), ("a.cls", b"1"), ("a.flac", b"f")])
-    before = contents_of_files(quiet_index(path))
-    cache = tmp_path / "t.tar.index"
-    whole = cache.read_bytes()
-    scans = count_scans(monkeypatch)
-    rng = np.random.default_rng(0)
-    for place in range(len(whole)):
-        spoilt = bytearray(whole)
-        spoilt[place] ^= 1 << int(rng.integers(8))
-        cache.write_bytes(spoilt)
-        scans.clear()
-        assert contents_of_files(quiet_index(path)) == before
-        assert len(scans) == 1 and cache.read_bytes() == whole, place
-
-
-def contents_of_files(index: ShardIndex) -> dict[str, list[tuple[str, bytes]]]:
-    return {
-        index.key(i): [(name, index.read(i, name)) for name, _, _ in index.files(i)]
-        for i in range(len(index))
-    }
-
-
-def test_an_index_that_points_outside_is_none(tmp_path: Path) -> None:
-    """Checksums that fit are no proof: someone may have made them fit."""
-    path = write_tar(tmp_path / "t.tar", pairs(2))
-    status = path.stat()
-    with open(path, "rb") as file:
-        scanned = tarindex.scan(file, status.st_size, "t.tar")
-    table = scanned.table
-    bad = [
-        {"offsets": table.offsets + status.st_size},
-        {"offsets": table.offsets * 0 - 5},
-        {"sizes": table.sizes * 0 - 1},
-        {"sizes": table.sizes + 2**62},
-        {"kinds": table.kinds + 9},
-        {"key_ends": table.key_ends[::-1].copy()},
-        {"file_ends": table.file_ends + 1},
-    ]
-    for change in bad:
-        spoilt = replace(scanned, table=replace(table, **change))
-        data = indexfile.pack(spoilt, str(status.st_mtime_ns), "")
-        (tmp_path / "t.tar.index").write_bytes(data)
-        assert indexfile.read_table(tmp_path / "t.tar.index", indexfile.unpack_head(data, len(data))) is None
-        assert quiet_index(path).image(1) == picture(1)
-
-
-def test_index_files_that_cannot_be_written_beside_the_tar(
-    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
-) -> None:
-    cache = tmp_path / "cache"
-    monkeypatch.setenv("AURORAIO_CACHE", str(cache))
-    path = write_tar(tmp_path / "t.tar", pairs(4))
-    (tmp_path / "t.tar.index").mkdir()  # also stops root, whom permissions do not
-    index = quiet_index(path)
-    assert len(index) == 4 and sorted(os.listdir(tmp_path)) == ["cache", "t.tar", "t.tar.index"]
-    scans = count_scans(monkeypatch)
-    assert contents(quiet_index(path)) == contents(index) and not scans
-    for file in cache.iterdir():
-        file.unlink()
-    cache.rmdir()
-    cache.write_text("nor there")
-    index = quiet_index(path)
-    assert index.image(3) == picture(3) and len(scans) == 1
-
-
 # the index
 
 
@@ -521,74 +385,3 @@ def test_a_json_that_is_none_is_a_broken_sample(tmp_path: Path) -> None:
         index = shards.index([path])
     with pytest.raises(BrokenSample, match="a JSON list, not an object"):
         index.record(0)
-
-
-# lists of what to leave out
-
-
-def test_exclude_lists(tmp_path: Path) -> None:
-    (tmp_path / "old").mkdir()
-    first, second = write_tar(tmp_path / "x.tar", pairs(4)), write_tar(tmp_path / "y.tar", pairs(4))
-    plain = quiet_index(first, second)
-    listed = tmp_path / "list.txt"
-    moved = json.dumps({"shard": "/gone/y.tar", "offset": 512, "key": "00001", "reason": "cut"})
-    here = json.dumps({"shard": str(first), "key": "00003"})
-    listed.write_text(f"# a comment\n\n00000\nx/00002\n{moved}\n{here}\n")
-    index = shards.index([first, second], exclude=[listed])
-    assert [index.key(i) for i in range(len(index))] == ["x/00001", "y/00002", "y/00003"]
-    assert index.image(1) == picture(2) and index.captions(2) == ["caption 3"]
-    assert index.where(0) == (str(first), "00001") and index.offset(0) == plain.offset(1)
-    assert [part.tolist() for part in index.source(captioned=True)] == [[0], [1, 2]]
-    assert index.manifest["excluded"] == 5 and index.manifest["captioned"] == 3
-    assert index.manifest["hash"] != plain.manifest["hash"]
-    copy = pickle.loads(pickle.dumps(index))  # noqa: S301
-    assert copy.manifest == index.manifest and copy.key(0) == "x/00001"
-
-
-def test_an_exclude_list_beside_a_shard(tmp_path: Path) -> None:
-    first, second = write_tar(tmp_path / "x.tar", pairs(3)), write_tar(tmp_path / "y.tar", pairs(3))
-    (tmp_path / "x.tar.exclude").write_text("00001\nnothing\n")
-    with pytest.warns(ShardWarning, match="nothing: excluded, but there is no such sample"):
-        index = shards.index([first, second])
-    assert [index.key(i) for i in range(len(index))] == [
-        "x/00000",
-        "x/00002",
-        "y/00000",
-        "y/00001",
-        "y/00002",
-    ]
-    assert expand([str(tmp_path)]) == [first, second]
-
-
-@pytest.mark.parametrize("line", ['{"key": "a"}', '{"shard": 3, "key": "a"}', "{broken"])
-def test_an_exclude_list_that_names_nothing(tmp_path: Path, line: str) -> None:
-    path = write_tar(tmp_path / "x.tar", pairs(1))
-    (tmp_path / "list").write_text(f"00005\n{line}\n")
-    with pytest.raises(ValueError, match=r"list, line 2: .*\"shard\" and \"key\""):
-        shards.index([path], exclude=[tmp_path / "list"])
-
-
-def test_opening_reads_little_of_each_shard(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
-    """A thousand shards of 10,000 samples are to open in 2 s (bench/test_opening.py); here a tenth of the shards has a
-    tenth of that, and nothing but the heads of the indexes may be read."""
-    write_indexes(tmp_path, OpenCase(100, 10_000))
-    read: list[int] = []
-    system = os.read
-
-    def counted(file: int, count: int) -> bytes:
-        data = system(file, count)
-        read.append(len(data))
-        return data
-
-    monkeypatch.setattr(indexfile.os, "read", counted)
-    monkeypatch.setattr(shard, "scan", None)
-    paths = expand([str(tmp_path)])
-    shards.index(paths)
-    started = time.process_time()
-    read.clear()
-    index = shards.index(paths)
-    streams = [order.Source(index.source(captioned), 0, kind) for kind, captioned in enumerate((True, False))]
-    assert len(index.manifest["hash"]) == 64 and [len(stream) for stream in streams] == [900_000, 100_000]
-    key = index.key(streams[0].at(500_000)[1])
-    assert time.process_time() - started < 0.2
-    assert key.startswith("train-0000") and max(read) <= 1 << 14 and len(read) == 100

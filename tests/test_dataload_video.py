@@ -17,8 +17,9 @@ import pytest
 import torch
 from PIL import Image
 
-from dataload import crops, images, video
+from dataload import images, video
 from dataload.broken import BrokenSample
+from dataload.decode import crops
 from dataload.sandbox import Sandbox
 from dataload.video import BrokenVideo, Clip
 from tests.test_dataload_audio import mutated
@@ -253,7 +254,7 @@ def test_ten_bits_are_within_two_steps_of_exact_arithmetic() -> None:
 
 def test_less_is_decoded_than_all(monkeypatch: pytest.MonkeyPatch) -> None:
     """Two frames of twelve seconds: two groups of frames are touched, and in them not the frames that nobody refers to."""
-    from dataload.video_packets import Video
+    from dataload.decode.video_packets import Video
 
     data = made("long.mp4", *X264, "-g", "25", "-bf", "3", seconds=12.0, sound=False)
     came = []

@@ -180,11 +180,12 @@ def test_optional_packages_are_imported_only_where_they_are_used() -> None:
     """Every module, but those that a child process runs, can be imported with none of the extras."""
     code = f"""
 import importlib, pkgutil, sys
+apart = {{"dataload.decode.audio_av", "dataload.decode.video_packets"}}
 for name in {sorted(OPTIONAL)}:
     sys.modules[name] = None
 for package in {sorted(PACKAGES)}:
     for module in pkgutil.walk_packages(importlib.import_module(package).__path__, package + "."):
-        if not module.name.endswith("__main__") and module.name not in {{"dataload.audio_av", "dataload.video_packets"}}:
+        if not module.name.endswith("__main__") and module.name not in apart:
             importlib.import_module(module.name)
 """
     done = subprocess.run([sys.executable, "-c", code], cwd=ROOT, capture_output=True, text=True)

@@ -20,8 +20,8 @@ from micro import ROOT
 from ranks import Launch
 from safetensors.torch import load_file
 
-from dataload import scenes_media
 from dataload.multimodal import MIXTURES, PAIRS, ImageConfig, MixtureConfig, PairSet, SourceConfig, mixture
+from dataload.scenes import media as scenes_media
 from dataload.tokenizer import Tokenizer
 from models.perceiver import PerceiverObjectives, Piece
 from train import cli

@@ -14,11 +14,12 @@ from PIL import Image
 from safetensors.torch import load_file
 
 from dataload import annotations as notes
-from dataload import images, scenes, scenes_media, shards
+from dataload import images, scenes, shards
 from dataload.annotated import Items, LoadingConfig, TaskLoader, TaskSet
 from dataload.annotations import Annotations, Object, read_annotations
-from dataload.scenes_text import Scene, SceneObject
-from dataload.scenes_truth import ask
+from dataload.scenes import media as scenes_media
+from dataload.scenes.text import Scene, SceneObject
+from dataload.scenes.truth import ask
 from dataload.tokenizer import EOS, Tokenizer
 from dataload.views import GREY, ViewConfig, seen_objects, training_view, whole_view
 from models import load_pretrained

@@ -27,9 +27,9 @@ from bench.record import Row
 
 MISSING = ""  # why nothing here can run, see loading.py
 try:
-    from dataload import indexfile
     from dataload.pipeline import Loader, LoaderConfig
-    from dataload.tarindex import BIT, JSON_CAPTIONS, Scanned, Table, digest
+    from dataload.shards import indexfile
+    from dataload.shards.tarindex import BIT, JSON_CAPTIONS, Scanned, Table, digest
     from dataload.tokenizer import Tokenizer, train_tokenizer
 except ImportError as error:
     MISSING = f"{error.name} is not installed"

@@ -13,7 +13,7 @@ from PIL import Image
 
 from dataload import audio, images, order, sandbox, video
 from dataload.broken import Broken, BrokenSample
-from dataload.crops import crop_box
+from dataload.decode.crops import crop_box
 from dataload.masking import mim_mask, mlm_mask
 from dataload.multimodal.batch import MultimodalBatch
 from dataload.multimodal.config import MixtureConfig

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 from pathlib import PurePath
 
-from dataload.tarindex import KIND_OF, MEDIA
+from dataload.shards.tarindex import KIND_OF, MEDIA
 
 
 def suffix_of(path: PurePath) -> str:

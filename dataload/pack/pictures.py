@@ -78,7 +78,7 @@ def prepare(data: bytes, *, resize: int | None, verify: bool, measure: bool = Fa
 def _upright_size(data: bytes) -> tuple[int, int]:
     """Width and height as the picture is seen; opened anew, as to look for EXIF may read more than the header."""
     from dataload import images
-    from dataload.picture_decode import orientation_of
+    from dataload.decode.picture import orientation_of
 
     with Image.open(io.BytesIO(data), formats=images.formats()) as image:
         width, height = image.size

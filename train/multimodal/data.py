@@ -6,7 +6,7 @@ from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass, replace
 from pathlib import Path
 
-from dataload import scenes, scenes_media, shards
+from dataload import scenes, shards
 from dataload.multimodal import (
     PAIRS,
     AudioConfig,
@@ -19,6 +19,7 @@ from dataload.multimodal import (
     VideoConfig,
     mixture,
 )
+from dataload.scenes import media as scenes_media
 from dataload.tokenizer import Tokenizer
 from train.config import ConfigError, micro_batch
 from train.data import LARGEST_SCENE, load_tokenizer

@@ -60,7 +60,7 @@ def find_task_sources(config: FinetuneConfig, say: Callable[[str], None]) -> Tas
         f"data        the built-in corpus, in {directory} (drawn the first time; --data.train takes your own)"
     )
     if sounds:
-        from dataload import scenes_media
+        from dataload.scenes import media as scenes_media
 
         media = scenes_media.build(directory, size=LARGEST_SCENE)
         train, heldout = (tuple(map(str, paths)) for paths in (media.sounds, media.heldout_sounds))

@@ -20,8 +20,8 @@ from concurrent.futures import Future
 from concurrent.futures import TimeoutError as Expired
 from typing import IO, Any, TypeVar
 
-from dataload import remote_http as http
-from dataload.address import Facts, NoRanges, Remote, bare
+from dataload.remote import http
+from dataload.remote.address import Facts, NoRanges, Remote, bare
 
 T = TypeVar("T")
 BLOCK = 8 << 20

@@ -15,9 +15,9 @@ from dataclasses import dataclass
 import numpy as np
 from numpy.typing import NDArray
 
-from dataload.scenes_draw import GROUND, RADIUS, blend
-from dataload.scenes_sound import RATE
-from dataload.scenes_text import BACKGROUNDS, CAPTIONS_PER_SCENE, SIZES, SceneObject, phrase, split_triples
+from dataload.scenes.draw import GROUND, RADIUS, blend
+from dataload.scenes.sound import RATE
+from dataload.scenes.text import BACKGROUNDS, CAPTIONS_PER_SCENE, SIZES, SceneObject, phrase, split_triples
 
 FRAMES, FPS = 8, 8
 MOTIONS: dict[str, tuple[str, ...]] = {

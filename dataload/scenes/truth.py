@@ -12,7 +12,7 @@ from typing import Any
 import numpy as np
 from numpy.typing import NDArray
 
-from dataload.scenes_text import BACKGROUNDS, COLORS, PLACES, SHAPES, SIZES, TEXTURES, Scene, SceneObject
+from dataload.scenes.text import BACKGROUNDS, COLORS, PLACES, SHAPES, SIZES, TEXTURES, Scene, SceneObject
 
 CATEGORIES = tuple(SHAPES)
 """An object's category is its shape; category_id counts from 1."""

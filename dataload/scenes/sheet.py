@@ -11,7 +11,7 @@ from pathlib import Path
 
 from PIL import Image, ImageDraw
 
-from dataload.scenes_text import CAPTIONS_PER_SCENE
+from dataload.scenes.text import CAPTIONS_PER_SCENE
 
 
 def contact_sheet(shards: Sequence[Path], count: int, columns: int = 6) -> Image.Image:

@@ -28,8 +28,8 @@ from collections.abc import Sequence
 from queue import LifoQueue
 from typing import Any
 
-from dataload import sandbox_wire as wire
 from dataload.broken import BrokenSample
+from dataload.sandbox import wire
 
 MEMORY = 2 << 30
 """bytes that a call may take beyond the libraries, unless a Sandbox is told otherwise"""
@@ -42,7 +42,7 @@ _BUFFER = 1 << 20  # of a socket, bytes
 _PROGRAM = """
 import json, sys
 sys.path[:] = json.loads(sys.argv[2])
-from dataload.sandbox_child import main
+from dataload.sandbox.child import main
 main(int(sys.argv[1]))
 """
 

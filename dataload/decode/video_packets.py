@@ -13,7 +13,7 @@ from fractions import Fraction
 from statistics import median
 from typing import Any
 
-from dataload.audio_av import open_container, words
+from dataload.decode.audio_av import open_container, words
 from dataload.video import BrokenVideo
 
 MAX_PACKETS = 1 << 20

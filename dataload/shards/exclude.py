@@ -14,7 +14,7 @@ from pathlib import Path
 
 import numpy as np
 
-from dataload.shard import Shard
+from dataload.shards.shard import Shard
 
 SUFFIX = ".exclude"
 

@@ -13,10 +13,10 @@ from pathlib import Path
 import pytest
 from hypothesis import HealthCheck, given, settings
 from hypothesis import strategies as st
-from test_dataload_shards import contents, pairs, picture, write_tar
 
-from dataload import shards, tarheaders
-from dataload.shards import BrokenShard, ShardIndex, ShardWarning
+from dataload import shards
+from dataload.shards import BrokenShard, ShardIndex, ShardWarning, tarheaders
+from tests.tars import contents, pairs, picture, write_tar
 
 END = bytes(1024)
 

@@ -4,7 +4,7 @@ Sounds and clips lie in a folder of their own, with a tokenizer of all captions:
 and heldout-clips-*.tar. Held-out ones show the triples of shape, color and texture that no training picture, sound or clip
 has, and none of their captions is true of another one in the same set. The labels of a sound are the timbres in it.
 
-    python -m dataload.scenes_media --output DIR
+    python -m dataload.scenes.media --output DIR
 """
 
 from __future__ import annotations
@@ -26,9 +26,9 @@ import numpy as np
 from dataload import scenes
 from dataload.annotations import CLASSES
 from dataload.pack.writer import ShardWriter
-from dataload.scenes_clip import ClipScene, draw_clip, encode_mp4, sample_clip, write_clip_captions
-from dataload.scenes_sound import HARMONICS, encode_wav, labels_of, render, sample_sound, write_sound_captions
-from dataload.scenes_text import Claim, Scene
+from dataload.scenes.clip import ClipScene, draw_clip, encode_mp4, sample_clip, write_clip_captions
+from dataload.scenes.sound import HARMONICS, encode_wav, labels_of, render, sample_sound, write_sound_captions
+from dataload.scenes.text import Claim, Scene
 
 VERSION = 2  # to be raised whenever the same parameters would give other frames, sounds, captions or labels
 SAMPLES_PER_SHARD = 250
@@ -134,7 +134,7 @@ def _make(home: Path, parameters: MediaParameters, pictures: scenes.Parameters, 
 
     def make(job: tuple[str, bool, int]) -> None:
         if workers > 1:
-            scenes.run_child("dataload.scenes_media", json.dumps([str(home), asdict(parameters), *job]))
+            scenes.run_child("dataload.scenes.media", json.dumps([str(home), asdict(parameters), *job]))
         else:
             write_shard(home, parameters, *job)
 
@@ -212,7 +212,7 @@ def _child() -> None:
 def main(arguments: Sequence[str] | None = None) -> None:
     """The command line."""
     parser = argparse.ArgumentParser(
-        prog="python -m dataload.scenes_media", description="Make the built-in corpus of all modalities."
+        prog="python -m dataload.scenes.media", description="Make the built-in corpus of all modalities."
     )
     parser.add_argument(
         "--output", type=Path, default=scenes.default_directory(), help="parent folder (default: %(default)s)"

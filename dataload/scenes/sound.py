@@ -19,7 +19,7 @@ from collections.abc import Callable
 import numpy as np
 from numpy.typing import NDArray
 
-from dataload.scenes_text import (
+from dataload.scenes.text import (
     CAPTIONS_PER_SCENE,
     COLORS,
     SIZES,

@@ -51,7 +51,7 @@ def words(error: Exception) -> str:
 
 
 class AvReader:
-    """A sound stream of a container; see audio_decode.Reader."""
+    """A sound stream of a container; see audio.Reader."""
 
     def __init__(self, data: bytes) -> None:
         self.problem = ""

@@ -1,7 +1,7 @@
 """What a generated scene holds, which scenes are held out, and the true captions of a scene.
 
 A scene is a background and one or two objects; an object is a shape, a color, a texture, a size and one of
-five places. Everything here is plain Python over words; `dataload.scenes_draw` turns a scene into pixels and
+five places. Everything here is plain Python over words; `dataload.scenes.draw` turns a scene into pixels and
 `dataload.scenes` into shards.
 """
 

@@ -12,7 +12,7 @@ import zlib
 import numpy as np
 from numpy.typing import NDArray
 
-from dataload.scenes_text import THIRDS, Scene, SceneObject
+from dataload.scenes.text import THIRDS, Scene, SceneObject
 
 Array = NDArray[np.float32]
 
@@ -35,7 +35,7 @@ GROUND: dict[str, tuple[int, int, int]] = {
     "mint": (196, 240, 214),
     "sky": (190, 222, 252),
 }
-# Fractions of the side. With these, objects that scenes_text._places allows cannot touch, and after any crop
+# Fractions of the side. With these, objects that text._places allows cannot touch, and after any crop
 # that keeps 85% of the area (even all of it cut off one edge) the middle of every object is still inside the
 # picture and in the third that its place names.
 CENTERS = (0.25, 0.5, 0.75)

@@ -72,7 +72,7 @@ class OverLimit(BrokenAudio):
 
 def _openers(data: bytes) -> tuple[Callable[[bytes], Reader], ...]:
     """The two libraries, the one that is better for these bytes first."""
-    from dataload.audio_av import AvReader
+    from dataload.decode.audio_av import AvReader
 
     mp3 = data[0] == 0xFF and len(data) > 1 and data[1] & 0xE0 == 0xE0
     # ID3 before anything else than MP3 is rare; libsndfile skips it as well.

@@ -19,8 +19,8 @@ import traceback
 from collections.abc import Callable
 from typing import Any
 
-from dataload import sandbox_wire as wire
 from dataload.broken import BrokenSample
+from dataload.sandbox import wire
 
 GRACE = 1.0
 """seconds past a call's timeout, after which the kernel ends a child whose parent has not"""

@@ -11,11 +11,12 @@ from typing import BinaryIO
 
 import numpy as np
 
-from dataload import indexfile, remote
-from dataload.address import Facts, NoRanges, Remote
-from dataload.cache import Cache, TarFile
-from dataload.indexfile import Head
-from dataload.tarindex import Table, scan
+from dataload import remote
+from dataload.remote.address import Facts, NoRanges, Remote
+from dataload.remote.cache import Cache, TarFile
+from dataload.shards import indexfile
+from dataload.shards.indexfile import Head
+from dataload.shards.tarindex import Table, scan
 
 Address = Path | Remote
 """where a shard is: a local file, or an address"""

@@ -1,10 +1,10 @@
-"""HTTP through the session of fsspec's filesystem; the coroutines run in its loop, with remote.py's deadlines."""
+"""HTTP through the session of fsspec's filesystem; the coroutines run in its loop, with the deadlines of dataload.remote."""
 
 from __future__ import annotations
 
 from typing import IO, Any
 
-from dataload.address import Facts, NoRanges, Remote
+from dataload.remote.address import Facts, NoRanges, Remote
 
 
 class _Status(OSError):

@@ -18,7 +18,7 @@ from dataclasses import dataclass, field
 from pathlib import Path
 
 from dataload import remote
-from dataload.address import Facts, NoRanges, Remote
+from dataload.remote.address import Facts, NoRanges, Remote
 
 GIB = 1 << 30
 _STALE = 24 * 3600.0  # seconds after which an unfinished download is given up

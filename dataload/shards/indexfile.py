@@ -24,7 +24,7 @@ from typing import Any
 import numpy as np
 
 from dataload.files import write_atomically
-from dataload.tarindex import Scanned, Table
+from dataload.shards.tarindex import Scanned, Table
 
 SUFFIX = ".index"
 VERSION = 2
@@ -44,7 +44,7 @@ class Head:
     stamp: str
     """what changes when the tar changes: its time, or a server's ETag"""
     tail: str
-    """SHA-256 of the tar's last bytes (see remote.py)"""
+    """SHA-256 of the tar's last bytes (see dataload.remote)"""
     flags: np.ndarray
     """uint8 [n], see tarindex"""
     files: int

@@ -9,8 +9,8 @@ from collections.abc import Iterator, Sequence
 from pathlib import Path
 
 from dataload import remote
-from dataload.address import Remote, is_address
-from dataload.shard import Address
+from dataload.remote.address import Remote, is_address
+from dataload.shards.shard import Address
 
 
 def expand(patterns: Sequence[str]) -> list[Address]:

@@ -1,5 +1,5 @@
 """The built-in corpus: generated pictures of colored, sized, placed, textured shapes with five true captions
-each, the boxes and masks of their objects, and questions with answers (scenes_truth.py).
+each, the boxes and masks of their objects, and questions with answers (truth.py).
 
 It is what runs when nothing is downloaded. `build` draws it once (seconds) and finds it again later:
 
@@ -34,9 +34,9 @@ from typing import Any
 import numpy as np
 
 from dataload.pack.writer import ShardWriter
-from dataload.scenes_draw import draw_with_masks, encode_png
-from dataload.scenes_sheet import contact_sheet
-from dataload.scenes_text import (
+from dataload.scenes.draw import draw_with_masks, encode_png
+from dataload.scenes.sheet import contact_sheet
+from dataload.scenes.text import (
     COLORS,
     SHAPES,
     Claim,
@@ -48,7 +48,7 @@ from dataload.scenes_text import (
     words_of,
     write_captions,
 )
-from dataload.scenes_truth import CLASSES, annotate, question_texts
+from dataload.scenes.truth import CLASSES, annotate, question_texts
 
 __all__ = ["COLORS", "SHAPES", "ScenePaths", "build", "default_directory", "heldout_triples", "words_of"]
 
@@ -256,7 +256,7 @@ def _draw_elsewhere(
 
 def run_child(module: str, job: str) -> None:
     """`_child()` of a module in a process of its own, with `job` as its standard input."""
-    paths = (str(Path(__file__).resolve().parents[1]), os.environ.get("PYTHONPATH"))
+    paths = (str(Path(__file__).resolve().parents[2]), os.environ.get("PYTHONPATH"))
     environment = {**os.environ, "PYTHONPATH": os.pathsep.join(filter(None, paths))}
     command = [sys.executable, "-c", f"from {module} import _child; _child()"]
     subprocess.run(command, input=job.encode(), env=environment, check=True)
@@ -311,6 +311,3 @@ def main(arguments: Sequence[str] | None = None) -> None:
         contact_sheet(paths.heldout, show).save(sheet)
         print(f"contact sheet: {sheet}")
 
-
-if __name__ == "__main__":
-    main()

@@ -8,9 +8,9 @@ import numpy as np
 from PIL import Image
 
 from dataload.audio import RATE, BrokenAudio
-from dataload.crops import crop_box
+from dataload.decode.crops import crop_box
+from dataload.decode.video_packets import Video
 from dataload.video import BrokenVideo
-from dataload.video_packets import Video
 
 _FILTERS = {"bilinear": Image.Resampling.BILINEAR, "bicubic": Image.Resampling.BICUBIC}
 _RETRIES = 8
@@ -181,8 +181,8 @@ class Replay:
 
 def _sound(data: bytes, start: float, seconds: float) -> tuple[np.ndarray | None, str]:
     """(16 kHz samples from `start` in the container's time, what is wrong). Silence where the sound begins later."""
-    from dataload.audio_av import AvReader
-    from dataload.audio_decode import check, stretch
+    from dataload.decode.audio import check, stretch
+    from dataload.decode.audio_av import AvReader
 
     try:
         with AvReader(data) as reader:

@@ -15,18 +15,18 @@ from typing import Any
 
 import numpy as np
 
-from dataload import exclude as excluding
 from dataload import remote
-from dataload.address import Facts, Remote
 from dataload.broken import BrokenSample
-from dataload.cache import GIB, Cache
 from dataload.captions import json_captions, json_object, txt_captions
-from dataload.exclude import ExcludeList
 from dataload.order import GROUP
-from dataload.patterns import expand
-from dataload.reading import Handles, SampleNumbers, Tables
-from dataload.shard import Address, Shard, load_shard
-from dataload.tarindex import (
+from dataload.remote.address import Facts, Remote
+from dataload.remote.cache import GIB, Cache
+from dataload.shards import exclude as excluding
+from dataload.shards.exclude import ExcludeList
+from dataload.shards.patterns import expand
+from dataload.shards.reading import Handles, SampleNumbers, Tables
+from dataload.shards.shard import Address, Shard, load_shard
+from dataload.shards.tarindex import (
     BIT,
     CAPTIONED,
     JSON_CAPTIONS,

@@ -17,8 +17,8 @@ from typing import BinaryIO
 
 import numpy as np
 
-from dataload import tarheaders
 from dataload.captions import json_captions, txt_captions
+from dataload.shards import tarheaders
 
 IMAGE_EXTENSIONS = frozenset(
     "jpg jpeg jpe jfif mpo png apng webp gif bmp dib tif tiff avif avifs jp2 j2k j2c jpc jpf jpx ppm pgm pbm pnm pfm tga icb "

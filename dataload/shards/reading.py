@@ -12,11 +12,11 @@ from typing import Any
 import numpy as np
 
 from dataload import remote
-from dataload.address import Remote
-from dataload.cache import TarFile
-from dataload.shard import Address, Shard
-from dataload.tarheaders import BLOCK, is_header_of
-from dataload.tarindex import Table
+from dataload.remote.address import Remote
+from dataload.remote.cache import TarFile
+from dataload.shards.shard import Address, Shard
+from dataload.shards.tarheaders import BLOCK, is_header_of
+from dataload.shards.tarindex import Table
 
 _OPEN_FILES = 32  # per thread; one group of shards (see order.py) and some more
 _TABLES = 64  # per index: four groups
