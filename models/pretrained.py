@@ -22,13 +22,15 @@ import numpy as np
 import torch
 from torch import Tensor, nn
 
-from models.aurora import Aurora, AuroraConfig
-from models.aurora.answering import Chooser
+from models.answering import Chooser
+from models.aurora import AuroraConfig
 from models.aurora.detection import Detector
 from models.aurora.segmentation import Segmenter
+from models.base import new_base
 from models.generation import DecodingState, generate
 from models.lora import add_lora, merge_lora
-from models.perceiver import PerceiverConfig, PerceiverIO
+from models.matching import Matcher
+from models.perceiver import PerceiverConfig
 from models.perceiver.classify import SoundClassifier
 from models.tokens import BOS, EOS
 from models.writing import Writer
@@ -165,27 +167,13 @@ class Pretrained:
     @torch.no_grad()
     def image_embedding(self, pictures: Sequence[Picture]) -> Tensor:
         """fp32 [B, E] of unit length, in the joint space of pictures and texts."""
-        images = self.pixels(pictures)
-        if isinstance(self.base, Aurora):
-            return self.base.image_embedding(self.base.encode_image(images))
-        from models.perceiver import Piece
-
-        piece = Piece(images, torch.arange(len(images), device=images.device))
-        found: Tensor = self.base.embedding(self.base.encode({"image": piece}, len(images)), "image")
+        found: Tensor = self.base.features(self.pixels(pictures))[0]
         return found
 
     @torch.no_grad()
     def text_embedding(self, texts: Sequence[str]) -> Tensor:
         """fp32 [B, E] of unit length."""
-        tokens = self.tokens(texts)
-        if isinstance(self.base, Aurora):
-            return self.base.text_embedding(tokens)
-        from models.perceiver import Piece
-        from models.perceiver.pieces import ends
-
-        lengths = (tokens != 0).sum(1)
-        piece = Piece(tokens[tokens != 0], torch.arange(len(texts), device=tokens.device), ends(lengths))
-        found: Tensor = self.base.text_embedding(piece)
+        found: Tensor = self.base.text_embedding(self.tokens(texts))
         return found
 
     def classify(
@@ -295,30 +283,21 @@ def build(
     """A new model of this configuration, as the task wants it."""
     classes = len(task.get("classes", ()))
     model: nn.Module
-    if isinstance(config, PerceiverConfig):
-        match task.get("kind"):
-            case "audio":
-                model = SoundClassifier(config, classes)
-            case "vqa" | "captioning":
-                model = Writer(PerceiverIO(config))
-            case _:
-                model = PerceiverIO(config)
-    else:
-        match task.get("kind"):
-            case "detection":
-                model = Detector(config, classes)
-            case "segmentation":
-                model = Segmenter(config, classes)
-            case "vqa" if task.get("head") == "chosen":
-                model = Chooser(config, classes)
-            case "vqa" | "captioning":
-                model = Writer(Aurora(config))
-            case "retrieval":
-                from models.aurora.matching import Matcher
-
-                model = Matcher(config)
-            case _:
-                model = Aurora(config)
+    match task.get("kind"):
+        case "audio" if isinstance(config, PerceiverConfig):
+            model = SoundClassifier(config, classes)
+        case "detection" if isinstance(config, AuroraConfig):
+            model = Detector(config, classes)
+        case "segmentation" if isinstance(config, AuroraConfig):
+            model = Segmenter(config, classes)
+        case "vqa" if task.get("head") == "chosen":
+            model = Chooser(new_base(config), classes)
+        case "vqa" | "captioning":
+            model = Writer(new_base(config))
+        case "retrieval":
+            model = Matcher(new_base(config))
+        case _:
+            model = new_base(config)
     if rank := tune.get("lora_rank"):
         add_lora(model.get_submodule("base"), tune["lora_layers"], rank, tune["lora_alpha"])
     return model

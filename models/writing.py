@@ -9,21 +9,17 @@ Shapes: B batch, K captions of an image, M places of the memory, T tokens, D wid
 from __future__ import annotations
 
 from collections.abc import Sequence
-from typing import Any, Protocol, TypeAlias, Union
+from typing import Any, Protocol
 
 import torch
 from torch import Tensor, nn
 
 import kernels
 from models import objectives
-from models.aurora.model import Aurora
+from models.base import Base
 from models.generation import Generator, generate
 from models.objectives import ObjectiveConfig
-from models.perceiver.model import PerceiverIO
 from models.tokens import BOS, EOS, IGNORE, PAD
-
-Narrator: TypeAlias = Union[Aurora, PerceiverIO]  # noqa: UP007
-"""has image_memory, next_words, and a decoder with the words' embedding"""
 
 
 class Critic(Protocol):
@@ -34,7 +30,7 @@ class Critic(Protocol):
     prompt: Sequence[int]
     """what comes before a caption, without the begin token"""
 
-    def speaker(self, model: Narrator) -> Generator:
+    def speaker(self, model: Base) -> Generator:
         """The model as it may speak: without ids that no piece has."""
 
     def rewards(self, captions: Sequence[Sequence[int]]) -> Tensor:
@@ -45,7 +41,7 @@ class Critic(Protocol):
 class Writer(nn.Module):
     """A model (`base`) that writes text about images."""
 
-    def __init__(self, base: Narrator) -> None:
+    def __init__(self, base: Base) -> None:
         super().__init__()
         self.base = base
 
@@ -102,7 +98,7 @@ class Writer(nn.Module):
 
 
 @torch.no_grad()
-def sample(base: Narrator, memory: Tensor, critic: Critic) -> tuple[Tensor, Tensor, list[list[int]]]:
+def sample(base: Base, memory: Tensor, critic: Critic) -> tuple[Tensor, Tensor, list[list[int]]]:
     """One caption for each row of memory [N, M, D]: as tokens int64 [N, T], as targets int64 [N, T] (-100 where nothing was
     chosen: begin token, prompt, padding), and each caption's own tokens. One that came to no end has no end token.
 

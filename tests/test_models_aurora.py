@@ -161,9 +161,7 @@ def test_captioning_never_sees_later_words_and_masked_language_does() -> None:
         return model.decoder.read_image(model.decoder.read_text(tokens, causal=True), memory, causal=True)
 
     assert torch.equal(caption(first)[:, :3], caption(other)[:, :3])
-    assert not torch.allclose(
-        model.masked_language(memory, first)[:, :3], model.masked_language(memory, other)[:, :3]
-    )
+    assert not torch.allclose(model.whole_text(first, memory)[:, :3], model.whole_text(other, memory)[:, :3])
 
 
 def test_the_cache_gives_the_logits_of_the_whole_sequence() -> None:

@@ -11,12 +11,12 @@ import torch
 from torch import nn
 
 from models import Aurora
-from models.aurora.answering import Chooser
+from models.answering import Chooser
 from models.aurora.detection import NOTHING, STRIDES, Detector, around, assign, grid, level_sizes
-from models.aurora.matching import Matcher
 from models.aurora.segmentation import Segmenter
 from models.boxes import giou, iou, nms, nms_by_class
 from models.lora import LoraLinear, add_lora, merge_lora
+from models.matching import Matcher
 from models.perceiver import PERCEIVER_SIZES
 from models.perceiver.classify import SoundClassifier
 from models.tokens import IGNORE
@@ -129,7 +129,7 @@ def test_losses_divide_by_the_whole_step() -> None:
         (Detector(config, 3), (images, asked, sides), (whole,)),
         (Segmenter(config, 3), (images, maps), (float(maps.numel()), 4.0)),
         (Writer(Aurora(config)), (images, tokens, targets), (float((targets != IGNORE).sum()),)),
-        (Chooser(config, 7), (images, tokens, worth), (4.0,)),
+        (Chooser(Aurora(config), 7), (images, tokens, worth), (4.0,)),
     ]
     for model, given, totals in cases:
         model.eval()
@@ -150,7 +150,7 @@ def test_segmenter_takes_any_size_and_ignores_255() -> None:
 
 
 def test_matcher_gives_gradients_to_all_it_uses() -> None:
-    model = Matcher(MODEL)
+    model = Matcher(Aurora(MODEL))
     losses = model(torch.randn(3, 3, 32, 32), torch.randint(5, 100, (3, 6)))
     torch.stack([*losses.values()]).sum().backward()
     unused = {name.split(".")[1] for name, p in model.named_parameters() if p.grad is None}

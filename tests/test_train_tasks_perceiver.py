@@ -7,14 +7,17 @@ import shutil
 import tarfile
 from collections.abc import Callable
 from pathlib import Path
+from typing import Any
 
 import pytest
 import torch
 import torch.nn.functional as F
 
 from models import load_pretrained
+from models.answering import Chooser
+from models.matching import Matcher
 from models.objectives import ObjectiveConfig
-from models.perceiver import PERCEIVER_SIZES, PerceiverIO, latents
+from models.perceiver import PERCEIVER_SIZES, PerceiverIO, Piece, latents
 from models.perceiver.queries import text
 from models.tokens import IGNORE
 from models.writing import Writer
@@ -93,6 +96,15 @@ def replace_objectives(run: Path, copy: Path) -> Path:
     return copy
 
 
+def scores_of(task: str, run: Path, folder: Path, *more: str) -> dict[str, Any]:
+    """What train.evaluate writes of the run's held-out pictures."""
+    output = folder / f"{task}.json"
+    data = ["--data", *map(str, corpus().heldout)]
+    assert evaluate.main([task, "--checkpoint", str(run), *data, "--output", str(output), *more]) == 0
+    record: dict[str, Any] = json.loads(output.read_text())
+    return record
+
+
 def said(capsys: pytest.CaptureFixture[str], picture: Path, *words: str) -> str:
     capsys.readouterr()
     assert generate.main([*words, str(picture)]) == 0
@@ -129,6 +141,60 @@ def test_answers(started: Path, picture: Path, tmp_path: Path, capsys: pytest.Ca
     assert 0 <= json.loads(scored.read_text())["scores"]["accuracy"]["value"] <= 1
     answer = said(capsys, picture, "--checkpoint", str(out), "--question", question)
     assert answer == load_pretrained(out).answer(picture, question)
+
+
+def test_answers_are_chosen(started: Path, picture: Path, tmp_path: Path) -> None:
+    out, question = tmp_path / "chosen", "what color is the circle?"
+    assert finetune.main(command("vqa", started, out, "--task.head", "chosen", "--optim.lr", "3e-3")) == 0
+    losses = [json.loads(line)["losses"] for line in (out / "metrics.jsonl").read_text().splitlines()]
+    assert all(set(one) == {"answer"} for one in losses) and losses[-1]["answer"] < losses[0]["answer"]
+    record = scores_of("vqa", out, tmp_path)
+    assert 0 <= record["scores"]["accuracy"]["value"] <= 1 and record["head"] == "chosen"
+    loaded = load_pretrained(out)
+    assert isinstance(loaded.model, Chooser) and isinstance(loaded.base, PerceiverIO)
+    assert loaded.answer(picture, question) in loaded.task["classes"]
+
+
+def test_retrieval_is_learned_and_ranked_anew(started: Path, picture: Path, tmp_path: Path) -> None:
+    out = tmp_path / "retrieval"
+    assert finetune.main(command("retrieval", started, out)) == 0
+    losses = [json.loads(line)["losses"] for line in (out / "metrics.jsonl").read_text().splitlines()]
+    assert all(set(one) == {"itc", "match"} for one in losses)
+    record = scores_of("retrieval", out, tmp_path)
+    assert record["counts"]["pictures"] == 12 and record["reranked"] == 16
+    first = record["scores"]["text_to_image/R@10"]
+    assert first["chance"] == pytest.approx(10 / 12) and 0 <= first["embeddings alone"] <= 1
+    loaded = load_pretrained(out)
+    assert isinstance(loaded.model, Matcher) and isinstance(loaded.base, PerceiverIO)
+    assert sum(loaded.classify(picture, ["circle", "star"]).values()) == pytest.approx(1)
+
+
+def test_classes_by_prompts_alone(started: Path, tmp_path: Path) -> None:
+    """The embeddings that are compared are the pre-trained model's own."""
+    record = scores_of("classify", started, tmp_path, "--classes", "circle", "star", "--templates", "a {}")
+    assert record["scores"]["top-1"]["chance"] >= 0.5 and record["counts"]["classes"] == 2
+    loaded = load_pretrained(started)
+    tokens = loaded.tokens(["a circle", "two small red stars"])
+    pieces = [row[row != 0] for row in tokens]
+    offsets = torch.tensor([0, *torch.tensor([len(piece) for piece in pieces]).cumsum(0)], dtype=torch.int32)
+    texts = Piece(torch.cat(pieces), torch.arange(2), offsets)
+    torch.testing.assert_close(loaded.base.text_embedding(tokens), loaded.base.text_embedding(texts))
+    images = torch.randn(2, 3, 32, 32)
+    latents = loaded.base.encode({"image": Piece(images, torch.arange(2))}, 2)
+    embeddings, memory = loaded.base.features(images)
+    torch.testing.assert_close(embeddings, loaded.base.embedding(latents, "image"))
+    torch.testing.assert_close(memory, latents)
+
+
+def test_the_whole_text_is_read_and_nothing_behind_it(started: Path) -> None:
+    torch.manual_seed(0)
+    base = load_model(started).model.eval()
+    latents, tokens = torch.randn(1, 8, 32), torch.randint(5, 60, (1, 6))
+    other = tokens.clone()
+    other[0, 5] += 1
+    first = base.whole_text(tokens, latents)
+    assert not torch.allclose(first[:, :5], base.whole_text(other, latents)[:, :5])
+    torch.testing.assert_close(first, base.whole_text(F.pad(tokens, (0, 3)), latents)[:, :6])
 
 
 def test_pictures_may_be_of_another_size(started: Path, tmp_path: Path) -> None:
@@ -178,10 +244,8 @@ def test_what_is_aurora_s_alone_is_refused(
 ) -> None:
     assert finetune.main(command("detection", started, tmp_path / "a")) == 2
     assert "detection is for Aurora; the checkpoint is PerceiverIO's" in capsys.readouterr().err
-    assert finetune.main(command("vqa", started, tmp_path / "b", "--task.head", "chosen")) == 2
-    assert "task.head chosen is for Aurora; PerceiverIO writes its answers" in capsys.readouterr().err
-    assert finetune.main(command("vqa", started, tmp_path / "b", "--task.head", "chosen", "--dry-run")) == 2
-    assert "task.head chosen is for Aurora" in capsys.readouterr().err
+    assert finetune.main(command("segmentation", started, tmp_path / "b", "--dry-run")) == 2
+    assert "segmentation is for Aurora" in capsys.readouterr().err
     silent = replace_objectives(started, tmp_path / "silent")
     with pytest.raises(ValueError, match="never learned to write captions"):
         load_pretrained(silent).caption("none.jpg")

@@ -35,7 +35,7 @@ from dataload.tokenizer import Tokenizer
 from train.config import PretrainConfig, from_dict, to_dict
 from train.engine import EngineState
 from train.engines.pieces import Piece, PiecesError, Stored, as_pieces, write_pieces
-from train.families import AuroraFamily, family_of
+from train.families import family_of
 from train.multimodal.config import PerceiverPretrainConfig
 from train.optim import with_aliases
 from train.tasks.config import FinetuneConfig, PerceiverFinetuneConfig
@@ -75,15 +75,6 @@ class LoadedModel:
     step: int
     path: Path
     averaged: bool
-
-    def must_be_aurora(self, command: str) -> None:
-        """Raises CheckpointError for a model of another family, which `command` cannot use as yet."""
-        family = family_of(self.config).name
-        if family != AuroraFamily.name:
-            raise CheckpointError(
-                f"{self.path} is a {family} checkpoint; {command} reads {AuroraFamily.name}'s alone as yet. "
-                "Its scores stand in the run's summary.json and report.html"
-            )
 
 
 def save(directory: Path, snapshot: Snapshot, config: PretrainConfig, tokenizer: Path, keep: int) -> Path:

@@ -310,4 +310,3 @@ def main(arguments: Sequence[str] | None = None) -> None:
         sheet = output / f"scenes-{options['size']}px-seed{options['seed']}.png"
         contact_sheet(paths.heldout, show).save(sheet)
         print(f"contact sheet: {sheet}")
-

@@ -141,17 +141,22 @@ class Aurora(nn.Module):
 
     def mlm_logits(self, memory: Tensor, mlm_tokens: Tensor) -> Tensor:
         """Logits [B, T, V] of every token of captions with hidden words, given the image."""
-        return self.decoder.logits(self.masked_language(memory, mlm_tokens))
+        return self.decoder.logits(self.whole_text(mlm_tokens, memory))
 
-    def masked_language(self, memory: Tensor, mlm_tokens: Tensor) -> Tensor:
-        """The text stack in its bidirectional mode -> [B, T, D]."""
-        x = self.decoder.read_text(mlm_tokens, causal=False)
-        return self.decoder.read_image(x, memory, causal=False, key_mask=mlm_tokens != PAD)
+    def whole_text(self, tokens: Tensor, memory: Tensor) -> Tensor:
+        """int64 [B, T], memory [B, M, D] -> [B, T, D]: the text stack in its bidirectional mode."""
+        x = self.decoder.read_text(tokens, causal=False)
+        return self.decoder.read_image(x, memory, causal=False, key_mask=tokens != PAD)
 
     def reconstruct(self, images: Tensor, mask: Tensor) -> Tensor:
         """The picture as predicted where mask bool [B, height/32, width/32] hides it: [B, 3, height,
         width], normalised space."""
         return objectives.unpatchify(self.pixels(self.encoder(images, mask)[3]))
+
+    def features(self, images: Tensor) -> tuple[Tensor, Tensor]:
+        """Normalised images [B, 3, H, W] -> embeddings, fp32 [B, E] of unit length, and the memory [B, M, D]."""
+        maps = self.encode_image(images)
+        return self.image_embedding(maps), self.memory(maps)
 
     def image_memory(self, images: Tensor) -> Tensor:
         """Normalised images [B, 3, H, W] -> the memory [B, M, D] that text about them reads."""
@@ -281,7 +286,7 @@ def pretraining_losses(
         targets = tokens[:, 1:].masked_fill(tokens[:, 1:] == PAD, IGNORE)
         losses["caption"] = objectives.token_loss(x, weight, targets, config) / n.caption_tokens
     if config.mlm:
-        x = model.masked_language(memory[: len(mlm_tokens)], mlm_tokens)
+        x = model.whole_text(mlm_tokens, memory[: len(mlm_tokens)])
         losses["mlm"] = objectives.token_loss(x, weight, mlm_targets, config) / n.mlm_tokens
     return losses
 

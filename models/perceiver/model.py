@@ -25,9 +25,9 @@ from models.perceiver.config import PerceiverConfig
 from models.perceiver.contrast import Pairs
 from models.perceiver.latents import InputRead, LatentTransformer
 from models.perceiver.objectives import PerceiverObjectives, pretraining_losses, read
-from models.perceiver.pieces import Piece, Tokens, join, padded, visible
+from models.perceiver.pieces import Piece, Tokens, join, packed, padded, visible
 from models.perceiver.queries import EmbeddingQueries, PatchQueries, QueryDecoder, TextDecoder
-from models.tokens import MASK, SPECIAL
+from models.tokens import MASK, PAD, SPECIAL
 
 
 class PerceiverIO(nn.Module):
@@ -132,9 +132,9 @@ class PerceiverIO(nn.Module):
         """Latents of samples read without their text -> fp32 [B, E] of unit length; modality "image", "video", "audio"."""
         return self.embeddings.embedding(latents, modality)
 
-    def text_embedding(self, text: Piece) -> Tensor:
-        """Texts -> fp32 [S, E] of unit length."""
-        return self.pool_text(text, None)
+    def text_embedding(self, text: Piece | Tensor) -> Tensor:
+        """Texts, packed or int64 [S, T] with padding -> fp32 [S, E] of unit length."""
+        return self.pool_text(packed(text) if isinstance(text, Tensor) else text, None)
 
     def pool_text(self, text: Piece, states: Tokens | None) -> Tensor:
         """The same; states of the text encoder, where they are there already."""
@@ -161,6 +161,11 @@ class PerceiverIO(nn.Module):
         """The decoder of a modality's patches."""
         return cast(PatchQueries, self.queries[modality])
 
+    def features(self, images: Tensor) -> tuple[Tensor, Tensor]:
+        """Normalised images [B, 3, H, W] -> embeddings, fp32 [B, E] of unit length, and the latents [B, M, D]."""
+        latents = self.image_memory(images)
+        return self.embedding(latents, "image"), latents
+
     def image_memory(self, images: Tensor) -> Tensor:
         """Normalised images [B, 3, H, W] -> the latents [B, M, D] that text about them reads."""
         samples = torch.arange(len(images), device=images.device)
@@ -169,6 +174,10 @@ class PerceiverIO(nn.Module):
     def next_words(self, tokens: Tensor, latents: Tensor) -> Tensor:
         """int64 [B, T], latents [B, M, D] -> [B, T, W]: what each place has to say of the word that follows it."""
         return self.decoder(tokens, latents, causal=True)
+
+    def whole_text(self, tokens: Tensor, latents: Tensor) -> Tensor:
+        """The same, each place having read the words behind it too."""
+        return self.decoder(tokens, latents, causal=False, seen=tokens != PAD)
 
     def start(self, latents: Tensor) -> DecodingState:
         """Begin generating text from latents [B, M, D]."""

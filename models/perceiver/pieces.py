@@ -11,6 +11,8 @@ from typing import NamedTuple
 import torch
 from torch import Tensor
 
+from models.tokens import PAD
+
 
 class Piece(NamedTuple):
     """All pieces of one modality in a batch."""
@@ -80,6 +82,12 @@ def padded(data: Tensor, lengths: Tensor, longest: int | None = None) -> Tensor:
     out = data.new_zeros(len(lengths), longest, *data.shape[1:])
     out[visible(lengths, longest)] = data
     return out
+
+
+def packed(tokens: Tensor) -> Piece:
+    """Texts int64 [S, T] with padding -> one piece of each of S samples."""
+    words = tokens != PAD
+    return Piece(tokens[words], torch.arange(len(tokens), device=tokens.device), ends(words.sum(1)))
 
 
 class Tokens(NamedTuple):

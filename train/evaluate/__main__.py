@@ -28,7 +28,6 @@ import torch
 from dataload import shards
 from dataload.multimodal import PAIRS
 from dataload.pipeline import EvalSet
-from models.aurora import AuroraConfig
 from train.checkpoint import LoadedModel, load_model
 from train.data import Sources, find_sources
 from train.engine import Ranks
@@ -151,7 +150,7 @@ def _check(args: argparse.Namespace, loaded: LoadedModel, output: Path) -> None:
     if isinstance(loaded.config, FinetuneConfig):
         start = loaded.config.checkpoint
         others = [f"that of {start}, which it started from"] if start else []
-        if args.task == "retrieval" and isinstance(loaded.config.model, AuroraConfig):
+        if args.task == "retrieval":
             others.append(f"one of python -m train.finetune retrieval --checkpoint {loaded.path}")
         raise ValueError(
             f"{loaded.path} is fine-tuned for {loaded.config.task.kind}; {args.task} is scored of a pre-trained model"

@@ -12,8 +12,6 @@ from torch import Tensor, nn
 from dataload.annotated import Item, Items, Maker, TaskBatch
 from dataload.annotations import Annotations
 from dataload.tokenizer import Tokenizer
-from models.aurora import Aurora
-from models.perceiver import PerceiverConfig, PerceiverIO
 from train.evaluate.result import Score
 from train.tasks.config import FinetuneConfig, TaskConfig
 
@@ -132,11 +130,6 @@ class Task(Protocol):
         self, predictions: Sequence[Prediction], items: Items, config: FinetuneConfig, tokenizer: Tokenizer
     ) -> TaskResult:
         """All predictions, each item at most once, in the order of the items -> scores."""
-
-
-def new_base(config: FinetuneConfig) -> Aurora | PerceiverIO:
-    """A new model of either family, as the configuration says."""
-    return PerceiverIO(config.model) if isinstance(config.model, PerceiverConfig) else Aurora(config.model)
 
 
 def item_of(items: Items, prediction: Prediction) -> Item:

@@ -18,6 +18,7 @@ from dataload.annotations import Annotations
 from dataload.images import mirror_caption, normalize
 from dataload.tokenizer import BOS, EOS, MASK, PAD, Tokenizer
 from dataload.views import squashed_view, training_view
+from models.base import new_base
 from models.generation import generate
 from models.tokens import IGNORE
 from models.writing import Writer
@@ -26,7 +27,7 @@ from train.evaluate.result import Score
 from train.scores.captioning import METRICS, CaptionScorer, Plan, Split, check
 from train.scores.cider import SIGMA, CiderD, Gram
 from train.scores.shuffle import derangement
-from train.tasks.base import Example, Prediction, TaskResult, item_of, new_base
+from train.tasks.base import Example, Prediction, TaskResult, item_of
 from train.tasks.config import FinetuneConfig, TaskConfig
 from train.tasks.detection import view_of
 from train.tasks.reward import CiderReward
@@ -67,7 +68,7 @@ class Captioning:
             self.reward = CiderReward(items, tokenizer, samples, prompt_of(config, tokenizer))
 
     def model(self, config: FinetuneConfig) -> nn.Module:
-        return Writer(new_base(config))
+        return Writer(new_base(config.model))
 
     def maker(self, config: FinetuneConfig, tokenizer: Tokenizer) -> Maker:
         size, length, view_config = config.model.image_size, config.model.text_length, view_of(config)

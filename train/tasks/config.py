@@ -170,8 +170,6 @@ class FinetuneConfig(PretrainConfig):
             found.append(f"task.beams is {self.task.beams}; it must be at least 1")
         if self.task.kind == "vqa" and self.task.prompt and "{question}" not in self.task.prompt:
             found.append(f"task.prompt is {self.task.prompt!r}; it must hold {{question}}")
-        if self.task.kind == "vqa" and self.task.head == "chosen" and self.family != "Aurora":
-            found.append(f"task.head chosen is for Aurora; {self.family} writes its answers")
         if self.task.classes and self.task.kind in ("captioning", "retrieval"):
             found.append(f"task.classes is given; {self.task.kind} has no classes")
         if self.task.classes and self.task.kind == "vqa" and self.task.head == "written":

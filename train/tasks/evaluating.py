@@ -175,7 +175,6 @@ def config_for(args: argparse.Namespace, loaded: LoadedModel) -> FinetuneConfig:
     """The configuration that the checkpoint is scored with. Raises ConfigError where it cannot do the task."""
     config = loaded.config
     if args.task == CLASSIFY:
-        loaded.must_be_aurora("train.evaluate classify")
         trained = isinstance(config, FinetuneConfig) or config.objectives.itc
         if not trained:
             raise ConfigError(f"{loaded.path} was trained without contrast (objectives.itc is 0)")

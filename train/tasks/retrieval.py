@@ -14,7 +14,8 @@ from dataload.annotations import Annotations
 from dataload.images import mirror_caption, normalize
 from dataload.tokenizer import PAD, Tokenizer
 from dataload.views import squashed_view, training_view
-from models.aurora.matching import Matcher
+from models.base import new_base
+from models.matching import Matcher
 from train.evaluate.result import Score
 from train.scores.retrieval import KS, retrieval_chance, retrieval_scores
 from train.tasks.base import Example, Prediction, TaskResult
@@ -28,7 +29,7 @@ class Retrieval:
     """An item is a picture with its captions."""
 
     name, media = "retrieval", "image"
-    families: tuple[str, ...] = ("Aurora",)
+    families: tuple[str, ...] = ("Aurora", "PerceiverIO")
     needs: tuple[str, ...] = ("captions",)
     ragged: tuple[str, ...] = ("captions",)
     fresh: tuple[str, ...] = ()
@@ -44,7 +45,7 @@ class Retrieval:
         return task
 
     def model(self, config: FinetuneConfig) -> nn.Module:
-        return Matcher(config.model)
+        return Matcher(new_base(config.model))
 
     def maker(self, config: FinetuneConfig, tokenizer: Tokenizer) -> Maker:
         size, length, view_config = config.model.image_size, config.model.text_length, view_of(config)
@@ -78,9 +79,7 @@ class Retrieval:
     ) -> list[Prediction]:
         """Embeddings of a picture and its captions, and the memory from which pairs are judged later."""
         base = model.base
-        maps = base.encode_image(normalize(batch["images"]))
-        images = base.image_embedding(maps).float().cpu()
-        memory = base.memory(maps).float().cpu()
+        images, memory = (found.float().cpu() for found in base.features(normalize(batch["images"])))
         texts = base.text_embedding(batch["captions"]).float().cpu()
         owner, tokens = batch["captions_sample"].cpu(), batch["captions"].cpu()
         self._model = model  # the same on every rank

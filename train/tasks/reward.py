@@ -10,9 +10,9 @@ from torch import Tensor
 from dataload.annotated import Items
 from dataload.images import mirror_caption
 from dataload.tokenizer import Tokenizer
+from models.base import Base
 from models.generation import Generator
 from models.tokens import EOS
-from models.writing import Narrator
 from train.scores.captioning import regex_tokenize
 from train.scores.cider import CiderD, Weighed
 
@@ -56,7 +56,7 @@ class CiderCritic:
         self.reward, self.references = reward, references
         self.samples, self.prompt = reward.samples, reward.prompt
 
-    def speaker(self, model: Narrator) -> Generator:
+    def speaker(self, model: Base) -> Generator:
         from train.generate.__main__ import KnownPieces
 
         return KnownPieces(model, self.reward.tokenizer)

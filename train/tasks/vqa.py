@@ -17,7 +17,8 @@ from dataload.annotations import Annotations, Question
 from dataload.images import mirror_caption, normalize
 from dataload.tokenizer import BOS, EOS, Tokenizer
 from dataload.views import squashed_view, training_view
-from models.aurora.answering import Chooser
+from models.answering import Chooser
+from models.base import new_base
 from models.generation import generate
 from models.tokens import IGNORE
 from models.writing import Writer
@@ -26,7 +27,7 @@ from train.evaluate.result import Score
 from train.scores.vqa import Truth, best_constant, score_vqa, truth_of
 from train.scores.vqa import accuracy as official
 from train.scores.vqa import normalize as plain
-from train.tasks.base import Example, Prediction, TaskResult, item_of, new_base
+from train.tasks.base import Example, Prediction, TaskResult, item_of
 from train.tasks.config import FinetuneConfig, TaskConfig
 from train.tasks.detection import view_of
 
@@ -70,8 +71,8 @@ class QuestionAnswering:
 
     def model(self, config: FinetuneConfig) -> nn.Module:
         if config.task.head == "chosen":
-            return Chooser(config.model, len(config.task.classes))
-        return Writer(new_base(config))
+            return Chooser(new_base(config.model), len(config.task.classes))
+        return Writer(new_base(config.model))
 
     def maker(self, config: FinetuneConfig, tokenizer: Tokenizer) -> Maker:
         size, length, view_config = config.model.image_size, config.model.text_length, view_of(config)

@@ -35,7 +35,7 @@ class ZeroShot:
     """An item is a picture with labels; where there are none, with objects, whose categories are its labels."""
 
     name, media = "classify", "image"
-    families: tuple[str, ...] = ("Aurora",)
+    families: tuple[str, ...] = ("Aurora", "PerceiverIO")
     needs: tuple[str, ...] = ()
     ragged: tuple[str, ...] = ()
     fresh: tuple[str, ...] = ()
@@ -110,7 +110,7 @@ class ZeroShot:
                 return found
 
             self._classes = class_embeddings(embed, config.task.classes, self.templates)
-        images = base.image_embedding(base.encode_image(normalize(batch["images"])))
+        images = base.features(normalize(batch["images"]))[0]
         scores = (images @ self._classes.T).float().cpu().numpy()
         return [Prediction(number, row) for number, row in zip(batch.items, scores, strict=True)]
 

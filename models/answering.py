@@ -1,5 +1,5 @@
-"""Questions about an image, answered by a choice: the text stack reads the question in its bidirectional mode; what the first
-token then says is one of C answers. (Answers that are written: models/writing.py.)
+"""Questions about an image, answered by a choice, by either model: the text stack reads the question in its bidirectional mode;
+what the first token then says is one of C answers. (Answers that are written: models/writing.py.)
 
 Shapes: B batch, T tokens, C answers, D decoder width.
 """
@@ -9,18 +9,17 @@ from __future__ import annotations
 import torch.nn.functional as F
 from torch import Tensor, nn
 
-from models.aurora.config import AuroraConfig
-from models.aurora.model import Aurora, init_layers
-from models.tokens import PAD
+from models.aurora.model import init_layers
+from models.base import Base
 
 
 class Chooser(nn.Module):
-    """Aurora (`base`) that chooses among C answers to a question about an image."""
+    """A model (`base`) that chooses among C answers to a question about an image."""
 
-    def __init__(self, config: AuroraConfig, answers: int) -> None:
+    def __init__(self, base: Base, answers: int) -> None:
         super().__init__()
-        self.base = Aurora(config)
-        dim = config.decoder_width
+        self.base = base
+        dim = base.config.decoder_width
         self.head = nn.Sequential(nn.Linear(dim, dim), nn.GELU(), nn.Linear(dim, answers))
         init_layers(self.head)
 
@@ -35,7 +34,4 @@ class Chooser(nn.Module):
 
     def answers(self, images: Tensor, tokens: Tensor) -> Tensor:
         """Normalised images and questions int64 [B, T] -> logits [B, C]."""
-        memory = self.base.memory(self.base.encode_image(images))
-        x = self.base.decoder.read_text(tokens, causal=False)
-        x = self.base.decoder.read_image(x, memory, causal=False, key_mask=tokens != PAD)
-        return self.head(x[:, 0])
+        return self.head(self.base.whole_text(tokens, self.base.image_memory(images))[:, 0])

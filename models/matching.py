@@ -1,4 +1,4 @@
-"""Image-text matching (ALBEF, arXiv:2107.07651): the cross-attention decoder says whether a caption belongs to an image.
+"""Image-text matching (ALBEF, arXiv:2107.07651): the text decoder of either model says whether a caption belongs to an image.
 
 Contrastive embeddings find candidates among millions; the decoder, which sees image and caption together, orders the first few
 anew. Shapes: P images, K captions per image, T tokens, D decoder width, R pairs.
@@ -10,19 +10,18 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
 
-from models.aurora.config import AuroraConfig
-from models.aurora.model import Aurora, init_layers
+from models.aurora.model import init_layers
+from models.base import Base
 from models.objectives import contrastive_loss
-from models.tokens import PAD
 
 
 class Matcher(nn.Module):
-    """Aurora (`base`) with a head that matches. `forward` gives the losses, `match` the scores of pairs."""
+    """A model (`base`) with a head that matches. `forward` gives the losses, `match` the scores of pairs."""
 
-    def __init__(self, config: AuroraConfig) -> None:
+    def __init__(self, base: Base) -> None:
         super().__init__()
-        self.base = Aurora(config)
-        self.head = nn.Linear(config.decoder_width, 1)
+        self.base = base
+        self.head = nn.Linear(base.config.decoder_width, 1)
         init_layers(self.head)
 
     def forward(
@@ -33,13 +32,12 @@ class Matcher(nn.Module):
         often it is drawn. images normalised [P, 3, height, width], tokens int64 [P, T].
         """
         base = self.base
-        maps = base.encode_image(images)
-        image, text = base.image_embedding(maps), base.text_embedding(tokens)
+        image, memory = base.features(images)
+        text = base.text_embedding(tokens)
         losses = {
             "itc": contrastive_loss(image, text, base.logit_scale, base.logit_bias, kind="softmax")
             / max(micro_steps, 1e-6)
         }
-        memory = base.memory(maps)
         count = len(images)
         if count < 2:
             return {**losses, "match": self.match(memory, tokens).sum() * 0}
@@ -61,7 +59,4 @@ class Matcher(nn.Module):
 
     def match(self, memory: Tensor, tokens: Tensor) -> Tensor:
         """Image memory [R, M, D] and captions int64 [R, T] -> fp32 logits [R] that they belong together."""
-        decoder = self.base.decoder
-        x = decoder.read_text(tokens, causal=False)
-        x = decoder.read_image(x, memory, causal=False, key_mask=tokens != PAD)
-        return self.head(x[:, 0]).float()[:, 0]
+        return self.head(self.base.whole_text(tokens, memory)[:, 0]).float()[:, 0]
