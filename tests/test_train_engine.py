@@ -276,3 +276,28 @@ def test_devices_that_are_not_there_are_refused() -> None:
     for name, said in (("cuda:99", "usable GPU"), ("tpu", "no torch device"), ("meta", "not supported")):
         with pytest.raises(ConfigError, match=said):
             choose_device(name)
+
+
+@pytest.mark.parametrize("ending", ["done", "stopped", "not finite"])
+def test_running_statistics_are_those_of_steps_that_were_made(ending: str) -> None:
+    """A step that is stopped or skipped leaves batch norm's mean, variance and count as they were."""
+    torch.manual_seed(0)
+    config = PretrainConfig(model=dataclasses.replace(STILL, image_pooling="mean"), itc_negatives="microstep")
+    one = TorchEngine(Aurora(config.model), config, CPU, Precision("fp32", ""), ALONE)
+    before = {name: buffer.clone() for name, buffer in one.model.named_buffers() if "image_pool.norm" in name}
+    assert len(before) == 3
+    batches = parts(batch(6, 4), 2)
+    normalizers, _ = one.agree(batches, False)
+    for micro in one.micro_batches(batches):
+        losses = one.losses(micro, config.objectives, normalizers)
+        one.backward(
+            {name: loss * (torch.nan if ending == "not finite" else 1) for name, loss in losses.items()}
+        )
+    changed = dict(one.model.named_buffers())
+    assert int(changed["image_pool.norm.num_batches_tracked"]) == 2
+    if ending == "stopped":
+        one.discard()
+    else:
+        assert one.step(1e-3).skipped is (ending == "not finite")
+    same = [torch.equal(changed[name], value) for name, value in before.items()]
+    assert same == [ending != "done"] * 3

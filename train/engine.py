@@ -18,6 +18,7 @@ from typing import Any, cast
 import torch
 import torch.distributed as dist
 from torch import Tensor, nn
+from torch.nn.modules.batchnorm import _BatchNorm
 
 from train.config import PretrainConfig
 from train.contrast import MicroBatch, contrast_all, contrasts
@@ -139,6 +140,7 @@ class TorchEngine:
         self.ema: Ema | None = None
         self.weights = {name: weight for name, weight in config.objectives.weights().items() if weight}
         self._sums: dict[str, Tensor] = {}
+        self._statistics: list[tuple[Tensor, Tensor]] = []
         self.build()
 
     def placed(self, model: nn.Module) -> nn.Module:
@@ -175,6 +177,7 @@ class TorchEngine:
     def micro_batches(self, batches: Sequence[Any]) -> list[MicroBatch]:
         """The micro-batches of this step; with `itc_negatives` "global", after a first pass over all of them for what
         the contrastive loss of the whole step needs."""
+        self._statistics = running_statistics(self.model)
         if self.config.itc_negatives == "global" and contrasts(self.weights):
             return contrast_all(self, batches)
         return [MicroBatch(batch) for batch in batches]
@@ -238,6 +241,7 @@ class TorchEngine:
         finite = math.isfinite(loss) and math.isfinite(grad_norm)
         if finite:
             self.average()
+            self._statistics = []
         self.discard()
         return StepResult(losses, loss, grad_norm, skipped=not finite)
 
@@ -247,7 +251,10 @@ class TorchEngine:
             self.ema.update(self.model)
 
     def discard(self) -> None:
-        """Forget gradients and losses of an unfinished step."""
+        """Forget gradients and losses of an unfinished step, and what its forward passes added to running statistics."""
+        for now, before in self._statistics:
+            now.copy_(before)
+        self._statistics = []
         forget_gradients(self.optimizer)
         self._sums = {}
 
@@ -284,6 +291,12 @@ class TorchEngine:
         self.ema.updates = state.ema_updates
         for name, weight in self.ema.weights.items():
             weight.copy_(state.ema[name])
+
+
+def running_statistics(model: nn.Module) -> list[tuple[Tensor, Tensor]]:
+    """What forward passes change in training, batch norm's: each buffer, and a copy of what it holds now."""
+    norms = (module for module in model.modules() if isinstance(module, _BatchNorm))
+    return [(buffer, buffer.clone()) for norm in norms for buffer in norm.buffers(recurse=False)]
 
 
 def rng_state(device: torch.device) -> dict[str, Tensor]:

@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import os
-import shlex
 import time
 from collections.abc import Sequence
 from dataclasses import replace
@@ -13,6 +12,7 @@ import torch
 
 from train import checkpoint
 from train.checkpoint import CheckpointError, Snapshot
+from train.commands import command_that_began, command_to_resume, keep
 from train.config import ConfigError, PretrainConfig, differences, problems
 from train.data import Data, find_sources, open_data
 from train.engine import Ranks, join, load_rng, share
@@ -69,8 +69,8 @@ def set_up(config: PretrainConfig, command: Sequence[str]) -> Run:
     run = Run(
         config,
         out,
-        _command(command, ranks, program),
-        _resume_command(command, out, ranks, program),
+        command_that_began(command, out, start, ranks, program),
+        command_to_resume(command, out, ranks, program),
         ranks,
         engine,
         data,
@@ -84,6 +84,7 @@ def set_up(config: PretrainConfig, command: Sequence[str]) -> Run:
         _go_on_from(run, snapshot, start)
     if ranks.first:
         out.mkdir(parents=True, exist_ok=True)
+        keep(out, run.command)
         checkpoint.remove_unfinished(out / "checkpoints")
         for left in checkpoint.set_aside(out / "checkpoints", run.step):
             progress.say(
@@ -246,32 +247,3 @@ def _go_on_from(run: Run, snapshot: Snapshot, start: Path | None) -> None:
         run.say("resume      written on another kind of device: dropout is seeded anew")
     run.step, run.seconds_before, run.skipped = snapshot.step, snapshot.seconds, snapshot.skipped
     run.saver.saved = start if start and start.parent == run.out / "checkpoints" else None
-
-
-def _nodes(ranks: Ranks) -> int:
-    """Machines that take part, as torchrun says, or the ranks per machine that any launcher says."""
-    here = int(os.environ.get("LOCAL_WORLD_SIZE", ranks.size))
-    return max(int(os.environ.get("GROUP_WORLD_SIZE", 1)), -(-ranks.size // max(here, 1)))
-
-
-def _command(typed: Sequence[str], ranks: Ranks, program: str = "train.pretrain") -> str:
-    launcher = "python -m"
-    if ranks.size > 1:
-        nodes = f"--nnodes {nodes} " if (nodes := _nodes(ranks)) > 1 else ""
-        launcher = f"torchrun {nodes}--nproc-per-node {os.environ.get('LOCAL_WORLD_SIZE', ranks.size)} -m"
-    return shlex.join([*launcher.split(), program, *typed])
-
-
-def _resume_command(typed: Sequence[str], out: Path, ranks: Ranks, program: str = "train.pretrain") -> str:
-    """The command as typed, with --out and --resume auto in place of what was said about them. What launches it on several
-    machines (addresses, numbers of machines, a scheduler's script) is not known here."""
-    anew = ["--out", str(out), "--resume", "auto"]
-    if _nodes(ranks) > 1:
-        return f"the same launcher command with {shlex.join(anew)}, on every machine"
-    kept = []
-    skip = False
-    for word in typed:
-        if not skip and word.split("=")[0] not in ("--out", "--resume"):
-            kept.append(word)
-        skip = word in ("--out", "--resume")
-    return _command([*kept, *anew], ranks, program)

@@ -1,0 +1,78 @@
+"""The command of a run: what begins it anew, and what goes on with it, in words that a shell takes."""
+
+from __future__ import annotations
+
+import os
+import shlex
+import shutil
+import sys
+from collections.abc import Sequence
+from pathlib import Path
+
+from train.engine import Ranks
+
+BEGUN = "command.txt"  # in a run's directory: what began it
+
+
+def command_line(typed: Sequence[str], ranks: Ranks, program: str = "train.pretrain") -> str:
+    """The command with these words."""
+    launcher = [python(), "-m"]
+    if ranks.size > 1:
+        nodes = ["--nnodes", str(_nodes(ranks))] if _nodes(ranks) > 1 else []
+        here = os.environ.get("LOCAL_WORLD_SIZE", str(ranks.size))
+        launcher = [*torchrun(), *nodes, "--nproc-per-node", here, "-m"]
+    return shlex.join([*launcher, program, *typed])
+
+
+def command_to_resume(typed: Sequence[str], out: Path, ranks: Ranks, program: str = "train.pretrain") -> str:
+    """The command as typed, with --out and --resume auto in place of what was said about them. What launches it on several
+    machines (addresses, numbers of machines, a scheduler's script) is not known here."""
+    anew = ["--out", str(out), "--resume", "auto"]
+    if _nodes(ranks) > 1:
+        return f"the same launcher command with {shlex.join(anew)}, on every machine"
+    return command_line([*_without(typed, "--out", "--resume"), *anew], ranks, program)
+
+
+def command_that_began(
+    typed: Sequence[str], out: Path, start: Path | None, ranks: Ranks, program: str = "train.pretrain"
+) -> str:
+    """What begins the run in `out` anew. start: the checkpoint that it goes on from; of one of its own, the command that its
+    first start has kept (`keep`) counts, not the one that was typed to go on."""
+    known = out / BEGUN
+    if start is not None and start.is_relative_to(out) and known.is_file():
+        return known.read_text(encoding="utf-8").strip()
+    return command_line(_without(typed, "--resume") if start is None else typed, ranks, program)
+
+
+def keep(out: Path, command: str) -> None:
+    """Write down what began the run, for those who go on with it."""
+    (out / BEGUN).write_text(f"{command}\n", encoding="utf-8")
+
+
+def python() -> str:
+    """What a shell in this folder starts this Python by."""
+    found, own = shutil.which("python"), Path(sys.executable)
+    if found and Path(found).parent == own.parent:
+        return "python"
+    return str(own.relative_to(Path.cwd()) if own.is_relative_to(Path.cwd()) else own)
+
+
+def torchrun() -> list[str]:
+    """The same for torchrun."""
+    return ["torchrun"] if python() == "python" else [python(), "-m", "torch.distributed.run"]
+
+
+def _without(typed: Sequence[str], *options: str) -> list[str]:
+    """The words but for these options and their values."""
+    kept, skip = [], False
+    for word in typed:
+        if not skip and word.split("=")[0] not in options:
+            kept.append(word)
+        skip = not skip and word in options
+    return kept
+
+
+def _nodes(ranks: Ranks) -> int:
+    """Machines that take part, as torchrun says, or the ranks per machine that any launcher says."""
+    here = int(os.environ.get("LOCAL_WORLD_SIZE", ranks.size))
+    return max(int(os.environ.get("GROUP_WORLD_SIZE", 1)), -(-ranks.size // max(here, 1)))
