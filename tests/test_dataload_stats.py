@@ -6,6 +6,7 @@ import contextlib
 import io
 import json
 import statistics
+import sys
 from pathlib import Path
 from typing import Any
 
@@ -174,6 +175,34 @@ def test_duplicates_of_a_corpus(corpus: Path, tmp_path: Path) -> None:
     lines = [json.loads(line) for line in excludes.read_text().splitlines()]
     assert [line["key"] for line in lines] == ["again", "0022"]
     assert "exact of" in lines[0]["reason"] and "near of" in lines[1]["reason"]
+
+
+@pytest.mark.parametrize("against", [False, True])
+def test_looks_that_were_not_compared_are_not_none(
+    corpus: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch, against: bool
+) -> None:
+    """One picture (0022) looks like an earlier one. Without --duplicates nobody looked, so no number may be told."""
+    options: tuple[object, ...] = ("--against", corpus / "test-*.tar") if against else ()
+    if not against:
+        monkeypatch.setitem(sys.modules, "imagehash", None)  # not needed, and not there
+    folder, file = tmp_path / "report", tmp_path / "stats.json"
+    status, out, _ = run(corpus / "train-*.tar", *options, "--report", folder, "--json", file)
+    said = "was not compared (--duplicates does)"
+    assert status == 0 and "that look like one" not in out
+    assert f"0 pictures with the bytes of an earlier one; whether others look like one {said}" in out
+    for told in (file, folder / "stats.json"):
+        copies = json.loads(told.read_text())["duplicates"]
+        assert (copies["exact"], copies["near"], copies["without_contrast"]) == (0, None, None)
+    page = Page((folder / "index.html").read_text(encoding="utf-8")).text
+    assert "Extra copies by bytes; looks not compared" in page and "more look like one" not in page
+    assert "Whether others look like one was not compared: --duplicates does." in page
+
+
+def test_looks_that_were_compared(corpus: Path, tmp_path: Path) -> None:
+    status, out, _ = run(corpus / "train-*.tar", "--duplicates", "--report", tmp_path / "report")
+    page = Page((tmp_path / "report" / "index.html").read_text(encoding="utf-8")).text
+    assert status == 0 and "0 pictures with the bytes of an earlier one, 1 that look like one" in out
+    assert "an earlier one, 1 more look like one." in page and "not compared" not in out + page
 
 
 def test_hashes_are_kept_beside_the_shard(corpus: Path, monkeypatch: pytest.MonkeyPatch) -> None:

@@ -9,7 +9,7 @@ import warnings
 from collections.abc import Sequence
 from pathlib import Path
 
-from dataload.pack.commands import COMMANDS, add_all
+from dataload.pack.commands import COMMANDS, add_all, add_holdout, check_holdout
 from dataload.pack.img2dataset import examine
 from dataload.pack.journal import SCRATCH, PackError
 from dataload.pack.packing import known_before, pack
@@ -59,6 +59,7 @@ def _parser() -> argparse.ArgumentParser:
         "--output", type=Path, metavar="DIR", help="folder for new shards (default: only look)"
     )
     downloaded.add_argument("--split", default="train", help="starts the new shards' names (default: train)")
+    add_holdout(downloaded, supported=False)
     _add_sizes(downloaded)
     return parser
 
@@ -104,6 +105,12 @@ def main(arguments: Sequence[str] | None = None) -> int:
         value = getattr(options, name, None)
         if value is not None and value < 1:
             parser.error(f"--{name.replace('_', '-')} must be at least 1, not {value}")
+    try:
+        check_holdout(options)
+    except SourceError as error:
+        parser.error(str(error))
+    if getattr(options, "split", "") is None:
+        options.split = "train"
     warnings.filterwarnings("ignore", module="PIL")  # what matters in them is in the summary
     started = time.monotonic()
     try:
@@ -123,6 +130,7 @@ def main(arguments: Sequence[str] | None = None) -> int:
             overwrite=options.overwrite,
             restart=options.restart,
             require_all=options.require_all,
+            holdout=options.holdout,
             workers=options.workers,
         )
     except (SourceError, PackError, ReshardError, ImportError) as error:

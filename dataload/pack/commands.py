@@ -13,7 +13,7 @@ from dataload.pack.flickr import read_flickr
 from dataload.pack.folder import read_folder
 from dataload.pack.karpathy import read_karpathy
 from dataload.pack.masks import read_masks
-from dataload.pack.source import Source
+from dataload.pack.source import Source, SourceError
 from dataload.pack.visual_genome import GenomeFiles, read_visual_genome
 from dataload.pack.vqa import read_vqa
 
@@ -57,14 +57,14 @@ Pictures and label maps in two folders, NAME.jpg and NAME.png, a class number pe
       --reduce-zero --output shards"""
 CSV = """\
 A table with a header and one caption per row; rows of the same file are its several captions. The files may be
-pictures, sounds or videos.
+pictures, sounds or videos. Held-out shards: --split-column, or --holdout 0.1.
 
   python -m dataload.pack csv --csv captions.csv --images pictures --image-column file --output shards
   python -m dataload.pack csv --csv labels.csv --media audio --media-column file --label-column class --output shards"""
 FOLDER = """\
 All pictures, sounds and videos below a folder; NAME.mp4 and NAME.wav are one sample. The captions of NAME.jpg are
 the lines of NAME.txt, and in NAME.json "caption" (a text), "captions" (a list) or a list alone; "label" there is
-its label. Pictures without such a file are packed as uncaptioned ones.
+its label. Pictures without such a file are packed as uncaptioned ones. --holdout 0.1 puts a tenth into val shards.
 
   python -m dataload.pack folder --images holiday --output shards
   python -m dataload.pack folder --media sounds --label-from-folder --output shards"""
@@ -88,9 +88,46 @@ def _media(parser: Parser) -> None:
 
 
 def _split(parser: Parser) -> None:
+    parser.add_argument("--split", help="name of the split, starts the shards' names (default: train)")
+    add_holdout(parser)
+
+
+def add_holdout(parser: Parser, supported: bool = True) -> None:
+    """--holdout; a source that cannot have it takes it to refuse it in words."""
+    text = "put this share of the samples, such as 0.1, into val shards instead of train, by a hash of their names"
     parser.add_argument(
-        "--split", default="train", help="name of the split, starts the shards' names (default: train)"
+        "--holdout", type=float, metavar="SHARE", help=text if supported else argparse.SUPPRESS
     )
+
+
+def check_holdout(options: argparse.Namespace) -> None:
+    """Raises SourceError for a --holdout of no share, and beside what divides the samples already."""
+    share: float | None = options.holdout
+    if share is None:
+        return
+    if not 0 < share < 1:
+        raise SourceError(
+            f"--holdout must be more than 0 and less than 1 (0.1 holds out a tenth), not {share:g}"
+        )
+    if why := _DIVIDED.get(options.command):
+        names = ", ".join(name for name in COMMANDS if name not in _DIVIDED)
+        raise SourceError(
+            f"--holdout {share:g} is not for {options.command}: {why}. It is for {names}, without --split"
+        )
+    for name in ("split_column", "lists", "split"):
+        if given := getattr(options, name, None):
+            words = " ".join(map(str, given)) if isinstance(given, list) else given
+            raise SourceError(
+                f"--holdout {share:g} makes the splits train and val by itself, so it does not go with "
+                f"--{name.replace('_', '-')} {words}: give one of the two"
+            )
+
+
+_DIVIDED = {
+    "karpathy": "its file says which split each picture belongs to",
+    "img2dataset": "its shards are taken as they are",
+}
+"""commands whose samples have a split, or stay where they are"""
 
 
 def coco(parser: Parser) -> Reader:
@@ -120,6 +157,7 @@ def karpathy(parser: Parser) -> Reader:
         "--restval-into-train", action=argparse.BooleanOptionalAction, default=True,
         help="put COCO's restval pictures into train (default: yes); if not, they are a split of their own",
     )  # fmt: skip
+    add_holdout(parser, supported=False)
     return lambda options: read_karpathy(
         options.json, options.images, restval_into_train=options.restval_into_train
     )

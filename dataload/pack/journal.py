@@ -198,6 +198,7 @@ class Journal:
         words = {
             "listed": "the source lists other samples or captions",
             "files": "files of the source have another size or time",
+            "held": "other samples are held out",
         }
         differ = [
             words.get(name, f"{name} was {before.get(name)}, now {now.get(name)}")

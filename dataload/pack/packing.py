@@ -16,6 +16,7 @@ from pathlib import Path
 from typing import Any
 
 from dataload.annotations import CLASSES, SEGMENTATION
+from dataload.pack import holdout as held_out
 from dataload.pack.geometry import map_bytes, scaled
 from dataload.pack.journal import Journal, PackError, describe
 from dataload.pack.kinds import kind_of, suffix_of
@@ -42,6 +43,7 @@ def pack(
     overwrite: bool = False,
     restart: bool = False,
     require_all: bool = False,
+    holdout: float | None = None,
     workers: int | None = None,
 ) -> Summary:
     """Writes output/<split>-%06d.tar for every split of `source`, and output/dataset.json.
@@ -51,30 +53,40 @@ def pack(
     does. Where a packing was interrupted, the same call goes on from its last whole shard, and gives the bytes
     that it would have given; another source or other options are refused, unless `restart` throws away what
     is there. `overwrite` replaces what an earlier packing put into `output` (and nothing else there).
-    `workers`: threads that read and check files (None = one per core).
+    `workers`: threads that read and check files (None = one per core). `holdout`: this share of the samples becomes the
+    split "val", and the others stay "train", by a hash of each one's name; for a source whose samples are all "train".
 
     Before any work it looks whether the files are there; `require_all`: one that is missing ends it.
 
     Raises PackError when `output` is not empty, holds another interrupted packing, a split's name cannot be
-    part of a file name, a file is missing that is required, or nothing could be packed.
+    part of a file name, a file is missing that is required, or nothing could be packed; and for a `holdout` outside
+    (0, 1) or of a source with other splits.
     """
     if (absent := missing(source)) and (require_all or len(absent) == len(source.pictures)):
         raise PackError(
             _nothing(source) if len(absent) == len(source.pictures) else missing_said(source, absent)
         )
+    workers = workers or os.cpu_count() or 1
+    options: dict[str, Any] = {
+        "max_samples": max_samples, "max_bytes": max_bytes, "resize": resize, "verify": verify,
+        "shuffle_seed": shuffle_seed, "holdout": holdout,
+    }  # fmt: skip
     splits: dict[str, list[Picture]] = {}
-    for picture in source.pictures:
-        splits.setdefault(picture.split, []).append(picture)
+    if holdout is None:
+        for picture in source.pictures:
+            splits.setdefault(picture.split, []).append(picture)
+    else:
+        try:
+            splits = held_out.divide(source.pictures, holdout, workers)
+        except ValueError as error:
+            raise PackError(f"holdout: {error}") from error
+        options["held"] = held_out.told(splits)
     for name, pictures in splits.items():
         if not re.fullmatch(r"[A-Za-z0-9_-]+", name):
             raise PackError(f"split {name!r} cannot name a shard: letters, digits, - and _ are allowed")
         if shuffle_seed is not None:
             random.Random(f"{shuffle_seed} {name}").shuffle(pictures)
-    options = {
-        "max_samples": max_samples, "max_bytes": max_bytes, "resize": resize, "verify": verify,
-        "shuffle_seed": shuffle_seed,
-    }  # fmt: skip
-    summary = Summary(source.kind, notes=source.notes, problems=source.problems)
+    summary = Summary(source.kind, notes=[*source.notes], problems=source.problems)
     seen: dict[str, Picture] = {}
     limits = (max_samples, max_bytes)
     with Journal(output, describe(source, options), overwrite=overwrite, restart=restart) as journal:
@@ -86,12 +98,18 @@ def pack(
                 progress.say(f"goes on after {done:,} samples, in {shards:,} whole shards")
             for name, pictures in splits.items():
                 loading = partial(load, resize=resize, verify=verify)
-                ahead = _ahead(pictures[journal.done(name) :], loading, workers or os.cpu_count() or 1)
+                ahead = _ahead(pictures[journal.done(name) :], loading, workers)
                 _write_split(name, pictures, ahead, journal, limits, summary, seen, progress)
         for name, split in summary.splits.items():
             split.shards = journal.shards[name]
         if not summary.splits:
             raise PackError(_nothing(source, summary))
+        if holdout is not None:
+            train, held = (
+                summary.splits[name].samples if name in summary.splits else 0
+                for name in (held_out.TRAIN, held_out.HELD)
+            )
+            summary.notes.append(held_out.said(holdout, train, held))
         beside = {}
         if source.classes:
             beside[CLASSES] = (json.dumps(source.classes, ensure_ascii=False, indent=1) + "\n").encode()

@@ -130,7 +130,7 @@ def _run(options: argparse.Namespace, words: Sequence[str]) -> int:
         command = "python -m dataload.stats " + " ".join(words)
         page.write_report(
             options.report, name, told, held, against=against, command=command, seed=options.seed,
-            duplicates=copies if options.duplicates or copies.matches else None,
+            duplicates=copies if told["image"] else None,
         )  # fmt: skip
     if options.json == "-":
         print(json.dumps(told, indent=1))
@@ -196,7 +196,12 @@ def _said(told: Mapping[str, Any], matches: Sequence[compare.Match]) -> list[str
             lines.append(f"  broken: {key}: {reason}")
     copies = told["duplicates"]
     lines.append(
-        f"  {copies['exact']:,} pictures with the bytes of an earlier one, {copies['near']:,} that look like one"
+        f"  {copies['exact']:,} pictures with the bytes of an earlier one"
+        + (
+            "; whether others look like one was not compared (--duplicates does)"
+            if copies["near"] is None
+            else f", {copies['near']:,} that look like one"
+        )
     )
     if "against" in told:
         found = told["against"]

@@ -93,14 +93,14 @@ class Duplicates:
     matches: list[Match]
     """each extra sample, with the earlier one that it is nearest to"""
     exact: int
-    near: int
-    """extra samples: with the bytes of an earlier one; those that only look like one"""
+    near: int | None
+    """extra samples: with the bytes of an earlier one; those that only look like one (None: looks were not compared)"""
     groups: int
-    flat: int
-    """pictures without contrast, compared byte for byte alone"""
+    flat: int | None
+    """pictures without contrast, compared byte for byte alone (None: as all of them were)"""
 
     def to_json(self) -> dict[str, Any]:
-        """Figures and the first few."""
+        """Figures and the first few; null is what was not compared."""
         return {
             "groups": self.groups,
             "exact": self.exact,
@@ -140,6 +140,8 @@ def duplicates(corpus: Corpus, *, hashed: bool, distance: int, check: int) -> Du
         for extra in others
     ]
     exact, groups = len(matches), sum(len(samples) > 1 for samples in same.values())
+    alike: int | None = None
+    flat: int | None = None
     if hashed:
         firsts = np.array(sorted(samples[0] for samples in same.values()), dtype=np.int64)
         alone = rows[firsts]
@@ -155,8 +157,9 @@ def duplicates(corpus: Corpus, *, hashed: bool, distance: int, check: int) -> Du
             one = (index, int(firsts[extra]), index, first, kind)
             matches.append(_match(*one, int(pairs.distance[place]), int(pairs.check[place])))
         groups = _groups(len(rows), matches)
-    flat = int(np.count_nonzero(rows["state"] == FLAT))
-    return Duplicates(matches, exact, len(matches) - exact, groups, flat)
+        alike = len(matches) - exact
+        flat = int(np.count_nonzero(rows["state"] == FLAT))
+    return Duplicates(matches, exact, alike, groups, flat)
 
 
 def _groups(count: int, matches: Iterable[Match]) -> int:

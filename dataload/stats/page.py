@@ -108,7 +108,9 @@ def _facts(told: Mapping[str, Any]) -> list[tuple[str, str]]:
                 (f"Hours of {'sound' if kind == 'audios' else 'video'}", f"{told[kind]['hours']:,.2f}")
             )
     if "duplicates" in told:
-        found.append(("Extra copies", f"{told['duplicates']['exact'] + told['duplicates']['near']:,}"))
+        exact, near = told["duplicates"]["exact"], told["duplicates"]["near"]
+        term = "Extra copies by bytes; looks not compared" if near is None else "Extra copies"
+        found.append((term, f"{exact + (near or 0):,}"))
     if "against" in told:
         found.append(("Evaluation data here", f"{100 * told['against']['share']:.2f}%"))
     return found
@@ -220,10 +222,13 @@ def _against(ours: ShardIndex, found: Against, theirs: ShardIndex) -> dict[str, 
 
 
 def _duplicates(ours: ShardIndex, found: Duplicates) -> dict[str, Any]:
-    said = (
-        f"{found.exact:,} samples have the very bytes of an earlier one, {found.near:,} more look like one. On the left "
-        "the extra sample, on the right the earlier one."
-    )
+    said = f"{found.exact:,} samples have the very bytes of an earlier one"
+    if found.near is None:
+        said += ". Whether others look like one was not compared: --duplicates does."
+    else:
+        said += f", {found.near:,} more look like one."
+    if found.matches:
+        said += " On the left the extra sample, on the right the earlier one."
     if found.flat:
         said += f" {found.flat:,} pictures without contrast were compared byte for byte alone."
     return {"said": said, "matches": _shown(found.matches, ours, ours)}
