@@ -165,15 +165,16 @@ class Pretrained:
         return found
 
     @torch.no_grad()
-    def image_embedding(self, pictures: Sequence[Picture]) -> Tensor:
-        """fp32 [B, E] of unit length, in the joint space of pictures and texts."""
-        found: Tensor = self.base.features(self.pixels(pictures))[0]
+    def image_embedding(self, pictures: Picture | Sequence[Picture]) -> Tensor:
+        """fp32 [B, E] of unit length, in the joint space of pictures and texts; of one picture [1, E]."""
+        several = pictures if isinstance(pictures, Sequence) and not isinstance(pictures, str) else [pictures]
+        found: Tensor = self.base.features(self.pixels(several))[0]
         return found
 
     @torch.no_grad()
-    def text_embedding(self, texts: Sequence[str]) -> Tensor:
-        """fp32 [B, E] of unit length."""
-        found: Tensor = self.base.text_embedding(self.tokens(texts))
+    def text_embedding(self, texts: str | Sequence[str]) -> Tensor:
+        """fp32 [B, E] of unit length; of one text [1, E]."""
+        found: Tensor = self.base.text_embedding(self.tokens([texts] if isinstance(texts, str) else texts))
         return found
 
     def classify(
@@ -255,6 +256,7 @@ def find_checkpoint(path: Path) -> Path:
     if not steps:
         raise FileNotFoundError(
             f"{path}: no checkpoint there; give a run (runs/NAME), a checkpoint or an exported model"
+            + (f". There is a {run}" if (run := Path("runs") / path.name).is_dir() and run != path else "")
         )
     return steps[-1][1]
 

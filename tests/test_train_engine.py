@@ -278,6 +278,17 @@ def test_devices_that_are_not_there_are_refused() -> None:
             choose_device(name)
 
 
+@pytest.mark.parametrize(
+    ("threads", "load", "said"),
+    [(2, 2.3, None), (2, 3.4, "OMP_NUM_THREADS=1 "), (1, 5.0, None), (2, 5.0, "OMP_NUM_THREADS=1 ")],
+)
+def test_a_crowded_machine_is_said_where_fewer_threads_help(
+    threads: int, load: float, said: str | None
+) -> None:
+    found = machine.crowded(threads, 2, load)
+    assert found is None if said is None else said in str(found)
+
+
 @pytest.mark.parametrize("ending", ["done", "stopped", "not finite"])
 def test_running_statistics_are_those_of_steps_that_were_made(ending: str) -> None:
     """A step that is stopped or skipped leaves batch norm's mean, variance and count as they were."""

@@ -2,6 +2,7 @@ from __future__ import annotations
 
 import dataclasses
 import json
+import shutil
 import tarfile
 from io import BytesIO
 from pathlib import Path
@@ -302,6 +303,22 @@ def test_retrieval_with_options(run_dir: Path, tmp_path: Path, capsys: pytest.Ca
     assert code == 2 and "several splits (train, val); choose one with --split" in err
     code, out, err = evaluate(*options, "--split", "test", capsys=capsys)
     assert code == 2 and "no shards of split 'test'; there are: train, val" in err
+
+
+def test_scores_of_other_data_stand_beside_the_first(run_dir: Path, tmp_path: Path) -> None:
+    """Nothing that was measured is written over by what was measured on other pictures."""
+    folder = tmp_path / "checkpoint"
+    shutil.copytree(
+        run_dir / "checkpoints" / "step-000007", folder, ignore=shutil.ignore_patterns("retrieval*")
+    )
+    first, twin = micro.corpus().heldout[0], tmp_path / "twin.tar"
+    shutil.copy(first, twin)
+    for data in (first, twin, first, twin):
+        assert main(["retrieval", "--checkpoint", str(folder), "--device", "cpu", "--data", str(data)]) == 0
+    found = {
+        path.name: json.loads(path.read_text())["data"]["shards"] for path in folder.glob("retrieval*.json")
+    }
+    assert found == {"retrieval.json": [str(first)], "retrieval-2.json": [str(twin)]}
 
 
 def test_errors_are_one_sentence(run_dir: Path, tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:

@@ -466,6 +466,11 @@ def test_dry_run_prints_everything_and_runs_nothing(
     assert not out.exists()
 
 
+def test_dry_run_says_what_it_would_go_on_from(straight: Path, capsys: pytest.CaptureFixture[str]) -> None:
+    assert main(arguments(straight, "--resume", "auto", "--dry-run")) == 0
+    assert f"resume      {straight}/checkpoints/step-000012; output {straight}" in capsys.readouterr().out
+
+
 def test_dry_run_lists_all_problems(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
     typed = arguments(
         tmp_path / "run", "--dry-run", "--model.vocabulary", "300", "--keep-checkpoints", "1000000000"

@@ -400,6 +400,8 @@ def test_three_lines_say_what_the_command_says(
     assert np.array_equal(ours, images.resize_center_crop(Image.open(picture).convert("RGB"), 32))
     odds = model.classify(picture, ["circle", "star"])
     assert sum(odds.values()) == pytest.approx(1, abs=1e-5)
+    assert torch.equal(model.image_embedding(picture), model.image_embedding([picture]))
+    assert torch.equal(model.text_embedding("a circle"), model.text_embedding(["a circle"]))
     with pytest.raises(ValueError, match="not fine-tuned for questions"):
         model.answer(picture, "why?")
     with pytest.raises(FileNotFoundError, match="no checkpoint there"):

@@ -26,6 +26,7 @@ from train import finetune
 from train.checkpoint import load_model
 from train.evaluate import __main__ as evaluate
 from train.generate import __main__ as generate
+from train.generate.__main__ import one_line
 from train.pretrain import main as pretrain
 from train.tasks.config import TuneConfig
 from train.tasks.tuning import prepare
@@ -126,7 +127,7 @@ def test_captions(started: Path, picture: Path, tmp_path: Path, capsys: pytest.C
     record = json.loads(scored.read_text())
     assert record["counts"]["images"] == 12 and record["scores"]["CIDEr"]["value"] >= 0
     caption = said(capsys, picture, "--checkpoint", str(out), "--method", "beam", "--beams", "3")
-    assert caption == load_pretrained(out).caption(picture, beams=3)
+    assert caption == one_line(load_pretrained(out).caption(picture, beams=3))
     critical = tmp_path / "critical"
     assert finetune.main(command("captioning", out, critical, "--objectives.self-critical", "2")) == 0
     losses = [json.loads(line)["losses"] for line in (critical / "metrics.jsonl").read_text().splitlines()]
@@ -140,7 +141,7 @@ def test_answers(started: Path, picture: Path, tmp_path: Path, capsys: pytest.Ca
     assert evaluate.main(["vqa", "--checkpoint", str(out), "--data", *heldout, "--output", str(scored)]) == 0
     assert 0 <= json.loads(scored.read_text())["scores"]["accuracy"]["value"] <= 1
     answer = said(capsys, picture, "--checkpoint", str(out), "--question", question)
-    assert answer == load_pretrained(out).answer(picture, question)
+    assert answer == one_line(load_pretrained(out).answer(picture, question))
 
 
 def test_answers_are_chosen(started: Path, picture: Path, tmp_path: Path) -> None:
@@ -244,6 +245,10 @@ def test_what_is_aurora_s_alone_is_refused(
 ) -> None:
     assert finetune.main(command("detection", started, tmp_path / "a")) == 2
     assert "detection is for Aurora; the checkpoint is PerceiverIO's" in capsys.readouterr().err
+    assert finetune.main(command("captioning", started, tmp_path / "b", "--dry-run")) == 0
+    printed = capsys.readouterr().out
+    assert json.loads(printed[: printed.index("\n}") + 2])["task"]["kind"] == "captioning"
+    assert "data        80 items of 80 samples" in printed and not (tmp_path / "b").exists()
     assert finetune.main(command("segmentation", started, tmp_path / "b", "--dry-run")) == 2
     assert "segmentation is for Aurora" in capsys.readouterr().err
     silent = replace_objectives(started, tmp_path / "silent")

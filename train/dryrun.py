@@ -36,6 +36,7 @@ from train.plan.engines import (
 )
 from train.plan.stated import RECIPES
 from train.plan.trace import empty_model
+from train.telemetry.log import Progress
 
 # Values kept for the backward pass per token and channel of a block: 3.1 GB per 448 px image of XL in bf16.
 KEPT_PER_TOKEN = 19
@@ -50,6 +51,11 @@ def dry_run(config: PretrainConfig) -> int:
     if ranks.size == 1 and config.name in RECIPES:
         return _specified(config)
     found = problems(config, ranks.size) + engine_problems(config, ranks.size)
+    if not found and config.resume:
+        from train.setup import find_run  # it is built on what this module checks for
+
+        out, start = find_run(config, Progress(config.steps, config.batch_size, config.log_every))
+        print(f"resume      {start or 'nothing'}; output {out}")
     if not found:
         several = isinstance(config, PerceiverPretrainConfig)
         found += _check_pairs(config) if several else _check_data(config)

@@ -12,7 +12,9 @@ The loop, engines, checkpoints and `--resume auto` are those of train/pretrain.p
 
 from __future__ import annotations
 
+import json
 import sys
+import tempfile
 from collections.abc import Sequence
 from dataclasses import replace
 
@@ -21,13 +23,16 @@ import tyro
 from dataload.pipeline import TooManyBroken, WorkerStuck
 from dataload.sandbox import SandboxError
 from train.checkpoint import CheckpointError, read_config
-from train.config import ConfigError, PretrainConfig, problems
+from train.config import ConfigError, PretrainConfig, problems, to_dict
+from train.engine import Ranks
+from train.machine import choose_device, choose_precision
 from train.multimodal.presets import perceiver_sounds
 from train.pretrain import TrainingError, pretrain
 from train.tasks.config import FinetuneConfig
-from train.tasks.data import find_items, find_task_sources, find_tokenizer
+from train.tasks.data import find_items, find_task_sources, find_tokenizer, open_task
 from train.tasks.presets import at_size, task_preset
 from train.tasks.registry import TASKS, task_of
+from train.tasks.running import greet_task
 
 PROG = "python -m train.finetune"
 
@@ -83,6 +88,20 @@ def completed(config: FinetuneConfig) -> FinetuneConfig:
     return replace(config, task=task.complete(config.task, items))
 
 
+def dry_run(config: FinetuneConfig) -> int:
+    """Print the resolved run and the lines that it would begin with."""
+    print(json.dumps(to_dict(config), indent=2))
+    ranks, device = Ranks.from_environment(), choose_device(config.device)
+    with tempfile.TemporaryDirectory() as nowhere:
+        sources = find_task_sources(config, print)
+        data = open_task(replace(config, out=nowhere), sources, ranks.rank, ranks.size)
+        out = config.out or f"runs/{config.name}"
+        lines = greet_task(config, device, choose_precision(config.precision, device), ranks, data, out)
+        data.loader.close()
+    print(*lines, "dry run: no problem found, nothing was run", sep="\n")
+    return 0
+
+
 def main(argv: Sequence[str] | None = None) -> int:
     """The command. Exit codes as train.pretrain's."""
     args = list(sys.argv[1:] if argv is None else argv)
@@ -91,8 +110,7 @@ def main(argv: Sequence[str] | None = None) -> int:
         if config.dry_run and (found := problems(config)):
             raise ConfigError("\n".join(found))
         if config.dry_run:
-            print(f"dry run: {config.task.kind}, {len(config.task.classes)} classes; nothing was run")
-            return 0
+            return dry_run(config)
         return pretrain(config, args)
     except (ConfigError, CheckpointError, OSError, ImportError) as error:
         print(f"error: {error}", file=sys.stderr)

@@ -77,6 +77,21 @@ def device_name(device: torch.device) -> str:
     return f"cpu ({threads} thread{'s' * (threads != 1)})"
 
 
+def crowded(threads: int, cores: int, load: float) -> str | None:
+    """What to say where other programs keep cores busy that this one's threads wait for; None where they do not. load: programs
+    that want a core, this one's threads among them. A team of threads is as slow as the slowest of it, and the others burn
+    their cores meanwhile: with one of two cores taken, a step of two threads was seen to take seventeen times as long as
+    one of one thread."""
+    others = load - threads
+    if threads == 1 or others < 0.7 or load < cores + 0.7:
+        return None
+    less = max(cores - round(others), 1)
+    return (
+        f"other programs keep this machine's {cores} cores busy (load {load:.1f}), and {threads} threads wait for each other: "
+        f"OMP_NUM_THREADS={less} may be many times faster"
+    )
+
+
 def choose_precision(asked: str, device: torch.device) -> Precision:
     """Resolve "auto" | "bf16" | "fp32". fp16 is not offered: on CPUs it runs at 1 GFLOP/s, and Swin models
     overflow in it.

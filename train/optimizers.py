@@ -98,6 +98,8 @@ def in_words(config: OptimConfig, device: torch.device) -> str:
 def apex_refusal(device: torch.device) -> str | None:
     """Why apex's FusedAdam cannot run on `device`; None where it can. Looks at files, imports nothing: the package that
     the index calls apex is another project, and to import that can fail in any way."""
+    if device.type != "cuda":
+        return f"it runs on CUDA devices, got {device}"
     found = find_spec("apex")
     if found is None:
         return "it is not installed. " + APEX_INSTALL
@@ -106,7 +108,7 @@ def apex_refusal(device: torch.device) -> str | None:
         return f"the apex that is installed{_distribution('apex')} is another project. " + APEX_INSTALL
     if find_spec("amp_C") is None:
         return "it was built without its CUDA extensions (there is no amp_C). " + APEX_INSTALL
-    return None if device.type == "cuda" else f"it runs on CUDA devices, got {device}"
+    return None
 
 
 def eight_bit_refusal() -> str | None:

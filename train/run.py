@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import os
 import time
 from dataclasses import dataclass, field
 from pathlib import Path
@@ -19,7 +20,7 @@ from train.engines.watchdog import Watchdog
 from train.evaluate.measure import evaluate_model
 from train.evaluate.pairs import score_pairs, summarize_pairs
 from train.evaluate.result import NOTHING, EvalResult
-from train.machine import peak_memory
+from train.machine import crowded, peak_memory
 from train.multimodal.config import CONTRASTS, PerceiverPretrainConfig
 from train.saving import Saver
 from train.signals import Interrupted, Stop
@@ -30,6 +31,7 @@ from train.telemetry.log import Metrics, Progress, TensorBoard
 from train.telemetry.observe import Observer
 
 SHOWN_CAPTIONS = 3  # generated captions printed at an evaluation during the run
+SETTLED = 3  # steps after which the machine's load is looked at
 
 
 @dataclass(frozen=True)
@@ -59,6 +61,7 @@ class Run:
     step: int = 0
     seconds_before: float = 0.0  # spent before the resume
     skipped: int = 0
+    steps_here: int = 0  # of this process
     started: float = field(default_factory=time.monotonic)
     evaluation_seconds: list[float] = field(default_factory=list)
     observer: Observer | None = None  # until the run is set up
@@ -142,6 +145,10 @@ class Run:
         evaluations = (config.steps - self.step) // config.eval_every if config.eval_every else 1
         later = evaluations * sum(self.evaluation_seconds) / max(len(self.evaluation_seconds), 1)
         self.progress.step(self.step, {**values, "losses": result.losses}, seconds, waited, later)
+        self.steps_here += 1
+        if self.steps_here == SETTLED and self.engine.device.type == "cpu" and hasattr(os, "getloadavg"):
+            if warning := crowded(torch.get_num_threads(), os.cpu_count() or 1, os.getloadavg()[0]):
+                self.say(f"note        {warning}")
         observer.after(self.step, seconds, waited)
 
     def evaluation_is_missing(self) -> bool:

@@ -216,7 +216,8 @@ def _compare(former: PretrainConfig, config: PretrainConfig, progress: Progress)
     changed = differences(former, config)
     model = [f"{name} was {a}, now {b}" for name, (a, b) in changed.items() if name.startswith("model.")]
     if model:
-        raise ConfigError("the checkpoint is of another model: " + "; ".join(model))
+        more = f" and {len(model) - 4} more fields" if len(model) > 4 else ""
+        raise ConfigError("the checkpoint is of another model: " + "; ".join(model[:4]) + more)
     for name, (a, b) in changed.items():
         if name not in ("out", "resume", "dry_run"):
             progress.say(f"resume      {name} was {a!r} in the checkpoint; from now on {b!r}")

@@ -17,7 +17,7 @@ import platform
 import re
 import shlex
 import sys
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
 from datetime import UTC, datetime
 from importlib import metadata
 from pathlib import Path
@@ -32,7 +32,7 @@ from train.checkpoint import LoadedModel, load_model
 from train.data import Sources, find_sources
 from train.engine import Ranks
 from train.evaluate.measure import evaluate_model, unigram_counts
-from train.evaluate.result import EvalResult, Score
+from train.evaluate.result import EvalResult, Score, output_for
 from train.machine import choose_device, choose_precision
 from train.multimodal.config import PerceiverPretrainConfig
 from train.tasks.config import FinetuneConfig
@@ -65,7 +65,9 @@ def parser() -> argparse.ArgumentParser:
     )  # fmt: skip
     shared.add_argument("--split", default="", help="only the shards named SPLIT-*.tar")
     shared.add_argument(
-        "--output", type=Path, help="JSON file to write (default: TASK.json in the checkpoint directory)"
+        "--output",
+        type=Path,
+        help="JSON file to write (default: TASK.json in the checkpoint directory, TASK-2.json ... for other data)",
     )
     shared.add_argument(
         "--max-images", type=int, help="score the first N pictures (or sounds) only (default: all)"
@@ -118,6 +120,7 @@ def main(arguments: Sequence[str] | None = None) -> int:
             raise ValueError(f"{loaded.path} is a model of pictures: --pairs {args.pairs} is not for it")
         model, paths = loaded.config.model, heldout_shards(args, loaded)
         names = [str(path) for path in paths]
+        output = args.output or output_for(loaded.path, args.task, names)
         eval_set = EvalSet(
             names, loaded.tokenizer, model.image_size, model.text_length, batch_size=args.batch_size
         )
@@ -189,7 +192,7 @@ def heldout_shards(args: argparse.Namespace, loaded: LoadedModel) -> list[shards
     elif data.train:
         raise ValueError(f"{loaded.path} was trained without held-out shards; name some with --data")
     else:
-        paths = list(_builtin(loaded).heldout)
+        paths = list(_builtin(loaded, lambda line: print(line, file=sys.stderr)).heldout)
     return choose_split(paths, args.split, any(Path(d).expanduser().is_dir() for d in args.data))
 
 
@@ -199,8 +202,7 @@ def training_shards(args: argparse.Namespace, loaded: LoadedModel) -> list[shard
     if args.unigram_from:
         return shards.expand(args.unigram_from)
     if not data.train:
-        print("word frequencies of the run's training captions:", file=sys.stderr)
-        return list(_builtin(loaded).train)
+        return list(_builtin(loaded, lambda line: None).train)
     try:
         return shards.expand(data.train)
     except FileNotFoundError as error:
@@ -208,9 +210,9 @@ def training_shards(args: argparse.Namespace, loaded: LoadedModel) -> list[shard
         return []
 
 
-def _builtin(loaded: LoadedModel) -> Sources:
+def _builtin(loaded: LoadedModel, say: Callable[[str], None]) -> Sources:
     config = loaded.config
-    return find_sources(config.data, config.model.image_size, lambda line: print(line, file=sys.stderr))
+    return find_sources(config.data, config.model.image_size, say)
 
 
 def choose_split(paths: list[shards.Address], split: str, folder: bool) -> list[shards.Address]:

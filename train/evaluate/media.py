@@ -20,7 +20,7 @@ from train.checkpoint import LoadedModel
 from train.evaluate.__main__ import _version, choose_split
 from train.evaluate.measure import unigram_counts
 from train.evaluate.pairs import NAMES, score_pairs
-from train.evaluate.result import EvalResult
+from train.evaluate.result import EvalResult, output_for
 from train.machine import choose_device, choose_precision
 from train.multimodal.config import CONTRASTS, PerceiverPretrainConfig
 from train.multimodal.data import PairSources, evaluation_sets, find_pairs
@@ -62,7 +62,9 @@ def evaluate_pairs(
         for broken in pairs.broken:
             print(f"left out, cannot be read: {broken}", file=sys.stderr)
     record = describe(args, loaded, sets, result)
-    record["data"]["shards"] = {kind: [str(path) for path in paths] for kind, paths in heldout.items()}
+    names = {kind: [str(path) for path in paths] for kind, paths in heldout.items()}
+    output = args.output or output_for(loaded.path, args.task, names)
+    record["data"]["shards"] = names
     record["unigram_from"] = {kind: [str(path) for path in paths] for kind, paths in training.items()}
     record["command"] = shlex.join(["python", "-m", "train.evaluate", *command])
     said = [

@@ -5,10 +5,30 @@ Legend: I images, C captions, R restored images, H W pixels, E embedding width.
 
 from __future__ import annotations
 
+import json
 from dataclasses import dataclass, field
+from pathlib import Path
+from typing import Any
 
 import torch
 from torch import Tensor
+
+
+def output_for(folder: Path, task: str, shards: Any) -> Path:
+    """Where the scores of these shards go, as they stand under data.shards of the JSON: TASK.json; TASK-2.json ... where that
+    one has the scores of others, which are kept."""
+    number, path = 1, folder / f"{task}.json"
+    while path.exists() and _scored(path) != shards:
+        number += 1
+        path = folder / f"{task}-{number}.json"
+    return path
+
+
+def _scored(path: Path) -> Any:
+    try:
+        return json.loads(path.read_text(encoding="utf-8"))["data"]["shards"]
+    except (ValueError, KeyError, TypeError):
+        return None
 
 
 @dataclass(frozen=True)

@@ -137,8 +137,8 @@ def _settle(args: argparse.Namespace) -> None:
 def _check_objective(loaded: LoadedModel) -> None:
     if not loaded.config.objectives.caption:
         raise ValueError(
-            f"{loaded.path} was trained without captioning (objectives.caption is 0), so it has no captions to give; "
-            "python -m train.evaluate retrieval is for it"
+            f"{loaded.path} was trained without captioning (objectives.caption is 0), so it has no captions to give: "
+            "python -m train.finetune captioning teaches it some, python -m train.evaluate retrieval scores what it can"
         )
 
 
@@ -221,8 +221,12 @@ class KnownPieces:
 
 
 def one_line(caption: str) -> str:
-    """A model can write any byte: line breaks and terminal codes become spaces; a line stays a caption."""
-    return " ".join("".join(c if c.isprintable() else " " for c in caption).split())
+    """A model can write any byte: line breaks and terminal codes become spaces; a line stays a caption. Nothing is said to be
+    nothing."""
+    return (
+        " ".join("".join(c if c.isprintable() else " " for c in caption).split())
+        or "(the model wrote nothing)"
+    )
 
 
 def _print(path: Path, captions: list[str], error: str, as_json: bool) -> None:

@@ -24,6 +24,7 @@ from dataload.annotated import Items, TaskSet
 from train.checkpoint import LoadedModel, find, load_model, read_config
 from train.config import ConfigError, PretrainConfig
 from train.engine import Ranks, join, leave
+from train.evaluate.result import output_for
 from train.machine import choose_precision
 from train.multimodal.config import PerceiverPretrainConfig
 from train.report.tasks import write_task_page
@@ -106,10 +107,11 @@ def evaluate_checkpoint(args: argparse.Namespace, given: Sequence[str]) -> int:
     for broken in heldout.broken:
         print(f"left out, cannot be read: {broken}", file=sys.stderr)
     record = describe(args, loaded, config, heldout, result, given)
+    output = args.output or output_for(loaded.path, args.task, record["data"]["shards"])
     output.parent.mkdir(parents=True, exist_ok=True)
     output.write_text(json.dumps(record, indent=2, ensure_ascii=False) + "\n", encoding="utf-8")
     page = write_task_page(output.with_suffix(".html"), result, items, record)
-    further = write_files(output.parent, result)
+    further = write_files(output, result)
     print(
         f"{args.task} of {loaded.path} (step {loaded.step}{', averaged weights' if loaded.averaged else ''})"
     )

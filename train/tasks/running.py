@@ -7,6 +7,7 @@ import platform
 import time
 from datetime import UTC, datetime
 from importlib import metadata
+from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 import torch
@@ -165,18 +166,20 @@ def finish_task(run: Run, stop: Stop) -> None:
     run.say(f"checkpoint  {run.saved}")
     run.say(f"scores      {run.out / 'summary.json'}")
     if result is not None and run.data.heldout is not None:
-        for path in write_files(run.out, result):
+        for path in write_files(run.out / "summary.json", result):
             run.say(f"            {path}")
         items = run.data.heldout.items
         page = write_task_page(run.out / "report.html", result, items, record, run.out)
         run.say(f"report      {page} (open it in a browser)")
 
 
-def write_files(folder: Any, result: TaskResult) -> list[Any]:
-    """The further files of a result: submissions in the official format."""
+def write_files(beside: Path, result: TaskResult) -> list[Path]:
+    """The further files of a result, beside the one with its scores: submissions in the official format. Those of a numbered
+    file of scores (TASK-2.json) have its name in front."""
     paths = []
+    front = f"{beside.stem}-" if beside.stem.startswith(f"{result.task}-") else ""
     for name, content in result.files.items():
-        path = folder / name
+        path = beside.with_name(front + name)
         path.write_text(json.dumps(content) + "\n", encoding="utf-8")
         paths.append(path)
     return paths
