@@ -9,8 +9,18 @@ TORCH  ?=
 ARGS   ?=
 JOBS   ?= auto --maxprocesses 4
 
+COMMANDS := pretrain test bench gate aot gpu
+TARGETS  := $(COMMANDS) help lint format clean
+
 .DEFAULT_GOAL := help
-.PHONY: help pretrain test bench gate aot gpu lint format clean FORCE
+.PHONY: $(TARGETS) FORCE
+
+# make would run `pretrain` of `make pretrain aurora-photos` before it said that there is no target aurora-photos.
+command := $(filter $(COMMANDS),$(MAKECMDGOALS))
+unknown := $(filter-out $(TARGETS) .%,$(MAKECMDGOALS))
+ifneq ($(unknown),)
+$(error no target '$(unknown)': $(if $(command),type make $(command) ARGS='$(strip $(unknown) $(ARGS))',make help lists them))
+endif
 
 help: ## show this list
 	@echo "usage: make TARGET [ARGS='...'] [PYTHON=python3.12] [TORCH=torch==2.12.1 | TORCH=own]"
@@ -60,12 +70,17 @@ clean: ## remove .venv and what the tools left; runs/ stays
 $(VENV)/torch-choice: $(if $(filter-out $(shell cat $(VENV)/torch-choice 2>/dev/null),$(TORCH)),FORCE)
 	@TORCH="$(TORCH)" PYTHON="$(PYTHON)" sh -e -c "$$MAKE_VENV"
 
+# pip.conf carries the constraint into what is installed without make. It needs the whole path: .venv/checkout remembers
+# for which folder it was written, and a checkout that was moved gets it anew.
+$(VENV)/checkout: $(VENV)/torch-choice $(if $(findstring |$(CURDIR)|,|$(shell cat $(VENV)/checkout 2>/dev/null)|),,FORCE)
+	@$(PY) -c "$$HOLD_TORCH"
+
 # An extra contains the ones before it, so installing it leaves their stamps too.
 $(VENV)/.installed-test: extra := [test]
 $(VENV)/.installed-test: contains := base
 $(VENV)/.installed-dev: extra := [dev]
 $(VENV)/.installed-dev: contains := base test
-$(VENV)/.installed-%: pyproject.toml $(VENV)/torch-choice
+$(VENV)/.installed-%: pyproject.toml $(VENV)/torch-choice | $(VENV)/checkout
 	@$(PY) -c "$$CONSTRAINTS" > $(VENV)/constraints.txt
 	@echo "Installing auroraio$(extra) into $(VENV) ..."
 	$(PIP) install --quiet -c $(VENV)/constraints.txt -e '.$(extra)'
@@ -139,4 +154,16 @@ if major == 2:
     print(f"torchvision==0.{minor + 15}.*")
     print(f"torchcodec==0.{minor}.*")
 endef
-export FIND_PYTHON MAKE_VENV CONSTRAINTS
+
+# Writes .venv/pip.conf. One that is there is the user's own: only a line that came from here is changed in it. The address
+# is a URL because pip splits the value at spaces.
+define HOLD_TORCH
+import os, pathlib, re
+conf = pathlib.Path("$(VENV)/pip.conf").absolute()
+line = f"constraint = {conf.with_name('constraints.txt').as_uri()}"
+new = f"# By make: pip keeps the torch that is here. For another one: make TORCH=torch==...\n[install]\n{line}\n"
+text = conf.read_text() if conf.exists() else new
+conf.write_text(re.sub(r"(?m)^constraint = file://\S*/$(VENV)/constraints\.txt$$", line, text))
+conf.with_name("checkout").write_bytes(os.getcwdb())
+endef
+export FIND_PYTHON MAKE_VENV CONSTRAINTS HOLD_TORCH

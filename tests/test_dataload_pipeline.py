@@ -408,7 +408,8 @@ def test_pairs_alone(tmp_path: Path, data: Path, tokenizer: Tokenizer) -> None:
         ({"uncaptioned_fraction": 2.0}, "uncaptioned_fraction"),
         ({"seed": -1}, "seed is -1"),
         ({"workers": -1}, "workers is -1"),
-        ({"shards": ("nowhere.tar",)}, "no shard at nowhere.tar"),
+        ({"shards": ("nowhere.tar",)}, "no shard at nowhere.tar$"),
+        ({"shards": ("gone/*.tar",)}, r"no shard at gone/\*.tar: there is no folder /.*gone$"),
     ],
 )
 def test_impossible_settings(data: Path, tokenizer: Tokenizer, changes: dict[str, Any], message: str) -> None:

@@ -64,8 +64,8 @@ def checkout(tmp_path: Path) -> Checkout:
 @needs_make
 def test_make_help_lists_every_target() -> None:
     text = (ROOT / "Makefile").read_text(encoding="utf-8")
-    (phony,) = re.findall(r"^\.PHONY: (.*)$", text, flags=re.MULTILINE)
-    targets = set(phony.split()) - {"FORCE"}
+    commands, others = re.findall(r"^(?:COMMANDS|TARGETS) +:= (.*)$", text, flags=re.MULTILINE)
+    targets = {*commands.split(), *others.split()} - {"$(COMMANDS)"}
     assert {"pretrain", "test", "bench", "lint", "format"} <= targets
     listed = {line.split()[0] for line in run("make").stdout.splitlines() if line.startswith("  ")}
     assert listed == targets
@@ -161,8 +161,63 @@ def test_make_keeps_an_environment_that_it_finds(checkout: Checkout) -> None:
     checkout.interpreter("python3")
     run(checkout.bin / "python3", "-m", "venv", checkout.folder / ".venv", PATH=str(checkout.bin))
     (checkout.folder / ".venv" / "bin" / "has-torch").touch()
+    own = checkout.folder / ".venv" / "pip.conf"
+    own.write_text("[global]\nindex-url = https://pypi.example/simple\n", encoding="utf-8")
     checkout.make("pretrain")
     assert checkout.asked() == ["-m pip install --quiet -c .venv/constraints.txt -e .", "-m train.pretrain"]
+    assert own.read_text(encoding="utf-8") == "[global]\nindex-url = https://pypi.example/simple\n"
+
+
+@needs_make
+def test_make_refuses_a_word_that_is_no_target(checkout: Checkout) -> None:
+    """Before anything starts: make alone would run pretrain, and say only then that it knows no aurora-photos."""
+    checkout.interpreter("python3")
+    for words, answer in (
+        (["pretrain", "aurora-photos"], "no target 'aurora-photos': type make pretrain ARGS='aurora-photos'"),
+        (["pretrain", "aurora-photos", "ARGS=--seed 3"], "type make pretrain ARGS='aurora-photos --seed 3'"),
+        (["pretrian"], "no target 'pretrian': make help lists them"),
+        (["lint", "kernels"], "no target 'kernels': make help lists them"),
+    ):
+        done = checkout.make(*words, check=False)
+        assert done.returncode == 2 and answer in done.stderr and len(done.stderr.splitlines()) == 1
+        assert not checkout.asked() and not done.stdout and not (checkout.folder / ".venv").exists()
+
+
+@needs_make
+def test_make_holds_torch_for_every_pip(tmp_path: Path) -> None:
+    """The pip.conf of .venv names the constraints by a path that pip can read, and follows a checkout that moves."""
+    pytest.importorskip("pip", reason="needs pip: python -m ensurepip")
+    folder = tmp_path / "a folder, 100% é"
+    folder.mkdir()
+    checkout = Checkout(folder)
+    checkout.interpreter("python3")
+    checkout.make("pretrain")
+    constraints, conf = folder / ".venv" / "constraints.txt", folder / ".venv" / "pip.conf"
+    assert conf.read_text(encoding="utf-8").splitlines()[1:] == [
+        "[install]",
+        f"constraint = {constraints.as_uri()}",
+    ]
+    assert refused_by_pip(conf, constraints)
+
+    checkout.folder = folder.rename(tmp_path / "moved")
+    folder.symlink_to(checkout.folder)  # the fake interpreter's log has the old path
+    checkout.make("pretrain")
+    assert checkout.asked() == ["-m train.pretrain"], "a move is no reason to install again"
+    constraints, conf = (checkout.folder / ".venv" / name for name in ("constraints.txt", "pip.conf"))
+    assert conf.read_text(encoding="utf-8").splitlines()[-1] == f"constraint = {constraints.as_uri()}"
+
+    conf.unlink()  # as `venv --clear` does
+    checkout.make("pretrain", "TORCH=torch==2.12.1")
+    assert constraints.read_text(encoding="utf-8").startswith("torch==")
+    assert refused_by_pip(conf, constraints)
+
+
+def refused_by_pip(conf: Path, constraints: Path) -> bool:
+    """Whether the real pip, told so by the constraints that conf names, refuses what is installed."""
+    constraints.write_text("packaging==0\n", encoding="utf-8")
+    pip = (sys.executable, "-m", "pip", "install", "--no-index", "--dry-run", "packaging")
+    done = run(*pip, check=False, PIP_CONFIG_FILE=str(conf), PIP_CONSTRAINT="")
+    return done.returncode == 1 and "(constraint) packaging==0" in done.stdout + done.stderr
 
 
 def test_makefile_torch_is_in_the_range() -> None:

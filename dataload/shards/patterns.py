@@ -76,5 +76,8 @@ def _find(part: str, pattern: str) -> list[Path]:
         return [path]
     found = sorted(Path(name) for name in glob.glob(part, recursive=True))
     if not found:
-        raise FileNotFoundError(f"no shard at {part}" + (f" (from {pattern})" if part != pattern else ""))
+        why = f" (from {pattern})" if part != pattern else ""
+        if not glob.has_magic(str(path.parent)) and not path.parent.is_dir():
+            why += f": there is no folder {path.parent.absolute()}"
+        raise FileNotFoundError(f"no shard at {part}{why}")
     return found
