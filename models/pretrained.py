@@ -105,7 +105,7 @@ class Pretrained:
         """A caption, by beam search. Raises ValueError of a model that never learned to write them."""
         if not self.writes:
             raise ValueError(
-                "this model never learned to write captions: python -m train.finetune captioning"
+                "this model has not learned to write captions: python -m train.finetune captioning"
             )
         fit = "squash" if self.task.get("kind") == "captioning" else "crop"
         memory = self.base.image_memory(self.pixels([picture], fit))
@@ -167,8 +167,8 @@ class Pretrained:
     @torch.no_grad()
     def image_embedding(self, pictures: Picture | Sequence[Picture]) -> Tensor:
         """fp32 [B, E] of unit length, in the joint space of pictures and texts; of one picture [1, E]."""
-        several = pictures if isinstance(pictures, Sequence) and not isinstance(pictures, str) else [pictures]
-        found: Tensor = self.base.features(self.pixels(several))[0]
+        one = isinstance(pictures, str | Path) or hasattr(pictures, "convert")  # a picture of PIL's
+        found: Tensor = self.base.features(self.pixels([pictures] if one else list(pictures)))[0]  # type: ignore[list-item, arg-type]
         return found
 
     @torch.no_grad()
@@ -230,7 +230,8 @@ def load_pretrained(path: str | Path, device: torch.device | str = "cpu", *, ema
     if missing := [name for name in problems.missing_keys if name in own] + problems.unexpected_keys:
         raise ValueError(f"{folder} does not fit: {len(missing)} weights, the first is {missing[0]}")
     merge_lora(model)
-    writes = task.get("kind") != "audio" and bool((config.get("objectives") or {}).get("caption", 1))
+    others = ("audio", "vqa", "retrieval")  # which teach the text stack something else, or nothing
+    writes = task.get("kind") not in others and bool((config.get("objectives") or {}).get("caption", 1))
     words = (folder / "tokenizer.model").read_bytes()
     return Pretrained(model.to(device).eval(), settings, words, task, writes=writes)
 

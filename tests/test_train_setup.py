@@ -45,7 +45,14 @@ def test_what_begins_a_run_anew_is_what_began_it(tmp_path: Path) -> None:
     first = command_that_began(["aurora-tiny", "--resume", "auto", "--steps", "9"], out, None, one)
     assert first.endswith(" -m train.pretrain aurora-tiny --steps 9")
     out.mkdir()
-    keep(out, first)
+    older = command_that_began(
+        ["--resume", "auto", "--steps", "9"], out, own, one
+    )  # nothing was written down
+    assert older.endswith(" -m train.pretrain --steps 9")
+    keep(out, first, first)
+    assert command_that_began(["--resume", "auto"], out, own, one) == first
+    keep(out, first, "again")
+    assert (out / "command.txt").read_text().splitlines() == [first, "again"]
     assert command_that_began(["--resume", "auto"], out, own, one) == first
     other = command_that_began(["--resume", str(own)], tmp_path / "new", own, one)
     assert other.endswith(f" -m train.pretrain --resume {own}")

@@ -168,6 +168,8 @@ def test_retrieval_is_learned_and_ranked_anew(started: Path, picture: Path, tmp_
     loaded = load_pretrained(out)
     assert isinstance(loaded.model, Matcher) and isinstance(loaded.base, PerceiverIO)
     assert sum(loaded.classify(picture, ["circle", "star"]).values()) == pytest.approx(1)
+    with pytest.raises(ValueError, match="has not learned to write captions"):
+        loaded.caption(picture)
 
 
 def test_classes_by_prompts_alone(started: Path, tmp_path: Path) -> None:
@@ -252,7 +254,7 @@ def test_what_is_aurora_s_alone_is_refused(
     assert finetune.main(command("segmentation", started, tmp_path / "b", "--dry-run")) == 2
     assert "segmentation is for Aurora" in capsys.readouterr().err
     silent = replace_objectives(started, tmp_path / "silent")
-    with pytest.raises(ValueError, match="never learned to write captions"):
+    with pytest.raises(ValueError, match="has not learned to write captions"):
         load_pretrained(silent).caption("none.jpg")
 
 

@@ -11,7 +11,7 @@ from pathlib import Path
 
 from train.engine import Ranks
 
-BEGUN = "command.txt"  # in a run's directory: what began it
+BEGUN = "command.txt"  # in a run's directory: what began it, and below that what went on with it
 
 
 def command_line(typed: Sequence[str], ranks: Ranks, program: str = "train.pretrain") -> str:
@@ -38,15 +38,18 @@ def command_that_began(
 ) -> str:
     """What begins the run in `out` anew. start: the checkpoint that it goes on from; of one of its own, the command that its
     first start has kept (`keep`) counts, not the one that was typed to go on."""
+    known, own = out / BEGUN, start is not None and start.is_relative_to(out)
+    if own and known.is_file() and (lines := known.read_text(encoding="utf-8").splitlines()):
+        return lines[0]
+    return command_line(_without(typed, "--resume") if start is None or own else typed, ranks, program)
+
+
+def keep(out: Path, begun: str, typed: str) -> None:
+    """Write down what began the run, for those who go on with it, and what was typed to do so."""
     known = out / BEGUN
-    if start is not None and start.is_relative_to(out) and known.is_file():
-        return known.read_text(encoding="utf-8").strip()
-    return command_line(_without(typed, "--resume") if start is None else typed, ranks, program)
-
-
-def keep(out: Path, command: str) -> None:
-    """Write down what began the run, for those who go on with it."""
-    (out / BEGUN).write_text(f"{command}\n", encoding="utf-8")
+    before = known.read_text(encoding="utf-8").splitlines() if known.is_file() else []
+    lines = [*before, typed] if before[:1] == [begun] else [begun]
+    known.write_text("\n".join(lines) + "\n", encoding="utf-8")
 
 
 def python() -> str:

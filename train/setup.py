@@ -12,7 +12,7 @@ import torch
 
 from train import checkpoint
 from train.checkpoint import CheckpointError, Snapshot
-from train.commands import command_that_began, command_to_resume, keep
+from train.commands import command_line, command_that_began, command_to_resume, keep
 from train.config import ConfigError, PretrainConfig, differences, problems
 from train.data import Data, find_sources, open_data
 from train.engine import Ranks, join, load_rng, share
@@ -84,7 +84,7 @@ def set_up(config: PretrainConfig, command: Sequence[str]) -> Run:
         _go_on_from(run, snapshot, start)
     if ranks.first:
         out.mkdir(parents=True, exist_ok=True)
-        keep(out, run.command)
+        keep(out, run.command, command_line(command, ranks, program))
         checkpoint.remove_unfinished(out / "checkpoints")
         for left in checkpoint.set_aside(out / "checkpoints", run.step):
             progress.say(
