@@ -311,14 +311,19 @@ def test_scores_of_other_data_stand_beside_the_first(run_dir: Path, tmp_path: Pa
     shutil.copytree(
         run_dir / "checkpoints" / "step-000007", folder, ignore=shutil.ignore_patterns("retrieval*")
     )
-    first, twin = micro.corpus().heldout[0], tmp_path / "twin.tar"
-    shutil.copy(first, twin)
+    first, twin = micro.corpus().heldout[0], write_shard(tmp_path / "twin-000000.tar", 5)
     for data in (first, twin, first, twin):
         assert main(["retrieval", "--checkpoint", str(folder), "--device", "cpu", "--data", str(data)]) == 0
+    few = ["--data", str(first), "--max-images", "4"]
+    assert main(["retrieval", "--checkpoint", str(folder), "--device", "cpu", *few]) == 0
     found = {
         path.name: json.loads(path.read_text())["data"]["shards"] for path in folder.glob("retrieval*.json")
     }
-    assert found == {"retrieval.json": [str(first)], "retrieval-2.json": [str(twin)]}
+    assert found == {
+        "retrieval.json": [str(first)],
+        "retrieval-2.json": [str(twin)],
+        "retrieval-3.json": [str(first)],
+    }
 
 
 def test_errors_are_one_sentence(run_dir: Path, tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:

@@ -468,7 +468,12 @@ def test_dry_run_prints_everything_and_runs_nothing(
 
 def test_dry_run_says_what_it_would_go_on_from(straight: Path, capsys: pytest.CaptureFixture[str]) -> None:
     assert main(arguments(straight, "--resume", "auto", "--dry-run")) == 0
-    assert f"resume      {straight}/checkpoints/step-000012; output {straight}" in capsys.readouterr().out
+    said = capsys.readouterr().out
+    assert f"resume      {straight}/checkpoints/step-000012\n" in said and f"output      {straight}\n" in said
+    assert main(arguments(straight, "--dry-run")) == 2
+    assert f"{straight} holds a run already" in capsys.readouterr().err
+    assert main(arguments(straight, "--resume", "auto", "--model.width", "32", "--dry-run")) == 2
+    assert "the checkpoint is of another model: model.width was 16, now 32" in capsys.readouterr().err
 
 
 def test_dry_run_lists_all_problems(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:

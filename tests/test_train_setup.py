@@ -63,7 +63,8 @@ def test_commands_start_this_python(tmp_path: Path, monkeypatch: pytest.MonkeyPa
     own = tmp_path / ".venv" / "bin"
     own.mkdir(parents=True)
     (tmp_path / "elsewhere").mkdir()
-    (own / "python").touch(mode=0o755)
+    for name in ("python", "torchrun"):
+        (own / name).touch(mode=0o755)
     monkeypatch.setattr(sys, "executable", str(own / "python"))
     monkeypatch.setenv("PATH", str(own))
     assert (python(), torchrun()) == ("python", ["torchrun"])
@@ -76,6 +77,7 @@ def test_commands_start_this_python(tmp_path: Path, monkeypatch: pytest.MonkeyPa
 
 def test_how_to_go_on_with_one_machine_and_with_several(monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setattr(commands, "python", lambda: "python")
+    monkeypatch.setattr(commands, "torchrun", lambda: ["torchrun"])
     typed, out = ["aurora-tiny", "--out", "a", "--steps", "9"], Path("a")
     again = "aurora-tiny --steps 9 --out a --resume auto"
     for name in ("LOCAL_WORLD_SIZE", "GROUP_WORLD_SIZE"):

@@ -251,6 +251,16 @@ def test_what_is_aurora_s_alone_is_refused(
     printed = capsys.readouterr().out
     assert json.loads(printed[: printed.index("\n}") + 2])["task"]["kind"] == "captioning"
     assert "data        80 items of 80 samples" in printed and not (tmp_path / "b").exists()
+    for wrong, words in (
+        (("captioning", "--tune.freeze", "encoder"), "the model has no such part"),
+        (("captioning", "--resume", "nowhere"), "--resume nowhere: no such directory"),
+        (
+            ("retrieval", "--accumulation", "8"),
+            "retrieval contrasts the pictures of a micro-batch, which has one",
+        ),
+    ):
+        assert finetune.main(command(wrong[0], started, tmp_path / "b", *wrong[1:], "--dry-run")) == 2
+        assert words in capsys.readouterr().err
     assert finetune.main(command("segmentation", started, tmp_path / "b", "--dry-run")) == 2
     assert "segmentation is for Aurora" in capsys.readouterr().err
     silent = replace_objectives(started, tmp_path / "silent")

@@ -38,7 +38,7 @@ def command_that_began(
 ) -> str:
     """What begins the run in `out` anew. start: the checkpoint that it goes on from; of one of its own, the command that its
     first start has kept (`keep`) counts, not the one that was typed to go on."""
-    known, own = out / BEGUN, start is not None and start.is_relative_to(out)
+    known, own = out / BEGUN, start is not None and start.resolve().is_relative_to(out.resolve())
     if own and known.is_file() and (lines := known.read_text(encoding="utf-8").splitlines()):
         return lines[0]
     return command_line(_without(typed, "--resume") if start is None or own else typed, ranks, program)
@@ -62,7 +62,9 @@ def python() -> str:
 
 def torchrun() -> list[str]:
     """The same for torchrun."""
-    return ["torchrun"] if python() == "python" else [python(), "-m", "torch.distributed.run"]
+    found = shutil.which("torchrun")
+    beside = found is not None and Path(found).parent == Path(sys.executable).parent
+    return ["torchrun"] if beside else [python(), "-m", "torch.distributed.run"]
 
 
 def _without(typed: Sequence[str], *options: str) -> list[str]:

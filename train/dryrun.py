@@ -13,6 +13,7 @@ from dataload import shards
 from models import AuroraConfig
 from models.parameters import count_aurora, count_perceiver
 from models.perceiver import PerceiverConfig, PerceiverObjectives
+from train.checkpoint import read_config
 from train.config import ConfigError, PretrainConfig, micro_batch, problems, to_dict
 from train.data import find_sources, load_tokenizer
 from train.engine import Ranks
@@ -48,14 +49,10 @@ def dry_run(config: PretrainConfig) -> int:
     """Print the resolved run and every problem found. Returns 0, or 2 when there is a problem."""
     ranks = Ranks.from_environment()
     print(json.dumps(to_dict(config), indent=2))
+    say_where(config)
     if ranks.size == 1 and config.name in RECIPES:
         return _specified(config)
     found = problems(config, ranks.size) + engine_problems(config, ranks.size)
-    if not found and config.resume:
-        from train.setup import find_run  # it is built on what this module checks for
-
-        out, start = find_run(config, Progress(config.steps, config.batch_size, config.log_every))
-        print(f"resume      {start or 'nothing'}; output {out}")
     if not found:
         several = isinstance(config, PerceiverPretrainConfig)
         found += _check_pairs(config) if several else _check_data(config)
@@ -66,6 +63,20 @@ def dry_run(config: PretrainConfig) -> int:
         return 2
     print("dry run: no problem found, nothing was run")
     return 0
+
+
+def say_where(config: PretrainConfig) -> Path:
+    """Where the run would write, and what it would go on from. Raises ConfigError, CheckpointError or FileNotFoundError as the
+    run would."""
+    from train.setup import compare, find_run  # it is built on what this module checks for
+
+    progress = Progress(config.steps, config.batch_size, config.log_every)
+    out, start = find_run(config, progress)
+    print(f"output      {out}")
+    if start:
+        print(f"resume      {start}")
+        compare(read_config(start), config, progress)
+    return out
 
 
 def _specified(config: PretrainConfig) -> int:

@@ -18,13 +18,16 @@ import tempfile
 from collections.abc import Sequence
 from dataclasses import replace
 
+import torch
 import tyro
 
 from dataload.pipeline import TooManyBroken, WorkerStuck
 from dataload.sandbox import SandboxError
 from train.checkpoint import CheckpointError, read_config
 from train.config import ConfigError, PretrainConfig, problems, to_dict
+from train.dryrun import say_where
 from train.engine import Ranks
+from train.engines.choice import engine_problems
 from train.machine import choose_device, choose_precision
 from train.multimodal.presets import perceiver_sounds
 from train.pretrain import TrainingError, pretrain
@@ -33,6 +36,7 @@ from train.tasks.data import find_items, find_task_sources, find_tokenizer, open
 from train.tasks.presets import at_size, task_preset
 from train.tasks.registry import TASKS, task_of
 from train.tasks.running import greet_task
+from train.tasks.tuning import prepare
 
 PROG = "python -m train.finetune"
 
@@ -89,15 +93,23 @@ def completed(config: FinetuneConfig) -> FinetuneConfig:
 
 
 def dry_run(config: FinetuneConfig) -> int:
-    """Print the resolved run and the lines that it would begin with."""
+    """Print the resolved run and the lines that it would begin with. Raises ConfigError and others as the run would."""
+    ranks = Ranks.from_environment()
+    if found := problems(config, ranks.size) + engine_problems(config, ranks.size):
+        raise ConfigError("\n  ".join(["this run cannot start:", *found]))
+    if not ranks.first:
+        return 0
     print(json.dumps(to_dict(config), indent=2))
-    ranks, device = Ranks.from_environment(), choose_device(config.device)
+    out, device, task = say_where(config), choose_device(config.device), task_of(config.task.kind)
+    with torch.device("meta"):
+        prepare(task.model(config), config.tune, task.fresh)
     with tempfile.TemporaryDirectory() as nowhere:
-        sources = find_task_sources(config, print)
+        sources = find_task_sources(config, lambda line: None)
         data = open_task(replace(config, out=nowhere), sources, ranks.rank, ranks.size)
-        out = config.out or f"runs/{config.name}"
-        lines = greet_task(config, device, choose_precision(config.precision, device), ranks, data, out)
-        data.loader.close()
+        try:
+            lines = greet_task(config, device, choose_precision(config.precision, device), ranks, data, out)
+        finally:
+            data.loader.close()
     print(*lines, "dry run: no problem found, nothing was run", sep="\n")
     return 0
 
@@ -107,8 +119,6 @@ def main(argv: Sequence[str] | None = None) -> int:
     args = list(sys.argv[1:] if argv is None else argv)
     try:
         config = completed(parse(args))
-        if config.dry_run and (found := problems(config)):
-            raise ConfigError("\n".join(found))
         if config.dry_run:
             return dry_run(config)
         return pretrain(config, args)

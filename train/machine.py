@@ -77,6 +77,15 @@ def device_name(device: torch.device) -> str:
     return f"cpu ({threads} thread{'s' * (threads != 1)})"
 
 
+def cores_and_load() -> tuple[int, float]:
+    """Cores that this process may use, and how many programs wanted one in the last minute (0 where nobody knows)."""
+    cores = len(os.sched_getaffinity(0)) if hasattr(os, "sched_getaffinity") else os.cpu_count() or 1
+    try:
+        return cores, os.getloadavg()[0]
+    except (AttributeError, OSError):
+        return cores, 0.0
+
+
 def crowded(threads: int, cores: int, load: float) -> str | None:
     """What to say where other programs keep cores busy that this one's threads wait for; None where they do not. load: programs
     that want a core, this one's threads among them. A team of threads is as slow as the slowest of it, and the others burn

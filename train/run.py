@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import os
 import time
 from dataclasses import dataclass, field
 from pathlib import Path
@@ -20,7 +19,7 @@ from train.engines.watchdog import Watchdog
 from train.evaluate.measure import evaluate_model
 from train.evaluate.pairs import score_pairs, summarize_pairs
 from train.evaluate.result import NOTHING, EvalResult
-from train.machine import crowded, peak_memory
+from train.machine import cores_and_load, crowded, peak_memory
 from train.multimodal.config import CONTRASTS, PerceiverPretrainConfig
 from train.saving import Saver
 from train.signals import Interrupted, Stop
@@ -146,8 +145,8 @@ class Run:
         later = evaluations * sum(self.evaluation_seconds) / max(len(self.evaluation_seconds), 1)
         self.progress.step(self.step, {**values, "losses": result.losses}, seconds, waited, later)
         self.steps_here += 1
-        if self.steps_here == SETTLED and self.engine.device.type == "cpu" and hasattr(os, "getloadavg"):
-            if warning := crowded(torch.get_num_threads(), os.cpu_count() or 1, os.getloadavg()[0]):
+        if self.steps_here == SETTLED and self.engine.device.type == "cpu" and self.ranks.size == 1:
+            if warning := crowded(torch.get_num_threads(), *cores_and_load()):
                 self.say(f"note        {warning}")
         observer.after(self.step, seconds, waited)
 

@@ -51,7 +51,7 @@ def set_up(config: PretrainConfig, command: Sequence[str]) -> Run:
     out, start = _resolve(config, ranks, progress, again)
     snapshot, former = checkpoint.read(start, verified=True) if start else (None, None)
     if former:
-        _compare(former, config, progress)
+        compare(former, config, progress)
     config = replace(config, out=str(out))
 
     precision = _precision(config, snapshot, device, ranks)
@@ -207,7 +207,7 @@ def _numbered(first: Path) -> list[Path]:
     return paths
 
 
-def _compare(former: PretrainConfig, config: PretrainConfig, progress: Progress) -> None:
+def compare(former: PretrainConfig, config: PretrainConfig, progress: Progress) -> None:
     """Refuse another model; say every other change."""
     if family_of(former).name != family_of(config).name:
         raise ConfigError(

@@ -120,7 +120,6 @@ def main(arguments: Sequence[str] | None = None) -> int:
             raise ValueError(f"{loaded.path} is a model of pictures: --pairs {args.pairs} is not for it")
         model, paths = loaded.config.model, heldout_shards(args, loaded)
         names = [str(path) for path in paths]
-        output = args.output or output_for(loaded.path, args.task, names)
         eval_set = EvalSet(
             names, loaded.tokenizer, model.image_size, model.text_length, batch_size=args.batch_size
         )
@@ -136,6 +135,7 @@ def main(arguments: Sequence[str] | None = None) -> int:
     for broken in eval_set.broken:
         print(f"left out, cannot be read: {broken}", file=sys.stderr)
     record = describe(args, loaded, eval_set, result)
+    output = args.output or output_for(loaded.path, args.task, record["data"])
     record["data"]["shards"], record["unigram_from"] = names, [str(path) for path in training]
     record["command"] = shlex.join(["python", "-m", "train.evaluate", *given])
     output.parent.mkdir(parents=True, exist_ok=True)
@@ -262,6 +262,7 @@ def describe(
         "checkpoint": {"path": str(loaded.path), "step": loaded.step, "averaged_weights": loaded.averaged},
         "data": {
             "split": args.split or None,
+            "max_images": args.max_images,
             "manifest": eval_set.index.manifest["hash"],
             "image_size": loaded.config.model.image_size,
             "text_length": loaded.config.model.text_length,

@@ -62,9 +62,8 @@ def evaluate_pairs(
         for broken in pairs.broken:
             print(f"left out, cannot be read: {broken}", file=sys.stderr)
     record = describe(args, loaded, sets, result)
-    names = {kind: [str(path) for path in paths] for kind, paths in heldout.items()}
-    output = args.output or output_for(loaded.path, args.task, names)
-    record["data"]["shards"] = names
+    record["data"]["shards"] = {kind: [str(path) for path in paths] for kind, paths in heldout.items()}
+    output = args.output or output_for(loaded.path, args.task, record["data"])
     record["unigram_from"] = {kind: [str(path) for path in paths] for kind, paths in training.items()}
     record["command"] = shlex.join(["python", "-m", "train.evaluate", *command])
     said = [
@@ -156,6 +155,7 @@ def describe(
         "checkpoint": {"path": str(loaded.path), "step": loaded.step, "averaged_weights": loaded.averaged},
         "data": {
             "split": args.split or None,
+            "max_images": args.max_images,
             "manifest": {kind: pairs.manifest for kind, pairs in sets.items()},
             "image_size": model.image_size,
             "audio_seconds": model.audio_seconds,

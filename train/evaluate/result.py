@@ -6,6 +6,7 @@ Legend: I images, C captions, R restored images, H W pixels, E embedding width.
 from __future__ import annotations
 
 import json
+from collections.abc import Mapping
 from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any
@@ -14,11 +15,11 @@ import torch
 from torch import Tensor
 
 
-def output_for(folder: Path, task: str, shards: Any) -> Path:
-    """Where the scores of these shards go, as they stand under data.shards of the JSON: TASK.json; TASK-2.json ... where that
-    one has the scores of others, which are kept."""
+def output_for(folder: Path, task: str, data: Mapping[str, Any]) -> Path:
+    """Where scores go whose JSON has this `data`: TASK.json; TASK-2.json ... where that one has the scores of other samples,
+    which are kept. What the samples are is told by the hash of the shards' contents, and by how many were scored."""
     number, path = 1, folder / f"{task}.json"
-    while path.exists() and _scored(path) != shards:
+    while path.exists() and _scored(path) != (data["manifest"], data["max_images"]):
         number += 1
         path = folder / f"{task}-{number}.json"
     return path
@@ -26,7 +27,8 @@ def output_for(folder: Path, task: str, shards: Any) -> Path:
 
 def _scored(path: Path) -> Any:
     try:
-        return json.loads(path.read_text(encoding="utf-8"))["data"]["shards"]
+        data = json.loads(path.read_text(encoding="utf-8"))["data"]
+        return data["manifest"], data.get("max_images")
     except (ValueError, KeyError, TypeError):
         return None
 

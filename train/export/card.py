@@ -62,7 +62,7 @@ def scores_of(step: Path) -> dict[str, Any]:
     for file in sorted(step.glob("*.json")):
         record = _read(file)
         if isinstance(record.get("scores"), dict):
-            found[str(record.get("task", file.stem))] = _short(record)
+            found[file.stem if record.get("data") else str(record.get("task", file.stem))] = _short(record)
     summary = _read(step.parent.parent / "summary.json")
     if summary.get("evaluation") and str(summary.get("checkpoint") or "").endswith(step.name):
         found["at the end of the run"] = _short(summary["evaluation"])

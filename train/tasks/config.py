@@ -6,7 +6,7 @@ from dataclasses import dataclass, field
 from typing import Literal
 
 from models.perceiver import PerceiverConfig
-from train.config import PretrainConfig
+from train.config import PretrainConfig, micro_batch
 
 TaskName = Literal["captioning", "vqa", "retrieval", "detection", "segmentation", "audio"]
 LOSSES: dict[str, dict[str, float]] = {
@@ -170,6 +170,10 @@ class FinetuneConfig(PretrainConfig):
             found.append(f"task.beams is {self.task.beams}; it must be at least 1")
         if self.task.kind == "vqa" and self.task.prompt and "{question}" not in self.task.prompt:
             found.append(f"task.prompt is {self.task.prompt!r}; it must hold {{question}}")
+        if self.task.kind == "retrieval" and micro_batch(self, world_size) < 2:
+            found.append(
+                "retrieval contrasts the pictures of a micro-batch, which has one: a larger batch_size, or less accumulation"
+            )
         if self.task.classes and self.task.kind in ("captioning", "retrieval"):
             found.append(f"task.classes is given; {self.task.kind} has no classes")
         if self.task.classes and self.task.kind == "vqa" and self.task.head == "written":

@@ -107,7 +107,7 @@ def evaluate_checkpoint(args: argparse.Namespace, given: Sequence[str]) -> int:
     for broken in heldout.broken:
         print(f"left out, cannot be read: {broken}", file=sys.stderr)
     record = describe(args, loaded, config, heldout, result, given)
-    output = args.output or output_for(loaded.path, args.task, record["data"]["shards"])
+    output = args.output or output_for(loaded.path, args.task, record["data"])
     output.parent.mkdir(parents=True, exist_ok=True)
     output.write_text(json.dumps(record, indent=2, ensure_ascii=False) + "\n", encoding="utf-8")
     page = write_task_page(output.with_suffix(".html"), result, items, record)
@@ -177,9 +177,10 @@ def config_for(args: argparse.Namespace, loaded: LoadedModel) -> FinetuneConfig:
     """The configuration that the checkpoint is scored with. Raises ConfigError where it cannot do the task."""
     config = loaded.config
     if args.task == CLASSIFY:
-        trained = isinstance(config, FinetuneConfig) or config.objectives.itc
-        if not trained:
+        if not (isinstance(config, FinetuneConfig) or config.objectives.itc):
             raise ConfigError(f"{loaded.path} was trained without contrast (objectives.itc is 0)")
+        if not knows_pictures(config):
+            raise ConfigError(f"{loaded.path} was trained without pictures, which classify is about")
         found = (
             config
             if isinstance(config, FinetuneConfig)
@@ -204,6 +205,16 @@ def config_for(args: argparse.Namespace, loaded: LoadedModel) -> FinetuneConfig:
     }
     seed = found.seed if args.seed is None else args.seed
     return replace(found, task=replace(found.task, **changes), checkpoint=str(loaded.path), seed=seed)
+
+
+def knows_pictures(config: PretrainConfig) -> bool:
+    """Whether the run had pictures with captions. (A fine-tuned model of sounds counts as one that had none.)"""
+    if isinstance(config, FinetuneConfig):
+        return config.task.kind != "audio"
+    if not isinstance(config, PerceiverPretrainConfig):
+        return True
+    pairs = config.data.pairs()
+    return bool(pairs["image-text"].train) or not any(pair.train for pair in pairs.values())
 
 
 def own_data(found: FinetuneConfig, start: PretrainConfig) -> FinetuneConfig:

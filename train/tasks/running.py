@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import json
 import platform
+import re
 import time
 from datetime import UTC, datetime
 from importlib import metadata
@@ -177,7 +178,7 @@ def write_files(beside: Path, result: TaskResult) -> list[Path]:
     """The further files of a result, beside the one with its scores: submissions in the official format. Those of a numbered
     file of scores (TASK-2.json) have its name in front."""
     paths = []
-    front = f"{beside.stem}-" if beside.stem.startswith(f"{result.task}-") else ""
+    front = f"{beside.stem}-" if re.fullmatch(rf"{result.task}-\d+", beside.stem) else ""
     for name, content in result.files.items():
         path = beside.with_name(front + name)
         path.write_text(json.dumps(content) + "\n", encoding="utf-8")
