@@ -56,7 +56,7 @@ def test_kernels_pass(
     assert f"{len(record['rows'])} of {len(record['rows'])} pass" in written
 
 
-def sample(cases: list[aot.AotCase], each: int = 120) -> list[aot.AotCase]:
+def sample(cases: list[aot.AotCase], each: int = 40) -> list[aot.AotCase]:
     """Of each kernel every `each`-th case."""
     found: dict[str, list[aot.AotCase]] = {}
     for case in cases:

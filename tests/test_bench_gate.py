@@ -16,6 +16,8 @@ from kernels.latent_attention import sdpa
 from kernels.window_attention import op
 
 BUDGET = 0.5  # CPU seconds per task
+# Its limit leaves room for another machine, where the same code has 0.75; of the 0.60 to 0.67 here 1.3 times may be below it.
+FOR_SEVERAL = "perceiver-tiny/forward/float32"
 CPU = replace(PROFILES["cpu"], gates=CPU_GATES)
 
 
@@ -39,7 +41,7 @@ def some(subject: str) -> Any:
 @pytest.mark.slow
 def test_clean_reruns_pass(timm) -> None:
     """Whatever else the machine does: this suite runs in several processes. (`make gate` is a further one, in CI.)"""
-    failed = [str(v) for _ in range(2) for v in gate.run(CPU, BUDGET / 5)[1] if not v.holds]
+    failed = [str(v) for _ in range(4) for v in gate.run(CPU, BUDGET / 5)[1] if not v.holds]
     assert failed == []
 
 
@@ -86,11 +88,13 @@ def slower(function: Any) -> Any:
 
 @pytest.mark.parametrize("subject", ["window_attention", "latent_attention"])
 def test_a_slowdown_of_1_3_is_caught(subject: str, monkeypatch: pytest.MonkeyPatch, timm) -> None:
-    """The limits leave room for other machines: the same code has ratios of 0.60 to 0.75 on several EPYCs, so that 1.3 times
-    the lowest is below what the highest needs. Here they are a sixth above what this machine has, where that is less."""
+    """By the limits that `make gate` has; that of FOR_SEVERAL is a sixth above what this machine has, where that is less."""
     profile = some(subject)
-    clean = {v.gate: v.ratio for v in gate.run(profile, BUDGET / 2)[1]}
-    near = tuple(replace(g, limit=min(g.limit, 7 / 6 * (clean[g] or g.limit))) for g in profile.gates)
+    wide = replace(profile, gates=tuple(g for g in profile.gates if g.task == FOR_SEVERAL))
+    clean = {v.gate.task: v.ratio for v in gate.run(wide, BUDGET)[1]} if wide.gates else {}
+    near = tuple(
+        replace(g, limit=min(g.limit, 7 / 6 * (clean.get(g.task) or g.limit))) for g in profile.gates
+    )
     implementation(subject, monkeypatch, slower)
     verdicts = gate.run(replace(profile, gates=near), BUDGET)[1]
     assert verdicts and not any(v.holds for v in verdicts), list(map(str, verdicts))
