@@ -14,12 +14,21 @@ TARGETS  := $(COMMANDS) help lint format clean
 
 .DEFAULT_GOAL := help
 .PHONY: $(TARGETS) FORCE
+# Two targets at once (make -j2 pretrain test) would let two pips write into one .venv.
+.NOTPARALLEL:
 
 # make would run `pretrain` of `make pretrain aurora-photos` before it said that there is no target aurora-photos.
 command := $(filter $(COMMANDS),$(MAKECMDGOALS))
 unknown := $(filter-out $(TARGETS) .%,$(MAKECMDGOALS))
 ifneq ($(unknown),)
 $(error no target '$(unknown)': $(if $(command),type make $(command) ARGS='$(strip $(unknown) $(ARGS))',make help lists them))
+endif
+
+# `make pretrain steps=10` would set a variable of make's that nobody reads. (make's own are written in capitals.)
+given := $(foreach name,$(.VARIABLES),$(if $(filter command,$(firstword $(origin $(name)))),$(name)))
+fields := $(if $(given),$(shell printf '%s\n' $(given) | sed -n '/[a-z]/p'))
+ifneq ($(fields),)
+$(error $(foreach name,$(fields),$(name)=$($(name))) is nothing that make reads: write ARGS='$(foreach name,$(fields),--$(name) $($(name)))')
 endif
 
 help: ## show this list

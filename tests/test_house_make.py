@@ -38,7 +38,7 @@ class Checkout:
         self.bin.mkdir()
         for name in ("Makefile", "pyproject.toml"):
             shutil.copy(ROOT / name, folder)
-        for tool in ("sh", "sed", "cat", "cp", "mkdir", "touch", "rm", "find", "echo"):
+        for tool in ("sh", "sed", "cat", "cp", "mkdir", "touch", "rm", "find", "echo", "sleep"):
             (self.bin / tool).symlink_to(str(shutil.which(tool)))
 
     def interpreter(self, name: str, text: str = FAKE_PYTHON) -> None:
@@ -177,10 +177,22 @@ def test_make_refuses_a_word_that_is_no_target(checkout: Checkout) -> None:
         (["pretrain", "aurora-photos", "ARGS=--seed 3"], "type make pretrain ARGS='aurora-photos --seed 3'"),
         (["pretrian"], "no target 'pretrian': make help lists them"),
         (["lint", "kernels"], "no target 'kernels': make help lists them"),
+        (["pretrain", "steps=10"], "steps=10 is nothing that make reads: write ARGS='--steps 10'"),
     ):
         done = checkout.make(*words, check=False)
         assert done.returncode == 2 and answer in done.stderr and len(done.stderr.splitlines()) == 1
         assert not checkout.asked() and not done.stdout and not (checkout.folder / ".venv").exists()
+
+
+@needs_make
+def test_make_installs_one_thing_at_a_time(checkout: Checkout) -> None:
+    """Whatever -j says, as two pips would write into one .venv: with -j the second would begin while the first sleeps."""
+    checkout.interpreter("python3", FAKE_PYTHON.replace("*) exec", "*) sleep 0.05; exec"))
+    checkout.make("-j4", "pretrain", "test")
+    together = checkout.asked()
+    shutil.rmtree(checkout.folder / ".venv")
+    checkout.make("pretrain", "test")
+    assert together == checkout.asked() and len(together) > 4
 
 
 @needs_make
