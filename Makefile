@@ -24,11 +24,13 @@ ifneq ($(unknown),)
 $(error no target '$(unknown)': $(if $(command),type make $(command) ARGS='$(strip $(unknown) $(ARGS))',make help lists them))
 endif
 
-# `make pretrain steps=10` would set a variable of make's that nobody reads. (make's own are written in capitals.)
-given := $(foreach name,$(.VARIABLES),$(if $(filter command,$(firstword $(origin $(name)))),$(name)))
-fields := $(if $(given),$(shell printf '%s\n' $(given) | sed -n '/[a-z]/p'))
-ifneq ($(fields),)
-$(error $(foreach name,$(fields),$(name)=$($(name))) is nothing that make reads: write ARGS='$(foreach name,$(fields),--$(name) $($(name)))')
+# `make pretrain steps=10` would set a variable of make's that nobody reads. make's own are written in capitals, and so is what is
+# set here, as a command line goes before it. An outer make hands its own variables down, and pip reads https_proxy and the like.
+override GIVEN  := $(foreach NAME,$(.VARIABLES),$(if $(filter command,$(firstword $(origin $(NAME)))),$(NAME)))
+override FIELDS := $(if $(GIVEN),$(shell printf '%s\n' $(foreach NAME,$(GIVEN),'$(subst ','\'',$(NAME))') | LC_ALL=C sed -n '/[a-z]/p'))
+override FIELDS := $(if $(filter 0,$(MAKELEVEL)),$(filter-out %_proxy,$(FIELDS)))
+ifneq ($(FIELDS),)
+$(error $(foreach NAME,$(FIELDS),$(NAME)=$($(NAME))) is nothing that make reads: write ARGS='$(strip $(ARGS) $(foreach NAME,$(FIELDS),--$(NAME) $($(NAME))))')
 endif
 
 help: ## show this list

@@ -178,10 +178,22 @@ def test_make_refuses_a_word_that_is_no_target(checkout: Checkout) -> None:
         (["pretrian"], "no target 'pretrian': make help lists them"),
         (["lint", "kernels"], "no target 'kernels': make help lists them"),
         (["pretrain", "steps=10"], "steps=10 is nothing that make reads: write ARGS='--steps 10'"),
+        (["pretrain", "name=x", "ARGS=aurora-small"], "write ARGS='aurora-small --name x'"),
+        (["pretrain", "a'b=3"], "a'b=3 is nothing that make reads"),
     ):
         done = checkout.make(*words, check=False)
         assert done.returncode == 2 and answer in done.stderr and len(done.stderr.splitlines()) == 1
         assert not checkout.asked() and not done.stdout and not (checkout.folder / ".venv").exists()
+
+
+@needs_make
+def test_make_takes_variables_that_others_read(checkout: Checkout) -> None:
+    """pip reads proxies; an outer make hands its own variables down."""
+    checkout.interpreter("python3")
+    checkout.make("-n", "pretrain", "https_proxy=http://p:1")
+    (checkout.folder / "outer").mkdir()
+    (checkout.folder / "outer/Makefile").write_text("all:\n\t$(MAKE) -n -C .. pretrain\n", encoding="utf-8")
+    assert "train.pretrain" in checkout.make("-C", "outer", "prefix=/usr").stdout
 
 
 @needs_make
