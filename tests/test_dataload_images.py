@@ -129,11 +129,11 @@ def test_first_frame_of_an_animation(kind: str) -> None:
 @pytest.mark.filterwarnings("ignore::PIL.Image.DecompressionBombWarning")
 def test_bomb_is_refused_by_its_header() -> None:
     tracemalloc.start()
-    started = time.perf_counter()
+    started = time.process_time()
     for side, limit in ((30_000, images.MAX_PIXELS), (30_000, 10**10), (8000, 8000**2 - 1)):
         with pytest.raises(BrokenImage, match="limit|exceeds"):  # the second is stopped by Pillow's own limit
             decode(png_bomb(side), max_pixels=limit)
-    assert time.perf_counter() - started < 1
+    assert time.process_time() - started < 1
     assert tracemalloc.get_traced_memory()[1] < 10**7
     tracemalloc.stop()
 

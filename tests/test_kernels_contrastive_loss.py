@@ -10,6 +10,7 @@ import torch
 import torch.nn.functional as F
 from hypothesis import given, settings
 from hypothesis import strategies as st
+from ranks import Launch
 from torch import Tensor
 
 import kernels
@@ -326,12 +327,13 @@ def test_many_pairs_that_pull_at_one_text_do_not_overflow_float16() -> None:
 # ---- over ranks
 
 
-def over_ranks(rank: int, size: int, store: str, out: Any) -> None:
+def over_ranks() -> dict[str, Any]:
     """What each process does: its part of the batch; then batches of different numbers."""
     import torch.distributed as dist
 
     torch.set_num_threads(1)
-    dist.init_process_group("gloo", init_method=f"file://{store}", rank=rank, world_size=size)
+    dist.init_process_group("gloo")
+    rank, size = dist.get_rank(), dist.get_world_size()
     found: dict[str, Any] = {}
     for kind in KINDS:
         for captions in (1, 2):
@@ -358,34 +360,15 @@ def over_ranks(rank: int, size: int, store: str, out: Any) -> None:
         except ValueError as error:
             messages.append(str(error))
     found["messages"] = messages
-    out.put(
-        (
-            rank,
-            {
-                n: {k: v.tolist() for k, v in r.items()} if isinstance(r, dict) else r
-                for n, r in found.items()
-            },
-        )
-    )
     dist.barrier()
     dist.destroy_process_group()
+    return {n: {k: v.tolist() for k, v in r.items()} if isinstance(r, dict) else r for n, r in found.items()}
 
 
 @pytest.mark.parametrize("size", [1, 2, 3])
-def test_ranks_together_are_one_process(size: int, tmp_path: Any) -> None:
+def test_ranks_together_are_one_process(size: int) -> None:
     """The mean of the losses, the gradients at embeddings over the number of ranks, the mean of the others'."""
-    context = torch.multiprocessing.get_context("spawn")
-    queue = context.SimpleQueue()
-    processes = [
-        context.Process(target=over_ranks, args=(rank, size, str(tmp_path / "store"), queue))
-        for rank in range(size)
-    ]
-    for process in processes:
-        process.start()
-    every = dict(queue.get() for _ in processes)
-    for process in processes:
-        process.join(60)
-        assert process.exitcode == 0
+    every = Launch(size, over_ranks).results()
     for kind in KINDS:
         for captions in (1, 2):
             whole = results(ours(kind, "reference"), inputs(6, 9, captions, torch.float64), 1.0)

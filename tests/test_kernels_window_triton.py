@@ -217,8 +217,8 @@ def test_exact_where_the_backward_walks(device: str, name: str) -> None:
             check(tensors, numbers)
             assert walked.called
             # Biases far from 0, and large ones, as fp16 could not hold them: what all logits of a query have is taken off.
-            for change in (lambda bias: bias + 30, lambda bias: 8 * bias) if "bias" in tensors else ():
-                check(tensors | {"bias": change(tensors["bias"])}, numbers)
+            if "bias" in tensors:
+                check(tensors | {"bias": 8 * tensors["bias"] + 30}, numbers)
 
 
 @on_each_device
@@ -302,10 +302,10 @@ def test_same_bits_every_time(device: str) -> None:
 @on_each_device
 def test_any_number_of_groups(device: str) -> None:
     """One window to a program, several of one kind, all of one kind: the work is cut elsewhere, the result is the same."""
-    tensors, numbers = some((10, 14), 1, 16, 4, 2, batch=3, dtype=HALF, cosine=False, device=device)
-    grad = torch.randn(3, 10, 14, 16, device=device)
+    tensors, numbers = some((6, 9), 1, 16, 4, 2, batch=2, dtype=HALF, cosine=False, device=device)
+    grad = torch.randn(2, 6, 9, 16, device=device)
     results = []
-    for processors in (1, 7, 1000):
+    for processors in (1, 3, 1000):
         with mock.patch.object(launch, "processor", lambda _, n=processors: (80, n)):
             results.append(run(tensors, numbers, grad, "triton"))
     for result in results[1:]:
@@ -341,8 +341,8 @@ def test_is_part_of_torch(device: str) -> None:
 
     from kernels.window_attention import triton_ops
 
-    tensors, numbers = some((6, 5), 1, 16, 4, 2, cosine=True, pads=True, device=device)
-    grad = torch.randn(1, 6, 5, 16, device=device)
+    tensors, numbers = some((5, 3), 1, 16, (4, 3), (2, 0), cosine=True, pads=True, device=device)
+    grad = torch.randn(1, 5, 3, 16, device=device)
     want = run(tensors, numbers, grad, "triton")
     leaves = [tensor.requires_grad_() for tensor in tensors.values()]
 
@@ -350,7 +350,7 @@ def test_is_part_of_torch(device: str) -> None:
         return window_attention(**dict(zip(tensors, args, strict=True)), **numbers, backend="triton")
 
     for function in (
-        torch.compile(attend, fullgraph=True),
+        torch.compile(attend, fullgraph=True, backend="inductor" if device == "cuda" else "aot_eager"),
         lambda *args: checkpoint(attend, *args, use_reentrant=False),
     ):
         out = function(*leaves)
@@ -362,7 +362,7 @@ def test_is_part_of_torch(device: str) -> None:
     assert out.dtype == HALF
     assert [g.dtype for g in torch.autograd.grad(out.float().sum(), leaves)] == [SINGLE] * 4
 
-    call = (*leaves, 4, 4, 2, 2, 1.0, True)
+    call = (*leaves, 4, 3, 2, 0, 1.0, True)
     torch.library.opcheck(triton_ops._forward, call)
     out, lse = triton_ops._forward(*call)
     assert lse.numel()

@@ -7,6 +7,7 @@ import os
 import platform
 import subprocess
 import sys
+import time
 
 import pytest
 import torch
@@ -264,12 +265,13 @@ print(sum(later) < 10 * first)
 
 
 def test_the_measurement_of_bf16_is_short() -> None:
-    machine.bf16_speed_on_cpu()
-    import time
-
-    started = time.perf_counter()
-    assert machine.bf16_speed_on_cpu() > 0
-    assert time.perf_counter() - started < 1.0
+    """The best of three: others may be busy on this machine."""
+    seconds = []
+    for _ in range(3):
+        started = time.perf_counter()
+        assert machine.bf16_speed_on_cpu() > 0
+        seconds.append(time.perf_counter() - started)
+    assert min(seconds) < 1.0
 
 
 def test_devices_that_are_not_there_are_refused() -> None:
