@@ -168,6 +168,37 @@ def test_what_is_hidden_is_not_seen() -> None:
     assert not drawn[1, 16:].any()
 
 
+def test_convolutions_in_front() -> None:
+    """Their norm is over the batch: one over a picture would make a bright one of a dark one. Alone is as in a batch when
+    they are scored, hidden pixels do not reach them, and a step without pictures leaves their statistics."""
+    model, piece = tiny(image_stem="conv"), batch()["pieces"]["image"]
+    adapter: Any = model.adapters["image"]
+    for side in (64, 96):
+        assert adapter.stem(torch.randn(2, 3, side, side)).shape == (
+            2,
+            TINY.encoder_width,
+            side // 8,
+            side // 8,
+        )
+    grey = torch.full((1, 3, 64, 64), 0.2)
+    dark, bright = adapter.stem(torch.cat((piece.data, grey, 4 * grey)))[-2:]
+    assert (dark - bright).abs().mean() > 0.1
+
+    before = {name: tensor.clone() for name, tensor in adapter.stem.named_buffers()}
+    nothing = adapter.stem(piece.data[:0])
+    assert nothing.shape == (0, TINY.encoder_width, 8, 8)
+    for name, tensor in adapter.stem.named_buffers():
+        assert torch.equal(tensor, before[name]) or name.endswith("num_batches_tracked")
+
+    patches, lengths = adapter.eval().patches(piece)
+    hidden = adapter.hidden(piece, patches, lengths, 0.5)
+    other = torch.where(hidden[..., None], torch.randn_like(patches), patches)
+    seen, same = (adapter.encode(piece, x, lengths, hidden).values for x in (patches, other))
+    assert torch.equal(seen, same)
+    alone = adapter.stem(piece.data[1:2])[0]
+    torch.testing.assert_close(alone, adapter.stem(piece.data)[1], rtol=1e-4, atol=1e-5)
+
+
 def test_masked_share_and_normalizers() -> None:
     model, data = tiny(), batch()
     half = PerceiverObjectives(masked_share=0.5, masked_twice=False)
@@ -207,14 +238,16 @@ def test_the_cache_gives_the_logits_of_the_whole_text() -> None:
     assert len(generate(model, latents, method="beam", max_length=5, beams=2)) == SAMPLES
 
 
-def test_activation_checkpointing_gives_the_same_gradients() -> None:
+@pytest.mark.parametrize("stem", ["patch", "conv"])
+def test_activation_checkpointing_gives_the_same_gradients(stem: str) -> None:
+    """And the same statistics of batch norm, as if nothing had been computed twice."""
     results = []
     for on in (False, True):
-        model = tiny(image_window=4, encoder_layers=2, dropout=0.1).train()
+        model = tiny(image_window=4, encoder_layers=2, dropout=0.1, image_stem=stem).train()
         model.gradient_checkpointing = on
         torch.manual_seed(1)
         sum(model(**batch()).values()).backward()
-        results.append([p.grad for p in model.parameters() if p.grad is not None])
+        results.append([p.grad for p in model.parameters() if p.grad is not None] + list(model.buffers()))
     for plain, recomputed in zip(*results, strict=True):
         torch.testing.assert_close(plain, recomputed)
 

@@ -69,8 +69,9 @@ class PerceiverConfig:
     """Self-attention of the image encoder within windows of so many patches a side, every other block shifted by half
     of one; 0: over the whole image."""
     image_stem: Literal["patch", "conv"] = "patch"
-    """What makes patches tokens: a linear map, or overlapping 3x3 convolutions (arXiv:2106.14881), which learn more from
-    a few thousand pictures. Hidden patches are grey before the convolutions see them."""
+    """What makes patches tokens: a linear map, or overlapping 3x3 convolutions with batch norm (arXiv:2106.14881), which
+    learn more from a few thousand pictures. Hidden patches are grey before the convolutions see them; the norm's
+    statistics are those of a micro-batch."""
 
     audio_kind: Literal["mel", "waveform"] = "mel"
     """What a sound's tokens are made of: patches of its log-mel spectrogram, or pieces of the waveform."""
@@ -81,7 +82,7 @@ class PerceiverConfig:
     audio_patch: tuple[int, int] = (16, 10)
     """Bands and frames of a patch."""
     audio_stem: Literal["patch", "conv"] = "patch"
-    """What makes patches of a spectrogram tokens: a linear map, or overlapping convolutions, as `image_stem`."""
+    """What makes patches of a spectrogram tokens: a linear map, or overlapping convolutions."""
     audio_range: float = 0.0
     """A spectrogram is cut so many nats below its loudest place (10 is 43 dB): recordings differ in what is below. 0: it is
     not."""

@@ -68,7 +68,7 @@ def perceiver_real() -> PerceiverPretrainConfig:
             mam=0.0,
         ),
         data=MultimodalDataConfig(
-            # 96, 30 and 2 of a batch: a contrast is as good as it has negatives, and of labels there are few.
+            # 192, 60 and 4 of a batch: a contrast is as good as it has negatives, and of labels there are few.
             image_text=PairConfig(weight=48.0),
             video_text=PairConfig(weight=1.0),
             audio_text=PairConfig(weight=15.0),
@@ -80,7 +80,7 @@ def perceiver_real() -> PerceiverPretrainConfig:
             video_seconds=3.0,
         ),
         optim=replace(tiny.optim, weight_decay=0.2),
-        batch_size=128,
+        batch_size=256,
         steps=300,
         ema_decay=0.98,
         eval_every=100,

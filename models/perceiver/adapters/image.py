@@ -6,6 +6,7 @@ Letters: P images, H W patches in each direction, E width, h heads, d head width
 from __future__ import annotations
 
 import math
+from itertools import pairwise
 
 import torch
 import torch.nn.functional as F
@@ -118,16 +119,23 @@ class WindowedAttention(SelfAttention):
 
 
 class ConvStem(nn.Sequential):
-    """Images [P, 3, height, width] -> [P, E, H, W] by 3x3 convolutions of stride 2 down to the patch. Without a norm: one
-    over an image would take away its mean color, which tells photographs apart; variances hold by themselves."""
+    """Images [P, 3, height, width] -> [P, E, H, W] by 3x3 convolutions (arXiv:2106.14881), one for each halving and one between
+    two. The norm is over the batch: one over an image would take away its mean color, which tells photographs apart."""
 
     def __init__(self, patch: int, dim: int) -> None:
         steps = patch.bit_length() - 1
         widths = [3, *(max(dim >> (steps - 1 - i), 16) for i in range(steps))]
         layers: list[nn.Module] = []
-        for before, after in zip(widths, widths[1:], strict=False):
-            layers += [nn.Conv2d(before, after, 3, 2, 1), CentredReLU()]
+        for i, (before, after) in enumerate(pairwise(widths)):
+            if i:
+                layers += convolution(before, before, stride=1)
+            layers += convolution(before, after, stride=2)
         super().__init__(*layers, nn.Conv2d(widths[-1], dim, 1))
+
+
+def convolution(before: int, after: int, stride: int) -> list[nn.Module]:
+    """3x3, with a norm and a nonlinearity; the norm has the bias."""
+    return [nn.Conv2d(before, after, 3, stride, 1, bias=False), nn.BatchNorm2d(after), CentredReLU()]
 
 
 class CentredReLU(nn.Module):
