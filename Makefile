@@ -7,8 +7,8 @@ PIP    := $(PY) -m pip
 PYTHON ?=
 TORCH  ?=
 ARGS   ?=
-# One process more than there are cores, up to 4: a tenth of the time, tests wait for ranks and launches.
-JOBS   ?= $(shell n=$$(getconf _NPROCESSORS_ONLN); echo $$((n < 4 ? n + 1 : 4)))
+# One process more than there are cores, up to 4: tests wait for the processes that they start.
+JOBS   ?= $(shell n=$$(getconf _NPROCESSORS_ONLN || echo 2); echo $$((n < 4 ? n + 1 : 4)))
 
 COMMANDS := pretrain test bench gate aot gpu
 TARGETS  := $(COMMANDS) help lint format clean
