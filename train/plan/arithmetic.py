@@ -12,6 +12,7 @@ import math
 from collections.abc import Mapping
 from dataclasses import dataclass, field
 
+import torch
 from torch import nn
 
 from dataload.multimodal import PAIRS
@@ -223,9 +224,11 @@ def _stem(model: PerceiverConfig, name: str, n: int, times: float, flops: Flops)
     """What makes a modality's n tokens; nothing wants the gradient of the pixels."""
     part, width = f"{name} encoder", model.encoder_width
     if name == "image" and model.image_stem == "conv":
-        stem: nn.Module = ConvStem(model.image_patch, width)
+        with torch.device("meta"):  # initial values would be drawn from the run's own random numbers
+            stem: nn.Module = ConvStem(model.image_patch, width)
     elif name == "audio" and model.audio_kind == "mel" and model.audio_stem == "conv":
-        stem = SpectrumStem(model.audio_patch[::-1], width)
+        with torch.device("meta"):
+            stem = SpectrumStem(model.audio_patch[::-1], width)
     else:
         return flops.add(part, linear(n, model.patch_widths[name] * width), times=times, backward=1)
     layers = [layer for layer in stem.modules() if isinstance(layer, nn.Conv2d)]
