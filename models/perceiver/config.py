@@ -173,7 +173,12 @@ class PerceiverConfig:
             )
             for name in heads
         } | {
-            "image_size": (self.image_size % self.image_patch == 0, f"a multiple of image_patch ({self.image_patch})"),
+            "image_size": (
+                self.image_size % self.image_patch == 0
+                and (self.image_stem == "patch" or self.image_size > self.image_patch),
+                f"a multiple of image_patch ({self.image_patch})"
+                + (", at least two patches: the convolutional stem normalises over them" * (self.image_stem == "conv")),
+            ),
             "image_patch": (
                 self.image_stem == "patch" or self.image_patch & (self.image_patch - 1) == 0,
                 "a power of two for the convolutional stem",
