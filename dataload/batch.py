@@ -59,6 +59,8 @@ class EvalBatch:
     """int64 [N]: to which image of this batch (0..B-1) the caption belongs"""
     keys: tuple[str, ...]
     """'shard-name/sample-key' of each image"""
+    crops: torch.Tensor | None = None
+    """uint8 [B, views - 1, H, W, 3]: further views of each image (`dataload.images.views`); None where one was asked for"""
 
     def to(self, device: torch.device | str, non_blocking: bool = False) -> EvalBatch:
         """The same batch with its tensors on `device`."""

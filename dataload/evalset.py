@@ -21,7 +21,7 @@ from dataload.tokenizer import Tokenizer
 from dataload.workers import Workers
 
 Read: TypeAlias = tuple[np.ndarray, list[str]]
-"""the pixels of a picture, and its captions"""
+"""the views of a picture, uint8 [views, H, W, 3], and its captions"""
 
 
 class EvalSet:
@@ -70,6 +70,10 @@ class EvalSet:
         return len(self._samples)
 
     def __iter__(self) -> Iterator[EvalBatch]:
+        return self.batches()
+
+    def batches(self, views: int = 1) -> Iterator[EvalBatch]:
+        """A pass over the set, with so many views of each picture (`dataload.images.views`)."""
         starts = deque(range(0, len(self._samples), self._batch_size))
         pending: deque[tuple[list[int], list[Future[Read | Broken]]]] = deque()
         workers = Workers(self._workers, threading.Event(), "dataload-eval")
@@ -78,7 +82,9 @@ class EvalSet:
                 while starts and len(pending) < 3:
                     start = starts.popleft()
                     samples = self._samples[start : start + self._batch_size]
-                    pending.append((samples, [workers.submit(self._read, sample) for sample in samples]))
+                    pending.append(
+                        (samples, [workers.submit(self._read, sample, views) for sample in samples])
+                    )
                 samples, futures = pending.popleft()
                 whole = []
                 for sample, future in zip(samples, futures, strict=True):
@@ -92,14 +98,14 @@ class EvalSet:
         finally:  # also when the reader stops half way
             workers.close()
 
-    def _read(self, sample: int) -> Read | Broken:
+    def _read(self, sample: int, views: int) -> Read | Broken:
         try:
             data, captions = self.index.image(sample), self.index.captions(sample)
             picture = images.read(data, self._max_pixels, sandbox.shared(self._workers))
             pixels = picture.cut((0, 0, picture.width, picture.height))
         except (images.BrokenImage, OSError) as error:
             return Broken(*self.index.where(sample), str(error))
-        small = images.resize_center_crop(Image.fromarray(pixels), self._image_size, self._interpolation)
+        small = images.views(Image.fromarray(pixels), self._image_size, views, self._interpolation)
         return small, captions
 
     def _at(self, sample: int) -> str:
@@ -110,10 +116,12 @@ class EvalSet:
         captions = [texts for _, _, texts in whole]
         texts = [text for of_image in captions for text in of_image]
         counts = torch.tensor([len(of_image) for of_image in captions])
+        pictures = torch.from_numpy(np.stack([views for _, views, _ in whole]))
         return EvalBatch(
-            images=torch.from_numpy(np.stack([image for _, image, _ in whole])),
+            images=pictures[:, 0],
             captions=captions,
             tokens=self._tokenizer.encode_batch(texts, self._text_length),
             image_of_caption=torch.repeat_interleave(torch.arange(len(whole)), counts),
             keys=tuple(self.index.key(sample) for sample, _, _ in whole),
+            crops=pictures[:, 1:] if pictures.shape[1] > 1 else None,
         )

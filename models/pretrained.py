@@ -16,7 +16,7 @@ import re
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 from pathlib import Path
-from typing import TYPE_CHECKING, Any, TypeAlias, Union
+from typing import TYPE_CHECKING, Any, TypeAlias, Union, cast
 
 import numpy as np
 import torch
@@ -39,8 +39,12 @@ if TYPE_CHECKING:
     from PIL import Image
 
 MEAN, STD = (0.485, 0.456, 0.406), (0.229, 0.224, 0.225)  # of ImageNet, as in training
+VIEWS = {1: ((1.0, 1),), 5: ((1.0, 1), (0.75, 2)), 14: ((1.0, 1), (0.75, 2), (0.5, 3))}  # as in evaluation
 TEMPLATES = ("{}", "a picture of {}", "there is {}")
 Picture: TypeAlias = Union[str, Path, "Image.Image"]
+View: TypeAlias = tuple[float, float, float]
+"""A square of a picture's middle square: share of its side, and its place, 0 (left, top) to 1 (right, bottom)"""
+WHOLE: View = (1.0, 0.0, 0.0)
 
 
 @dataclass(frozen=True)
@@ -82,11 +86,11 @@ class Pretrained:
         self.model.to(device)
         return self
 
-    def pixels(self, pictures: Sequence[Picture], fit: str = "crop") -> Tensor:
+    def pixels(self, pictures: Sequence[Picture], fit: str = "crop", view: View = WHOLE) -> Tensor:
         """Pictures (files or PIL images) -> normalised float32 [B, 3, S, S]. fit: "crop" takes the middle square, "squash" the
-        whole picture, "pad" puts it at the upper left on grey."""
+        whole picture, "pad" puts it at the upper left on grey. view: of the middle square, a smaller one."""
         side = self.config.image_size
-        arrays = np.stack([fitted(_open(one), side, fit) for one in pictures])
+        arrays = np.stack([fitted(_open(one), side, fit, view) for one in pictures])
         mean, std = (torch.tensor(values, dtype=torch.float32) for values in (MEAN, STD))
         x = (torch.from_numpy(arrays) - 255 * mean) * (1 / (255 * std))
         return x.permute(0, 3, 1, 2).contiguous().to(self.device)
@@ -165,11 +169,23 @@ class Pretrained:
         return found
 
     @torch.no_grad()
-    def image_embedding(self, pictures: Picture | Sequence[Picture]) -> Tensor:
-        """fp32 [B, E] of unit length, in the joint space of pictures and texts; of one picture [1, E]."""
+    def image_embedding(self, pictures: Picture | Sequence[Picture], *, views: int = 1) -> Tensor:
+        """fp32 [B, E] of unit length, in the joint space of pictures and texts; of one picture [1, E].
+
+        views: squares of each picture's middle square whose embeddings are averaged: 1, all of it; 5, four of 3/4 of its side
+        too; 14, nine of 1/2 of its side as well (`train.evaluate retrieval --views`), in as many times the time. Raises
+        ValueError for another number."""
+        if views not in VIEWS:
+            raise ValueError(f"{views} views of a picture; supported: {', '.join(map(str, VIEWS))}")
         one = isinstance(pictures, str | Path) or hasattr(pictures, "convert")  # a picture of PIL's
-        found: Tensor = self.base.features(self.pixels([pictures] if one else list(pictures)))[0]  # type: ignore[list-item, arg-type]
-        return found
+        images = [_open(picture) for picture in cast("Sequence[Picture]", [pictures] if one else pictures)]
+        seen = [
+            self.base.features(self.pixels(images, view=(share, x / max(row - 1, 1), y / max(row - 1, 1))))[0]
+            for share, row in VIEWS[views]
+            for y in range(row)
+            for x in range(row)
+        ]
+        return nn.functional.normalize(torch.stack(seen).sum(0), dim=-1) if views > 1 else seen[0]
 
     @torch.no_grad()
     def text_embedding(self, texts: str | Sequence[str]) -> Tensor:
@@ -314,15 +330,19 @@ def class_embeddings(embed: Any, labels: Sequence[str], templates: Sequence[str]
     return nn.functional.normalize(torch.stack(rows), dim=-1)
 
 
-def fitted(image: Image.Image, side: int, fit: str) -> np.ndarray:
-    """uint8 [S, S, 3] of an RGB picture."""
+def fitted(image: Image.Image, side: int, fit: str, view: View = WHOLE) -> np.ndarray:
+    """uint8 [S, S, 3] of an RGB picture. view: which part of the middle square, of fit "crop"."""
     from PIL import Image
 
     width, height = image.size
     bilinear = Image.Resampling.BILINEAR
     if fit == "crop":
-        edge = min(width, height)
-        left, top = (width - edge) / 2, (height - edge) / 2
+        share, x, y = view
+        edge = share * min(width, height)
+        left, top = (
+            (full - min(width, height)) / 2 + at * (min(width, height) - edge)
+            for full, at in ((width, x), (height, y))
+        )
         return np.asarray(image.resize((side, side), bilinear, box=(left, top, left + edge, top + edge)))
     if fit == "squash":
         return np.asarray(image.resize((side, side), bilinear))

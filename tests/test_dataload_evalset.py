@@ -2,17 +2,21 @@
 
 from __future__ import annotations
 
+import io
 import threading
 from collections.abc import Iterator
 from pathlib import Path
 from typing import Any
 
+import numpy as np
 import pytest
 import torch
 from clips import write_tar
 from pairs import ALONE, PAIRS, data, partly_broken, sample, tokenizer
+from PIL import Image
 
-from dataload import workers
+from dataload import images, workers
+from dataload.multimodal import ImageConfig, MixtureConfig, PairSet, SourceConfig, TextConfig
 from dataload.pipeline import EvalSet
 from dataload.prefetch import Limits, WorkerStuck
 from dataload.tokenizer import Tokenizer
@@ -43,6 +47,33 @@ def test_eval_set(data: Path, tokenizer: Tokenizer) -> None:
             assert texts == [f"picture {n} with a left word", f"again picture {n} on the right side"]
     again = list(subset)
     assert all(torch.equal(a.images, b.images) for a, b in zip(batches, again, strict=True))
+
+
+def test_several_views_of_each_picture_in_both_kinds_of_sets(tmp_path: Path, tokenizer: Tokenizer) -> None:
+    pixels = np.random.default_rng(0).integers(0, 255, (2, 40, 56, 3), np.uint8)
+    samples = {}
+    for name, picture in zip("ab", pixels, strict=True):
+        Image.fromarray(picture).save(buffer := io.BytesIO(), "PNG")
+        samples[name] = {"png": buffer.getvalue(), "txt": b"a picture"}
+    write_tar(tmp_path / "val-000000.tar", samples)
+    subset = EvalSet((str(tmp_path),), tokenizer, 32, 16)
+    (plain,), (several,) = subset, subset.batches(5)
+    assert plain.crops is None and several.crops is not None and several.crops.shape == (2, 4, 32, 32, 3)
+    assert torch.equal(plain.images, several.images)
+    for made, picture in zip(several.crops, pixels, strict=True):
+        assert np.array_equal(made, images.views(Image.fromarray(picture), 32, 5)[1:])
+
+    source = SourceConfig((str(tmp_path),), modalities=("image", "text"), needs=("image", "text"))
+    config = MixtureConfig({"pairs": source}, 1, image=ImageConfig(32, "bilinear"), text=TextConfig(16))
+    pairs = PairSet("image-text", source, config, tokenizer)
+    (alone,), (pair,) = pairs.first(2), pairs.first(2, views=5)
+    assert alone.crops is None and pair.crops is not None
+    for made, picture in zip(
+        pair.crops, pixels, strict=True
+    ):  # of the square by itself: no pixel beside it is seen
+        square = Image.fromarray(np.ascontiguousarray(picture[:, 8:48]))
+        assert np.array_equal(made, images.views(square, 32, 5)[1:])
+    assert torch.equal(pair.media.images, alone.media.images)
 
 
 def test_eval_set_reports_broken_pictures_and_leaves_them_out(

@@ -282,6 +282,19 @@ def test_center_crop_of_a_tall_picture() -> None:
     assert result.dtype == np.uint8 and result.shape == (20, 20, 3) and (result == 200).all()
 
 
+def test_views_are_the_whole_square_and_smaller_ones() -> None:
+    image = Image.fromarray(PHOTO)  # 48x32: the middle square begins at 8
+    boxes = [(8, 0, 40, 32)]
+    boxes += [(x, y, x + 24, y + 24) for y in (0, 8) for x in (8, 16)]
+    boxes += [(x, y, x + 16, y + 16) for y in (0, 8, 16) for x in (8, 16, 24)]
+    for name, resample in (("bilinear", Image.Resampling.BILINEAR), ("bicubic", Image.Resampling.BICUBIC)):
+        expected = [np.asarray(image.resize((12, 12), resample, box=box)) for box in boxes]
+        for count in (1, 5, 14):
+            assert np.array_equal(images.views(image, 12, count, name), np.stack(expected[:count]))
+    with pytest.raises(ValueError, match="3 views of a picture; supported: 1, 5, 14"):
+        images.views(image, 12, 3)
+
+
 def test_color_jitter_stays_within_its_strength() -> None:
     grey = Image.new("RGB", (8, 8), (100, 100, 100))  # contrast and saturation leave one grey as it is
     rng = np.random.default_rng(0)

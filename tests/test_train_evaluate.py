@@ -15,14 +15,16 @@ import torch
 from PIL import Image
 from torch import Tensor, nn
 
+from dataload import shards
 from dataload.pipeline import EvalSet
 from dataload.tokenizer import Tokenizer, train_tokenizer
-from models import Aurora
+from models import Aurora, load_pretrained
 from models.objectives import ObjectiveConfig
 from train import checkpoint
 from train.checkpoint import Snapshot
 from train.config import DataConfig, PretrainConfig
 from train.engine import Ranks, TorchEngine, rng_state
+from train.evaluate import measure
 from train.evaluate.__main__ import evaluate_model, main, unigram_counts
 from train.machine import Precision
 
@@ -202,6 +204,7 @@ def test_refusals_come_before_any_compute(tmp_path: Path, tokenizer: Tokenizer) 
         ({"max_images": 1}, "at least 2 pictures.*got 1"),
         ({"scenes": True}, "generate must be 2 or more; got 0"),
         ({"captions": "some"}, "'all' or 'first'; got 'some'"),
+        ({"views": 3}, "3 views of a picture; supported: 1, 5, 14"),
     ):
         with pytest.raises(ValueError, match=message):
             evaluate_model(None, eval_set, tokenizer, **options)  # type: ignore[arg-type]
@@ -303,6 +306,34 @@ def test_retrieval_with_options(run_dir: Path, tmp_path: Path, capsys: pytest.Ca
     assert code == 2 and "several splits (train, val); choose one with --split" in err
     code, out, err = evaluate(*options, "--split", "test", capsys=capsys)
     assert code == 2 and "no shards of split 'test'; there are: train, val" in err
+
+
+def test_the_views_of_a_picture_have_one_embedding(
+    run_dir: Path, tmp_path: Path, capsys: pytest.CaptureFixture[str], monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """It is what load_pretrained makes of the same files; scores of other views stand beside the first."""
+    folder, model = tmp_path / "checkpoint", load_pretrained(run_dir)
+    shutil.copytree(
+        run_dir / "checkpoints" / "step-000007", folder, ignore=shutil.ignore_patterns("retrieval*")
+    )
+    found: dict[str, Tensor] = {}
+    real = measure.retrieval
+    monkeypatch.setattr(
+        measure,
+        "retrieval",
+        lambda m, seed: found.update(zip(m.keys, m.image_embeddings, strict=True)) or real(m, seed),
+    )
+    index = shards.index(shards.expand([str(path) for path in micro.corpus().heldout]))
+    pictures = {index.key(i): Image.open(BytesIO(index.image(i))) for i in range(len(index))}
+    for views in (1, 14, 5):
+        code, _, err = evaluate("retrieval", "--checkpoint", folder, "--views", views, capsys=capsys)
+        assert code == 0, err
+        expected = model.image_embedding([pictures[key] for key in found], views=views)
+        torch.testing.assert_close(torch.stack(list(found.values())), expected, rtol=1e-3, atol=1e-4)
+    records = [json.loads(path.read_text())["data"]["views"] for path in sorted(folder.glob("retrieval*"))]
+    assert sorted(records) == [1, 5, 14]
+    code, _, err = evaluate("retrieval", "--checkpoint", folder, capsys=capsys)
+    assert code == 0 and len(list(folder.glob("retrieval*"))) == 3  # the run's own: 1, measured again
 
 
 def test_scores_of_other_data_stand_beside_the_first(run_dir: Path, tmp_path: Path) -> None:

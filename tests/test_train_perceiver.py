@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import io
 import json
 import os
 import re
@@ -18,20 +19,24 @@ import pytest
 import torch
 from clips import captions, wav, write_tar
 from micro import ROOT
+from PIL import Image
 from ranks import Launch
 from safetensors.torch import load_file
 
+from dataload import shards
 from dataload.multimodal import MIXTURES, PAIRS, ImageConfig, MixtureConfig, PairSet, SourceConfig, mixture
 from dataload.scenes import media as scenes_media
 from dataload.tokenizer import Tokenizer
+from models import load_pretrained
 from models.perceiver import PerceiverObjectives, Piece
 from train import cli
 from train.checkpoint import load_model
 from train.config import ConfigError, problems, to_dict
 from train.evaluate.__main__ import main as evaluate
+from train.evaluate.pairs import score_pairs
 from train.generate.__main__ import main as generate
 from train.multimodal.config import PerceiverPretrainConfig
-from train.multimodal.data import find_pairs, open_pairs
+from train.multimodal.data import evaluation_sets, find_pairs, open_pairs
 from train.presets import preset
 from train.pretrain import main
 
@@ -65,9 +70,7 @@ def arguments(data: scenes_media.MediaPaths, out: Path, *more: str) -> list[str]
     }  # fmt: skip
     for name, value in model.items():
         given += [f"--model.{name}", str(value)]
-    given += (
-        "--steps 6 --batch-size 18 --optim.warmup 2 --eval-every 3 --eval-images 8 --save-every 3".split()
-    )
+    given += "--steps 6 --batch-size 18 --optim.warmup 2 --eval-every 3 --eval-images 8 --eval-views 5 --save-every 3".split()
     return [*given, "--device", "cpu", "--precision", "fp32", *more]
 
 
@@ -176,6 +179,7 @@ def test_evaluate_scores_what_the_run_scored(
     assert record["scores"]["retrieval"] == summary["evaluation"]["scores"]["retrieval"]
     assert set(record["data"]["shards"]) == set(PAIRS)
     assert "12 images with 60 captions, 12 videos with 60 captions" in capsys.readouterr().out
+    assert record["data"]["views"] == summary["data"]["evaluation_views"] == 5
 
     sounds = [str(path) for path in data.heldout_sounds]
     assert evaluate(["perplexity", *asked, "--data", *sounds, "--unigram-from", *sounds]) == 0
@@ -184,6 +188,20 @@ def test_evaluate_scores_what_the_run_scored(
     words = record["scores"]["perplexity"]["perplexity_of_sounds"]
     assert set(words) == {"value", "shuffled", "unigram"} and 1 < words["value"] < 2048
     assert record["counts"]["masked_tokens_of_sounds"] >= 60  # a word or more of each caption
+
+
+def test_the_views_of_a_picture_have_one_embedding(straight: Path, data: scenes_media.MediaPaths) -> None:
+    """It is what load_pretrained makes of the same files."""
+    loaded = load_model(straight)
+    index = shards.index(shards.expand([str(path) for path in data.pictures.heldout]))
+    pictures = [Image.open(io.BytesIO(index.image(i))) for i in range(len(index))]
+    sets = evaluation_sets(loaded.config, {"image-text": data.pictures.heldout}, loaded.tokenizer, 7)
+    for views in (1, 14):
+        found = score_pairs(loaded.model, sets, loaded.tokenizer, views=views)
+        expected = load_pretrained(straight).image_embedding(pictures, views=views)
+        torch.testing.assert_close(found.material.image_embeddings, expected, rtol=1e-3, atol=2e-3)
+    with pytest.raises(ValueError, match="2 views of a picture"):
+        score_pairs(loaded.model, sets, loaded.tokenizer, views=2)
 
 
 def test_evaluate_says_what_does_not_fit(

@@ -398,6 +398,13 @@ def test_three_lines_say_what_the_command_says(
     assert " ".join(model.caption(picture).split()) == said
     ours = fitted(Image.open(picture).convert("RGB"), 32, "crop")
     assert np.array_equal(ours, images.resize_center_crop(Image.open(picture).convert("RGB"), 32))
+    looks = torch.from_numpy(images.views(Image.open(picture).convert("RGB"), 32, 14))
+    views = model.model.features(images.normalize(looks))[0].mean(0, keepdim=True)
+    torch.testing.assert_close(
+        model.image_embedding(picture, views=14), torch.nn.functional.normalize(views), rtol=1e-4, atol=1e-5
+    )
+    with pytest.raises(ValueError, match="4 views of a picture; supported: 1, 5, 14"):
+        model.image_embedding(picture, views=4)
     odds = model.classify(picture, ["circle", "star"])
     assert sum(odds.values()) == pytest.approx(1, abs=1e-5)
     assert torch.equal(model.image_embedding(picture), model.image_embedding([picture]))

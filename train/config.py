@@ -11,6 +11,7 @@ from dataclasses import dataclass, field
 from importlib.util import find_spec
 from typing import Any, Literal, Union, get_args, get_origin, get_type_hints
 
+from dataload.images import VIEWS
 from models import AuroraConfig
 from models.objectives import ObjectiveConfig
 
@@ -169,6 +170,9 @@ class PretrainConfig:
     """Steps between evaluations on the held-out set; 0: only at the end."""
     eval_images: int = 500
     """Held-out pictures (sounds) scored during the run; the last evaluation takes them all."""
+    eval_views: int = 1
+    """Views of each held-out picture whose embeddings are averaged for the retrieval of the last evaluation: 1 (all of it),
+    5 (and four squares of 3/4 of its side), 14 (and nine of 1/2). Those during the run take 1."""
     log_every: int = 10
     """Steps between progress lines where output is not a terminal."""
     metrics_every: int = 1
@@ -256,6 +260,8 @@ def problems(config: PretrainConfig, world_size: int = 1) -> list[str]:
     ):
         if getattr(config, name) < 1:
             found.append(f"{name} is {getattr(config, name)}; it must be at least 1")
+    if config.eval_views not in VIEWS:
+        found.append(f"eval_views is {config.eval_views}; supported: {', '.join(map(str, VIEWS))}")
     for name in ("eval_every", "save_every", "keep_every", "hang_timeout"):
         if getattr(config, name) < 0:
             found.append(f"{name} is {getattr(config, name)}; it must be 0 (only at the end) or more")

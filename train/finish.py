@@ -78,6 +78,7 @@ def final_scores(run: Run, stop: Stop, model: Any) -> EvalResult:
         keep_images=True,
         unigram=unigram,
         scenes=sources.builtin_heldout,
+        views=run.config.eval_views,
     )
     run.record_scores(result)
     run.say(f"held out, all {result.counts['images']:,} pictures, after step {run.step}:")
@@ -96,8 +97,9 @@ def final_pair_scores(run: Run, stop: Stop, model: Any) -> EvalResult:
         if counters[kind]["samples"] <= UNIGRAM_CAPTIONS and run.config.objectives.mlm
     }
     result = run.score_pairs(
-        stop, model, generate=GENERATED, keep_images=True, unigram=unigram, scenes=sources.builtin
-    )
+        stop, model, generate=GENERATED, keep_images=True, unigram=unigram, scenes=sources.builtin,
+        views=run.config.eval_views,
+    )  # fmt: skip
     run.record_scores(result)
     said = ", ".join(f"{result.counts[many]:,} {many}" for _, many in NAMES.values() if many in result.counts)
     run.say(f"held out, all of {said or 'nothing'}, after step {run.step}:")
@@ -156,6 +158,7 @@ def _pictures(run: Run, result: EvalResult | None) -> dict[str, Any]:
             "train_uncaptioned": data.loader.counts["uncaptioned"],
             "evaluation": [str(path) for path in data.sources.heldout],
             "evaluation_images": result.counts["images"] if result else 0,
+            "evaluation_views": run.config.eval_views,
             "evaluation_captions": result.counts["captions"] if result else 0,
             "broken": data.loader.broken.count,
             "vocab_size": data.tokenizer.vocab_size,
@@ -187,6 +190,7 @@ def _pairs(run: Run, result: EvalResult | None) -> dict[str, Any]:
                 kind: [str(path) for path in paths] for kind, paths in data.sources.heldout.items()
             },
             "evaluation_samples": dict(result.counts) if result else {},
+            "evaluation_views": run.config.eval_views,
             "broken": data.loader.broken.count,
             "vocab_size": data.tokenizer.vocab_size,
             "builtin": data.sources.builtin,

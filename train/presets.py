@@ -73,6 +73,7 @@ def aurora_photos() -> PretrainConfig:
         steps=400,
         ema_decay=0.99,
         eval_every=100,
+        eval_views=14,
         save_every=100,
     )
 

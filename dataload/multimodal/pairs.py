@@ -5,7 +5,9 @@ from __future__ import annotations
 from collections.abc import Iterator
 from concurrent.futures import ThreadPoolExecutor
 from dataclasses import dataclass, replace
+from functools import partial
 
+import numpy as np
 import torch
 
 from dataload.broken import Broken, BrokenSample
@@ -30,6 +32,8 @@ class PairBatch:
     """int64: S captions, each BOS, ids, EOS"""
     sample_of_text: torch.Tensor
     """int64 [S]: 0..B-1"""
+    crops: torch.Tensor | None = None
+    """uint8 [B, views - 1, H, W, 3]: further views of the pictures (`dataload.images.views`), where those were asked for"""
 
 
 class PairSet:
@@ -80,18 +84,18 @@ class PairSet:
     def __iter__(self) -> Iterator[PairBatch]:
         return self.first(len(self))
 
-    def first(self, count: int) -> Iterator[PairBatch]:
-        """The first `count` samples."""
+    def first(self, count: int, views: int = 1) -> Iterator[PairBatch]:
+        """The first `count` samples. views: of each picture (`dataload.images.views`), where every sample has one."""
         samples = self._samples[:count]
         with ThreadPoolExecutor(max(1, self._config.workers), "dataload-pairs") as pool:
             for start in range(0, len(samples), self._batch_size):
-                made = list(pool.map(self._make, samples[start : start + self._batch_size]))
+                made = list(pool.map(partial(self._make, views), samples[start : start + self._batch_size]))
                 if clips := [clip for clip in made if clip is not None]:
                     yield self._collect(clips)
 
-    def _make(self, sample: int) -> Clip | None:
+    def _make(self, views: int, sample: int) -> Clip | None:
         try:
-            return self._maker.plain(self._origin, sample)
+            return self._maker.plain(self._origin, sample, views)
         except (BrokenSample, OSError) as error:
             found = Broken(*self._origin.index.where(sample), str(error))
             if found not in self.broken:
@@ -110,4 +114,6 @@ class PairSet:
         counts = torch.tensor([len(of_sample) for of_sample in captions])
         keys = tuple(index.key(clip.sample) for clip in clips)
         owners = torch.arange(len(clips)).repeat_interleave(counts)
-        return PairBatch(collate(self._config, clips, keys), captions, pack(texts), owners)
+        seen = [clip.crops for clip in clips if clip.crops is not None]
+        crops = torch.from_numpy(np.stack(seen)) if len(seen) == len(clips) else None
+        return PairBatch(collate(self._config, clips, keys), captions, pack(texts), owners, crops)

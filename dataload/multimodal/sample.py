@@ -38,6 +38,8 @@ class Clip:
     sample: int = 0
     image: np.ndarray | None = None
     """uint8 [H, W, 3]"""
+    crops: np.ndarray | None = None
+    """uint8 [views - 1, H, W, 3]: further views of it, for evaluation"""
     image_mask: np.ndarray | None = None
     """bool [H/cell, W/cell]"""
     audio: np.ndarray | None = None
@@ -81,13 +83,14 @@ class ClipMaker:
         clip.source, clip.sample, clip.broken = number, attempt.sample, attempt.broken + partial
         return clip
 
-    def plain(self, origin: Origin, sample: int) -> Clip:
-        """A sample by itself, without a substitute: raises BrokenSample or OSError."""
-        clip = self._make(origin, 0, 0, sample)
+    def plain(self, origin: Origin, sample: int, views: int = 1) -> Clip:
+        """A sample by itself, without a substitute: raises BrokenSample or OSError. views: of its picture
+        (`dataload.images.views`)."""
+        clip = self._make(origin, 0, 0, sample, views)
         clip.sample = sample
         return clip
 
-    def _make(self, origin: Origin, base: int, epoch: int, sample: int) -> Clip:
+    def _make(self, origin: Origin, base: int, epoch: int, sample: int, views: int = 1) -> Clip:
         config, index = self._config, origin.index
 
         def rng(purpose: int) -> np.random.Generator:
@@ -96,7 +99,7 @@ class ClipMaker:
         clip = Clip()
         flipped = None  # one answer for a sample's picture and video: they share their captions
         if origin.has(sample, "image"):
-            flipped = self._image(clip, self._fetch(origin, sample, "image"), rng(order.IMAGE))
+            flipped = self._image(clip, self._fetch(origin, sample, "image"), rng(order.IMAGE), views)
             grid = config.image.size // config.image.cell
             clip.image_mask = mim_mask((grid, grid), rng(order.MIM), config.image.mask_ratio)
         if origin.has(sample, "audio"):
@@ -119,16 +122,18 @@ class ClipMaker:
         with self.stages("fetch"):
             return origin.index.media(sample, kind)
 
-    def _image(self, clip: Clip, data: bytes, rng: np.random.Generator) -> bool:
-        """Sets the picture; returns whether it is mirrored."""
+    def _image(self, clip: Clip, data: bytes, rng: np.random.Generator, views: int) -> bool:
+        """Sets the picture and, of several views, the others; returns whether it is mirrored."""
         config = self._config.image
         with self.stages("image"):
             picture = images.read(data, config.max_pixels, self._sandbox)
             flipped = rng.random() < config.flip  # first, so that it does not depend on the crop's settings
             box = crop_box(picture.width, picture.height, rng, config.crop_scale, config.crop_ratio)
-            clip.image = resize(
-                picture.cut(box, lend=True), config.size, config.interpolation, mirror=flipped
-            )
+            pixels = picture.cut(box, lend=True)
+            clip.image = resize(pixels, config.size, config.interpolation, mirror=flipped)
+            if views > 1:
+                square = Image.fromarray(np.ascontiguousarray(pixels))
+                clip.crops = images.views(square, config.size, views, config.interpolation)[1:]
             if config.color_jitter:
                 colored = images.color_jitter(Image.fromarray(clip.image), config.color_jitter, rng)
                 clip.image = np.asarray(colored)

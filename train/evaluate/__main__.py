@@ -26,6 +26,7 @@ from typing import Any
 import torch
 
 from dataload import shards
+from dataload.images import VIEWS
 from dataload.multimodal import PAIRS
 from dataload.pipeline import EvalSet
 from train.checkpoint import LoadedModel, load_model
@@ -90,6 +91,11 @@ def parser() -> argparse.ArgumentParser:
     tasks = main_parser.add_subparsers(dest="task", required=True, metavar="TASK")
     for name, text in TASKS.items():
         task = tasks.add_parser(name, parents=[shared], help=text, description=f"{name}: {text}")
+        if name == "retrieval":
+            task.add_argument(
+                "--views", type=int, choices=tuple(VIEWS),
+                help="views of each picture whose embeddings are averaged (default: eval_views of the run)",
+            )  # fmt: skip
         if name == "perplexity":
             task.add_argument(
                 "--unigram-from", nargs="+", default=[], metavar="SHARDS",
@@ -247,8 +253,15 @@ def score(
         tasks=(args.task,),
         unigram=unigram_counts(training, loaded.tokenizer) if training else None,
         captions=args.captions,
+        views=views_of(args, loaded),
         seed=args.seed,
     )
+
+
+def views_of(args: argparse.Namespace, loaded: LoadedModel) -> int:
+    """How many views of each picture retrieval takes: --views, or what the run's last evaluation took."""
+    asked: int | None = getattr(args, "views", None)
+    return loaded.config.eval_views if asked is None else asked
 
 
 def describe(
@@ -263,6 +276,7 @@ def describe(
         "data": {
             "split": args.split or None,
             "max_images": args.max_images,
+            **({"views": views_of(args, loaded)} if args.task == "retrieval" else {}),
             "manifest": eval_set.index.manifest["hash"],
             "image_size": loaded.config.model.image_size,
             "text_length": loaded.config.model.text_length,

@@ -5,6 +5,7 @@ Legend: B batch, C captions, H W pixels, M memory tokens, D decoder width, T tex
 
 from __future__ import annotations
 
+from collections.abc import Callable
 from dataclasses import dataclass
 
 import numpy as np
@@ -69,7 +70,8 @@ class Collector:
         self.keys += batch.keys
         self.captions += batch.captions
         if "retrieval" in wanted.tasks:
-            self.image_embeddings.append(self.model.image_embedding(maps).float().cpu())
+            seen = self.model.image_embedding(maps)
+            self.image_embeddings.append(mean_embedding(seen, batch.crops, self._embed).cpu())
             for tokens in batch.tokens.to(self.device).split(len(images)):
                 self.text_embeddings.append(self.model.text_embedding(tokens).float().cpu())
             self.image_of_text.append(batch.image_of_caption + start)
@@ -81,6 +83,10 @@ class Collector:
             self._restore(images[: wanted.reconstruct - start], start)
         if wanted.keep_images:
             self.thumbnails.append(thumbnails(batch.images))
+
+    def _embed(self, images: Tensor) -> Tensor:
+        maps = self.model.encode_image(normalize(images.to(self.device)))
+        return self.model.image_embedding(maps)
 
     def _ask_words(self, batch: EvalBatch, memory: Tensor, start: int) -> None:
         """Hidden words, with the true picture and with another one."""
@@ -159,6 +165,17 @@ class Collector:
             masks=torch.cat(self.masks or [none.bool()]),
             restored=torch.cat(self.restored or [none.byte()]),
         )
+
+
+def mean_embedding(whole: Tensor, crops: Tensor | None, embed: Callable[[Tensor], Tensor]) -> Tensor:
+    """The direction of the mean of a picture's views: embeddings [B, E] of the whole pictures, and what `embed` makes of uint8
+    [B, H, W, 3], view by view, of crops [B, views - 1, H, W, 3]. fp32 [B, E] of unit length."""
+    if crops is None:
+        return whole.float()
+    total = whole.float()
+    for view in crops.unbind(1):
+        total = total + embed(view).float()
+    return F.normalize(total, dim=-1)
 
 
 def thumbnails(images: Tensor) -> Tensor:

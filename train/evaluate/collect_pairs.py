@@ -17,7 +17,7 @@ from dataload.packed import pack
 from dataload.tokenizer import MASK, Tokenizer
 from models.generation import generate
 from models.perceiver import PerceiverIO, Piece
-from train.evaluate.collect import thumbnails
+from train.evaluate.collect import mean_embedding, thumbnails
 from train.evaluate.result import Material
 from train.families import pieces_of
 from train.generate.__main__ import KnownPieces
@@ -71,7 +71,8 @@ class PairCollector:
         if "retrieval" in wanted.tasks or start < wanted.generate:
             latents = self.model.encode(pieces, len(media))
         if "retrieval" in wanted.tasks:
-            self.embeddings.append(self.model.embedding(latents, self.modality).float().cpu())
+            seen = self.model.embedding(latents, self.modality)
+            self.embeddings.append(mean_embedding(seen, batch.crops, self._embed).cpu())
             packed = batch.texts.to(self.device)
             piece = Piece(packed.values, batch.sample_of_text.to(self.device), packed.cu_seqlens)
             self.text_embeddings.append(self.model.text_embedding(piece).float().cpu())
@@ -84,6 +85,11 @@ class PairCollector:
         self.captions += batch.captions
         if wanted.keep_images:
             self.thumbnails.append(thumbnails(look(batch, self.modality)))
+
+    def _embed(self, images: Tensor) -> Tensor:
+        number = torch.arange(len(images), device=self.device)
+        latents = self.model.encode({"image": Piece(images.to(self.device), number)}, len(images))
+        return self.model.embedding(latents, "image")
 
     def _caption(self, latents: Tensor) -> None:
         speaker = KnownPieces(self.model, self.tokenizer)
@@ -162,7 +168,9 @@ def first_captions(batch: PairBatch) -> PairBatch:
     first = torch.cat([torch.ones(1, dtype=torch.bool), of[1:] != of[:-1]]).nonzero()[:, 0].tolist()
     ends = batch.texts.cu_seqlens.tolist()
     texts = pack([batch.texts.values[ends[i] : ends[i + 1]] for i in first])
-    return PairBatch(batch.media, [captions[:1] for captions in batch.captions], texts, of[first])
+    return PairBatch(
+        batch.media, [captions[:1] for captions in batch.captions], texts, of[first], batch.crops
+    )
 
 
 def look(batch: PairBatch, modality: str) -> Tensor:

@@ -15,6 +15,7 @@ from torch import Tensor
 
 from dataload import shards
 from dataload.batch import EvalBatch
+from dataload.images import VIEWS
 from dataload.pipeline import EvalSet
 from dataload.scenes import words_of
 from dataload.tokenizer import Tokenizer
@@ -43,6 +44,7 @@ def evaluate_model(
     scenes: bool = False,
     captions: str = "all",
     asked: int | None = None,
+    views: int = 1,
     seed: int = 0,
 ) -> EvalResult:
     """Score `model` on the first `max_images` pictures of `eval_set`.
@@ -55,13 +57,15 @@ def evaluate_model(
     captions: "all" of a picture, or the "first" only.
     asked: for the perplexity, hide words in this many captions of a picture (None: in all); which ones, goes
     round from picture to picture. With 1 of 5, an evaluation during training takes a third of the time.
+    views: of each picture (1, 5 or 14, `dataload.images.views`); retrieval takes the mean of their embeddings.
     seed: of masks and shuffles; the global generators stay untouched.
 
     The model is in eval mode meanwhile and back in its former mode afterwards.
-    Raises ValueError below two pictures and for an unknown task.
+    Raises ValueError below two pictures, for an unknown task and for another number of views.
     """
     images = min(len(eval_set), max_images or len(eval_set))
     _check_request(images, tasks, scenes, generate, captions)
+    check_views(views)
     wanted = Wanted(frozenset(tasks), generate, reconstruct, keep_images, asked, seed)
     collector = Collector(model, tokenizer, torch.device(device), wanted)
     was_training = model.training
@@ -70,7 +74,7 @@ def evaluate_model(
         # no_grad, not inference_mode: a table that the model caches here must still serve training later.
         kind = collector.device.type
         with torch.no_grad(), torch.autocast(kind, dtype=autocast, enabled=autocast is not None):
-            for batch in _batches(eval_set, images, captions):
+            for batch in _batches(eval_set, images, captions, views if "retrieval" in tasks else 1):
                 collector.add(batch)
     finally:
         model.train(was_training)
@@ -105,10 +109,16 @@ def _check_request(images: int, tasks: Collection[str], scenes: bool, generate: 
         raise ValueError(f"captions is 'all' or 'first'; got {captions!r}")
 
 
-def _batches(eval_set: EvalSet, images: int, captions: str) -> Iterator[EvalBatch]:
+def check_views(views: int) -> None:
+    """Raises ValueError for a number of views that there is not."""
+    if views not in VIEWS:
+        raise ValueError(f"{views} views of a picture; supported: {', '.join(map(str, VIEWS))}")
+
+
+def _batches(eval_set: EvalSet, images: int, captions: str, views: int) -> Iterator[EvalBatch]:
     """The set's batches, cut to the first `images` pictures and, on request, to the first caption of each."""
     left = images
-    for batch in eval_set:
+    for batch in eval_set.batches(views):
         of = batch.image_of_caption
         keep = of < left
         if captions == "first":
@@ -119,6 +129,7 @@ def _batches(eval_set: EvalSet, images: int, captions: str) -> Iterator[EvalBatc
             tokens=batch.tokens[keep],
             image_of_caption=of[keep],
             keys=batch.keys[:left],
+            crops=None if batch.crops is None else batch.crops[:left],
         )
         left -= len(batch.images)
         if left <= 0:

@@ -17,7 +17,7 @@ import torch
 from dataload import shards
 from dataload.multimodal import PairSet
 from train.checkpoint import LoadedModel
-from train.evaluate.__main__ import _version, choose_split
+from train.evaluate.__main__ import _version, choose_split, views_of
 from train.evaluate.measure import unigram_counts
 from train.evaluate.pairs import NAMES, score_pairs
 from train.evaluate.result import EvalResult, output_for
@@ -55,6 +55,7 @@ def evaluate_pairs(
             kind: unigram_counts(list(paths), loaded.tokenizer) for kind, paths in training.items() if paths
         },
         captions=args.captions,
+        views=views_of(args, loaded),
         blind_mlm=config.objectives.blind_mlm,
         seed=args.seed,
     )
@@ -156,6 +157,7 @@ def describe(
         "data": {
             "split": args.split or None,
             "max_images": args.max_images,
+            **({"views": views_of(args, loaded)} if args.task == "retrieval" else {}),
             "manifest": {kind: pairs.manifest for kind, pairs in sets.items()},
             "image_size": model.image_size,
             "audio_seconds": model.audio_seconds,

@@ -15,7 +15,7 @@ from dataload.multimodal import PairSet
 from dataload.tokenizer import Tokenizer
 from models.perceiver import PerceiverIO
 from train.evaluate.collect_pairs import PairCollector, PairsWanted
-from train.evaluate.measure import retrieval, scenes_found
+from train.evaluate.measure import check_views, retrieval, scenes_found
 from train.evaluate.result import NOTHING, EvalResult, Material, Score
 from train.scores.naming import labels_of, naming_chance, naming_scores
 from train.scores.perplexity import unigram_perplexity
@@ -46,18 +46,20 @@ def score_pairs(
     captions: str = "all",
     asked: int | None = None,
     blind_mlm: bool = False,
+    views: int = 1,
     seed: int = 0,
 ) -> EvalResult:
     """Score `model` on the first `most` samples of each set.
 
     tasks: "retrieval" (and naming, where captions are labels), "perplexity". generate: how many samples of each kind are
     captioned. keep_images: small pictures of them, for the report. unigram: token counts of the training captions by the
-    kind of pair. scenes, captions, asked: as in `train.evaluate.measure.evaluate_model`. blind_mlm: as in training.
+    kind of pair. scenes, captions, asked, views: as in `train.evaluate.measure.evaluate_model`. blind_mlm: as in training.
 
     The model is in eval mode meanwhile and back in its former mode afterwards. Raises ValueError for a set of fewer than two.
     """
     if unknown := sorted(set(tasks) - set(TASKS)):
         raise ValueError(f"unknown tasks {unknown}; supported: {', '.join(TASKS)}")
+    check_views(views)
     wanted = PairsWanted(frozenset(tasks), generate, keep_images, asked, captions, blind_mlm, seed)
     scores: dict[str, dict[str, Score]] = {}
     counts: dict[str, int] = {}
@@ -69,7 +71,8 @@ def score_pairs(
         with torch.no_grad(), torch.autocast(device.type, dtype=autocast, enabled=autocast is not None):
             for kind, pairs in sets.items():
                 collector = PairCollector(model, tokenizer, NAMES[kind][0], device, wanted)
-                for batch in pairs.first(most or len(pairs)):
+                looks = views if kind == "image-text" and "retrieval" in tasks else 1
+                for batch in pairs.first(most or len(pairs), looks):
                     collector.add(batch)
                 if len(collector.keys) < 2:
                     raise ValueError(

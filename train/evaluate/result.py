@@ -17,9 +17,10 @@ from torch import Tensor
 
 def output_for(folder: Path, task: str, data: Mapping[str, Any]) -> Path:
     """Where scores go whose JSON has this `data`: TASK.json; TASK-2.json ... where that one has the scores of other samples,
-    which are kept. What the samples are is told by the hash of the shards' contents, and by how many were scored."""
+    which are kept. What the samples are is told by the hash of the shards' contents, how many were scored, and the views of
+    each."""
     number, path = 1, folder / f"{task}.json"
-    while path.exists() and _scored(path) != (data["manifest"], data["max_images"]):
+    while path.exists() and _scored(path) != (data["manifest"], data["max_images"], data.get("views", 1)):
         number += 1
         path = folder / f"{task}-{number}.json"
     return path
@@ -28,7 +29,7 @@ def output_for(folder: Path, task: str, data: Mapping[str, Any]) -> Path:
 def _scored(path: Path) -> Any:
     try:
         data = json.loads(path.read_text(encoding="utf-8"))["data"]
-        return data["manifest"], data.get("max_images")
+        return data["manifest"], data.get("max_images"), data.get("views", 1)
     except (ValueError, KeyError, TypeError):
         return None
 

@@ -84,6 +84,7 @@ def perceiver_real() -> PerceiverPretrainConfig:
         steps=300,
         ema_decay=0.98,
         eval_every=100,
+        eval_views=14,
         save_every=100,
     )
 

@@ -201,6 +201,8 @@ class FinetuneConfig(PretrainConfig):
                     "objectives.self_critical needs whole weights on every rank, for the captions that it samples: engine ddp, "
                     f"or deepspeed with zero_stage 1 or 2, not {self.engine} with {self.zero_stage}"
                 )
+        if self.eval_views != 1:
+            found.append(f"eval_views is {self.eval_views}; fine-tuning supports 1")
         if self.itc_negatives != "microstep":
             found.append(f"itc_negatives is {self.itc_negatives}; fine-tuning supports microstep")
         if self.objectives.kind != self.task.kind:

@@ -152,6 +152,10 @@ def check_options(args: argparse.Namespace) -> None:
     """Refuse options that would change nothing. Raises ConfigError."""
     if args.captions != "all" and args.task != "retrieval":
         raise ConfigError(f"--captions {args.captions} is for retrieval; {args.task} has no pool of captions")
+    if getattr(args, "views", None) not in (None, 1):
+        raise ConfigError(
+            f"--views {args.views} is for pre-trained models; the matcher that re-ranks takes 1"
+        )
     if args.pairs is not None:
         raise ConfigError(
             f"--pairs {args.pairs} is for pre-trained models of several modalities; {args.task} has one kind of input"
