@@ -116,10 +116,16 @@ GPU_CROSSES = (
     CrossCase("perceiver-xl", 2, 512, 4096, 5120, 1024, 40),
 )
 CPU_STEPS = (StepCase("tiny", 32), StepCase("small", 2))
-# 784 and 3,136 inputs: patches of 8 and of 4 pixels of a picture of 224.
+# 784, 3,136 and 12,544 inputs: patches of 8, 4 and 2 pixels of a picture of 224.
 CPU_PERCEIVERS = (
     PerceiverCase("784-inputs", 1, 512, 512, 2, 784, 256),
     PerceiverCase("3136-inputs", 1, 512, 512, 2, 3136, 256),
+    PerceiverCase("12544-inputs", 1, 512, 512, 2, 12_544, 256),
+)
+# CPUs without bf16 instructions take a hundred times as long for a product.
+CPU_PERCEIVERS_BF16 = (
+    PerceiverCase("784-inputs-narrow", 1, 64, 128, 2, 784, 64),
+    PerceiverCase("3136-inputs-narrow", 1, 64, 128, 2, 3136, 64),
 )
 GPU_PERCEIVERS = (PerceiverCase("3136-inputs", 64, 512, 1024, 12, 3136, 256),)
 READS = tuple(

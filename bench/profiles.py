@@ -128,6 +128,7 @@ def _cpu_tasks() -> tuple[Task, ...]:
         *_tasks(PERCEIVER_CROSS_ATTENTION, "cpu", cases.CPU_CROSSES, (TRAINING,), (FP32,)),
         *_tasks(TRAINING_STEP, "cpu", cases.CPU_STEPS, (STEP,), (FP32,)),
         *_tasks(PERCEIVER_STEP, "cpu", cases.CPU_PERCEIVERS, (STEP,), (FP32,)),
+        *_tasks(PERCEIVER_STEP, "cpu", cases.CPU_PERCEIVERS_BF16, (STEP,), (BF16,)),
         *_tasks(LATENT_READ, "cpu", cases.READS, (FORWARD,), (FP32,)),
         *_tasks(ACCELERATED_ATTENTION, "cpu", cases.CPU_ATTENTIONS, (TRAINING,), (FP32,)),
         *_tasks(ACCELERATED_ATTENTION, "cpu", cases.CPU_ATTENTIONS_BF16, (TRAINING,), (BF16,)),
