@@ -65,7 +65,7 @@ def aurora_photos() -> PretrainConfig:
             builtin=False,
             uncaptioned_fraction=0.0,
             captions_per_image=5,
-            crop_scale=(0.15, 0.75),
+            crop_scale=(0.4, 1.0),
             color_jitter=0.3,
         ),
         optim=replace(tiny.optim, weight_decay=0.2),
