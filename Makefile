@@ -7,8 +7,8 @@ PIP    := $(PY) -m pip
 PYTHON ?=
 TORCH  ?=
 ARGS   ?=
-# One process more than there are cores, up to 4: tests wait for the processes that they start.
-JOBS   ?= $(shell n=$$(nproc 2>/dev/null || getconf _NPROCESSORS_ONLN 2>/dev/null); n=$${n%%[!0-9]*}; \
+# One process more than there are cores to use, up to 4: tests wait for the processes that they start.
+JOBS   ?= $(shell n=$$(env -u OMP_NUM_THREADS -u OMP_THREAD_LIMIT nproc 2>/dev/null || getconf _NPROCESSORS_ONLN 2>/dev/null); n=$${n%%[!0-9]*}; \
 	n=$${n:-2}; echo $$((n < 4 ? n + 1 : 4)))
 
 COMMANDS := pretrain test bench gate aot gpu

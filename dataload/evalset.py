@@ -118,7 +118,7 @@ class EvalSet:
         counts = torch.tensor([len(of_image) for of_image in captions])
         pictures = torch.from_numpy(np.stack([views for _, views, _ in whole]))
         return EvalBatch(
-            images=pictures[:, 0],
+            images=pictures[:, 0].clone(),  # kept for longer than the crops
             captions=captions,
             tokens=self._tokenizer.encode_batch(texts, self._text_length),
             image_of_caption=torch.repeat_interleave(torch.arange(len(whole)), counts),

@@ -35,12 +35,13 @@ from dataload.decode.picture import (
 from dataload.jpeg_header import everyday_size
 from dataload.resize import resize
 from dataload.scratch import scratch
+from dataload.squares import boxes
 
 if TYPE_CHECKING:
     from dataload.sandbox import Sandbox
 
 __all__ = [
-    "INTERPOLATIONS", "MAX_PIXELS", "MEAN", "STD", "VIEWS", "BrokenImage", "Picture", "color_jitter", "crop_box", "decode",
+    "INTERPOLATIONS", "MAX_PIXELS", "MEAN", "STD", "BrokenImage", "Picture", "color_jitter", "crop_box", "decode",
     "decode_array", "denormalize", "formats", "mirror_caption", "normalize", "random_resized_crop", "read",
     "resize_center_crop", "to_rgb", "turn_upright", "views",
 ]  # fmt: skip
@@ -56,8 +57,6 @@ TIMEOUT = 30.0
 """seconds that a sandbox gets for a picture"""
 INTERPOLATIONS = {"bilinear": Image.Resampling.BILINEAR, "bicubic": Image.Resampling.BICUBIC}
 """Pillow's filters, which widen with the scale (antialiased)."""
-VIEWS = {1: ((1.0, 1),), 5: ((1.0, 1), (0.75, 2)), 14: ((1.0, 1), (0.75, 2), (0.5, 3))}
-"""How a picture is looked at several times (`views`): share of its side, and how many squares of it in a row."""
 
 
 @dataclass(frozen=True)
@@ -184,22 +183,11 @@ def resize_center_crop(image: Image.Image, size: int, interpolation: str = "bili
 
 
 def views(image: Image.Image, size: int, count: int, interpolation: str = "bilinear") -> np.ndarray:
-    """Squares of the largest centred square of an RGB picture, resized to uint8 [count, size, size, 3]: the whole of it; with
-    5, four of 3/4 of its side too; with 14, nine of 1/2 of its side as well, evenly spread, row by row. The mean of what a
-    model makes of them sees more than one look (multi-crop evaluation, Krizhevsky et al. 2012, section 4.1). Raises
-    ValueError for another count."""
-    if count not in VIEWS:
-        raise ValueError(f"{count} views of a picture; supported: {', '.join(map(str, VIEWS))}")
-    side = min(image.size)
-    left, top = (image.width - side) / 2, (image.height - side) / 2
+    """The squares of an RGB picture that `dataload.squares.boxes` names, resized to uint8 [count, size, size, 3]; the first is
+    the whole of the largest centred square. The mean of what a model makes of them sees more than one look (multi-crop
+    evaluation, Krizhevsky et al. 2012, section 4.1). Raises ValueError for a count that there is not."""
     out = np.empty((count, size, size, 3), np.uint8)
-    boxes = [
-        (left + x, top + y, left + x + share * side, top + y + share * side)
-        for share, row in VIEWS[count]
-        for y in np.linspace(0, (1 - share) * side, row)
-        for x in np.linspace(0, (1 - share) * side, row)
-    ]
-    for view, box in zip(out, boxes, strict=True):
+    for view, box in zip(out, boxes(*image.size, count), strict=True):
         view[:] = np.asarray(image.resize((size, size), INTERPOLATIONS[interpolation], box=box))
     return out
 

@@ -86,11 +86,14 @@ class Pretrained:
         self.model.to(device)
         return self
 
-    def pixels(self, pictures: Sequence[Picture], fit: str = "crop", view: View = WHOLE) -> Tensor:
+    def pixels(self, pictures: Sequence[Picture], fit: str = "crop") -> Tensor:
         """Pictures (files or PIL images) -> normalised float32 [B, 3, S, S]. fit: "crop" takes the middle square, "squash" the
-        whole picture, "pad" puts it at the upper left on grey. view: of the middle square, a smaller one."""
+        whole picture, "pad" puts it at the upper left on grey."""
         side = self.config.image_size
-        arrays = np.stack([fitted(_open(one), side, fit, view) for one in pictures])
+        arrays = np.stack([fitted(_open(one), side, fit) for one in pictures])
+        return self._normalized(arrays)
+
+    def _normalized(self, arrays: np.ndarray) -> Tensor:
         mean, std = (torch.tensor(values, dtype=torch.float32) for values in (MEAN, STD))
         x = (torch.from_numpy(arrays) - 255 * mean) * (1 / (255 * std))
         return x.permute(0, 3, 1, 2).contiguous().to(self.device)
@@ -178,13 +181,17 @@ class Pretrained:
         if views not in VIEWS:
             raise ValueError(f"{views} views of a picture; supported: {', '.join(map(str, VIEWS))}")
         one = isinstance(pictures, str | Path) or hasattr(pictures, "convert")  # a picture of PIL's
-        images = [_open(picture) for picture in cast("Sequence[Picture]", [pictures] if one else pictures)]
-        seen = [
-            self.base.features(self.pixels(images, view=(share, x / max(row - 1, 1), y / max(row - 1, 1))))[0]
+        places = [
+            (share, x / max(row - 1, 1), y / max(row - 1, 1))
             for share, row in VIEWS[views]
             for y in range(row)
             for x in range(row)
         ]
+        side, looks = self.config.image_size, []
+        for picture in cast("Sequence[Picture]", [pictures] if one else pictures):
+            image = _open(picture)  # one at a time: photographs are large
+            looks.append(np.stack([fitted(image, side, "crop", place) for place in places]))
+        seen = [self.base.features(self._normalized(view))[0] for view in np.stack(looks, axis=1)]
         return nn.functional.normalize(torch.stack(seen).sum(0), dim=-1) if views > 1 else seen[0]
 
     @torch.no_grad()

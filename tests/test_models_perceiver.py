@@ -301,7 +301,9 @@ def test_other_image_sizes_and_impossible_ones() -> None:
         model.encode({"smell": Piece(torch.zeros(1), torch.tensor([0]))}, 1)
     with pytest.raises(ValueError, match="image_size = 60; it must be a multiple of image_patch"):
         PerceiverConfig(image_size=60)
-    with pytest.raises(ValueError, match=r"image_size = 16; it must be .* at least two patches"):
+    with pytest.raises(
+        ValueError, match=r"image_size = 16; it must be .* at least two patches in each direction"
+    ):
         PerceiverConfig(image_size=16, image_patch=16, image_stem="conv")
 
 

@@ -216,6 +216,7 @@ def test_evaluate_says_what_does_not_fit(
             "none of its 12 samples has image and text",
         ),
         (["--split", "x"], "no shards of split 'x'"),
+        (["--pairs", "audio-text", "--views", "5"], "--views 5 is for pictures; scored are audio-text"),
     ):
         assert evaluate([*asked, *more]) == 2
         assert words in capsys.readouterr().err

@@ -11,7 +11,7 @@ from dataclasses import dataclass, field
 from importlib.util import find_spec
 from typing import Any, Literal, Union, get_args, get_origin, get_type_hints
 
-from dataload.images import VIEWS
+from dataload.squares import SUPPORTED, VIEWS
 from models import AuroraConfig
 from models.objectives import ObjectiveConfig
 
@@ -261,7 +261,7 @@ def problems(config: PretrainConfig, world_size: int = 1) -> list[str]:
         if getattr(config, name) < 1:
             found.append(f"{name} is {getattr(config, name)}; it must be at least 1")
     if config.eval_views not in VIEWS:
-        found.append(f"eval_views is {config.eval_views}; supported: {', '.join(map(str, VIEWS))}")
+        found.append(f"eval_views is {config.eval_views}; {SUPPORTED}")
     for name in ("eval_every", "save_every", "keep_every", "hang_timeout"):
         if getattr(config, name) < 0:
             found.append(f"{name} is {getattr(config, name)}; it must be 0 (only at the end) or more")

@@ -141,6 +141,12 @@ def describe(run: Run, result: EvalResult | None) -> dict[str, Any]:
     }
 
 
+def _views(run: Run, result: EvalResult | None) -> int:
+    """Views of each picture that retrieval has taken; 1 where no pictures were retrieved."""
+    scored = result.scores.get("retrieval", {}) if result else {}
+    return run.config.eval_views if "text_to_image/R@1" in scored else 1
+
+
 def _pictures(run: Run, result: EvalResult | None) -> dict[str, Any]:
     """What is Aurora's own."""
     config, data = run.config, run.data
@@ -158,7 +164,7 @@ def _pictures(run: Run, result: EvalResult | None) -> dict[str, Any]:
             "train_uncaptioned": data.loader.counts["uncaptioned"],
             "evaluation": [str(path) for path in data.sources.heldout],
             "evaluation_images": result.counts["images"] if result else 0,
-            "evaluation_views": run.config.eval_views,
+            "evaluation_views": _views(run, result),
             "evaluation_captions": result.counts["captions"] if result else 0,
             "broken": data.loader.broken.count,
             "vocab_size": data.tokenizer.vocab_size,
@@ -190,7 +196,7 @@ def _pairs(run: Run, result: EvalResult | None) -> dict[str, Any]:
                 kind: [str(path) for path in paths] for kind, paths in data.sources.heldout.items()
             },
             "evaluation_samples": dict(result.counts) if result else {},
-            "evaluation_views": run.config.eval_views,
+            "evaluation_views": _views(run, result),
             "broken": data.loader.broken.count,
             "vocab_size": data.tokenizer.vocab_size,
             "builtin": data.sources.builtin,

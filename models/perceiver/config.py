@@ -177,7 +177,7 @@ class PerceiverConfig:
                 self.image_size % self.image_patch == 0
                 and (self.image_stem == "patch" or self.image_size > self.image_patch),
                 f"a multiple of image_patch ({self.image_patch})"
-                + (", at least two patches: the convolutional stem normalises over them" * (self.image_stem == "conv")),
+                + (", at least two patches in each direction with the convolutional stem" * (self.image_stem == "conv")),
             ),
             "image_patch": (
                 self.image_stem == "patch" or self.image_patch & (self.image_patch - 1) == 0,

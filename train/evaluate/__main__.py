@@ -26,9 +26,9 @@ from typing import Any
 import torch
 
 from dataload import shards
-from dataload.images import VIEWS
 from dataload.multimodal import PAIRS
 from dataload.pipeline import EvalSet
+from dataload.squares import VIEWS
 from train.checkpoint import LoadedModel, load_model
 from train.data import Sources, find_sources
 from train.engine import Ranks

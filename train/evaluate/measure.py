@@ -15,9 +15,9 @@ from torch import Tensor
 
 from dataload import shards
 from dataload.batch import EvalBatch
-from dataload.images import VIEWS
 from dataload.pipeline import EvalSet
 from dataload.scenes import words_of
+from dataload.squares import check_views
 from dataload.tokenizer import Tokenizer
 from models import Aurora
 from train.evaluate.collect import Collector, Wanted
@@ -107,12 +107,6 @@ def _check_request(images: int, tasks: Collection[str], scenes: bool, generate: 
         raise ValueError(f"scenes=True scores generated captions: generate must be 2 or more; got {generate}")
     if captions not in ("all", "first"):
         raise ValueError(f"captions is 'all' or 'first'; got {captions!r}")
-
-
-def check_views(views: int) -> None:
-    """Raises ValueError for a number of views that there is not."""
-    if views not in VIEWS:
-        raise ValueError(f"{views} views of a picture; supported: {', '.join(map(str, VIEWS))}")
 
 
 def _batches(eval_set: EvalSet, images: int, captions: str, views: int) -> Iterator[EvalBatch]:

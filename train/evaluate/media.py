@@ -40,6 +40,8 @@ def evaluate_pairs(
                 f"{loaded.path} was trained without the contrast of {kind} (objectives.{CONTRASTS[kind]} is 0), so its "
                 "retrieval says nothing"
             )
+    if (args.task == "retrieval" and args.views or 1) > 1 and "image-text" not in heldout:
+        raise ValueError(f"--views {args.views} is for pictures; scored are {' and '.join(heldout)}")
     sets = evaluation_sets(config, heldout, loaded.tokenizer, args.batch_size)
     training = training_pairs(args, loaded, list(heldout)) if args.task == "perplexity" else {}
     device = choose_device(args.device)
@@ -157,7 +159,9 @@ def describe(
         "data": {
             "split": args.split or None,
             "max_images": args.max_images,
-            **({"views": views_of(args, loaded)} if args.task == "retrieval" else {}),
+            **(
+                {"views": views_of(args, loaded)} if args.task == "retrieval" and "image-text" in sets else {}
+            ),
             "manifest": {kind: pairs.manifest for kind, pairs in sets.items()},
             "image_size": model.image_size,
             "audio_seconds": model.audio_seconds,

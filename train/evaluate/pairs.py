@@ -12,10 +12,11 @@ import torch
 from torch import Tensor
 
 from dataload.multimodal import PairSet
+from dataload.squares import check_views
 from dataload.tokenizer import Tokenizer
 from models.perceiver import PerceiverIO
 from train.evaluate.collect_pairs import PairCollector, PairsWanted
-from train.evaluate.measure import check_views, retrieval, scenes_found
+from train.evaluate.measure import retrieval, scenes_found
 from train.evaluate.result import NOTHING, EvalResult, Material, Score
 from train.scores.naming import labels_of, naming_chance, naming_scores
 from train.scores.perplexity import unigram_perplexity

@@ -43,7 +43,7 @@ def lede(summary: Mapping[str, Any]) -> str:
     if data.get("evaluation_images"):
         text += f" All scores are on {data['evaluation_images']:,} held-out pictures."
     if (views := data.get("evaluation_views", 1)) > 1:
-        text += f" For retrieval the embeddings of {views} views of each were averaged, after the last step."
+        text += f" The last retrieval averages the embeddings of {views} views of each picture."
     return text
 
 
