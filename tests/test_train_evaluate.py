@@ -4,6 +4,7 @@ import dataclasses
 import json
 import shutil
 import tarfile
+from collections.abc import Iterator
 from io import BytesIO
 from pathlib import Path
 from types import SimpleNamespace
@@ -16,6 +17,7 @@ from PIL import Image
 from torch import Tensor, nn
 
 from dataload import shards
+from dataload.batch import EvalBatch
 from dataload.pipeline import EvalSet
 from dataload.tokenizer import Tokenizer, train_tokenizer
 from models import Aurora, load_pretrained
@@ -27,6 +29,7 @@ from train.engine import Ranks, TorchEngine, rng_state
 from train.evaluate import measure
 from train.evaluate.__main__ import evaluate_model, main, unigram_counts
 from train.machine import Precision
+from train.pretrain import main as pretrain
 
 # A world of known answers: picture i is gray of level 10 * i, and its captions hold the word i.
 NAMES = "zero one two three four five six seven eight nine ten eleven twelve".split()
@@ -334,6 +337,23 @@ def test_the_views_of_a_picture_have_one_embedding(
     assert sorted(records) == [1, 5, 14]
     code, _, err = evaluate("retrieval", "--checkpoint", folder, capsys=capsys)
     assert code == 0 and len(list(folder.glob("retrieval*"))) == 3  # the run's own: 1, measured again
+
+
+def test_the_last_evaluation_alone_takes_all_views(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    passes: list[int] = []
+    real = EvalSet.batches
+
+    def batches(self: EvalSet, views: int = 1) -> Iterator[EvalBatch]:
+        passes.append(views)
+        return real(self, views)
+
+    monkeypatch.setattr(EvalSet, "batches", batches)
+    more = ["--steps", "3", "--eval-every", "1", "--eval-views", "5"]
+    assert pretrain(micro.arguments(tmp_path / "run", *more)) == 0
+    assert passes == [1, 1, 5]
+    summary = json.loads((tmp_path / "run" / "summary.json").read_text())
+    assert summary["data"]["evaluation_views"] == 5
+    assert "the embeddings of 5 views of each picture" in (tmp_path / "run" / "report.html").read_text()
 
 
 def test_scores_of_other_data_stand_beside_the_first(run_dir: Path, tmp_path: Path) -> None:
