@@ -10,6 +10,7 @@ from importlib import metadata
 from pathlib import Path
 
 import pytest
+import torch
 from packaging.version import Version
 
 from tests.house import ROOT, requirements, run
@@ -25,6 +26,7 @@ case "$1 $2 $3 $4" in
     "-m venv "*)
         for folder; do :; done
         mkdir -p "$folder/bin" && cp "$0" "$folder/bin/python" ;;
+    *'get_path("purelib")'*) echo "${{0%/*}}" ;;
     "-c "*) exec "{real}" "$@" ;;
 esac
 """
@@ -154,6 +156,8 @@ def test_make_keeps_an_own_torch(checkout: Checkout) -> None:
         "-m pip install --quiet -c .venv/constraints.txt -e .",
         "-m train.pretrain",
     ]
+    found = (checkout.folder / ".venv" / "bin" / "own-torch.pth").read_text(encoding="utf-8").strip()
+    assert Path(found) / "torch" / "__init__.py" == Path(torch.__file__)
 
 
 @needs_make
