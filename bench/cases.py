@@ -119,6 +119,7 @@ CPU_STEPS = (StepCase("tiny", 32), StepCase("small", 2))
 # 784, 3,136 and 12,544 inputs: patches of 8, 4 and 2 pixels of a picture of 224.
 CPU_PERCEIVERS = (
     PerceiverCase("784-inputs", 1, 512, 512, 2, 784, 256),
+    PerceiverCase("784-inputs-of-4", 4, 512, 512, 2, 784, 256),
     PerceiverCase("3136-inputs", 1, 512, 512, 2, 3136, 256),
     PerceiverCase("12544-inputs", 1, 512, 512, 2, 12_544, 256),
 )

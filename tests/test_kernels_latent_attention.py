@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 from collections.abc import Iterator
-from typing import Any
 
 import pytest
 import torch
@@ -11,10 +10,8 @@ import torch.nn.functional as F
 from torch import Tensor
 from torch.utils.checkpoint import checkpoint
 
-from bench.measure import peak_memory
 from kernels import latent_attention, merge_attention
 from kernels.backend import BackendError
-from kernels.latent_attention import eager, sdpa
 from kernels.latent_attention.dropout import keep_mask, philox
 
 BACKENDS = ("reference", "eager", "sdpa")
@@ -210,81 +207,6 @@ def test_gradcheck(backend: str) -> None:
         return out, lse[lengths > 0]
 
     assert torch.autograd.gradcheck(both, inputs, fast_mode=True)
-
-
-# ---- many keys
-# ------------------------------------------------------------------------------------------------------------
-
-
-@pytest.mark.parametrize("how", ["key_lengths", "cu_seqlens_k", "all"])
-def test_keys_a_piece_at_a_time(how: str, monkeypatch: pytest.MonkeyPatch) -> None:
-    """The same as at once, with hidden keys, an empty sample, shared key heads, dropout and lse, and every gradient."""
-    sizes = ((2, 5, 4, 8), (2, 46, 2, 8), (2, 46, 2, 6))
-    q, k, v = (torch.randn(size, dtype=torch.float64, requires_grad=True) for size in sizes)
-    more: dict[str, Any] = {"scale": 0.4, "dropout_p": 0.2, "seed": 3, "return_lse": True, "backend": "eager"}
-    if how == "key_lengths":
-        more["key_lengths"] = torch.tensor([30, 0])
-    args = (q, k.flatten(0, 1), v.flatten(0, 1)) if how == "cu_seqlens_k" else (q, k, v)
-    if how == "cu_seqlens_k":
-        more["cu_seqlens_k"] = torch.tensor([0, 17, 92], dtype=torch.int32)
-
-    def run() -> tuple[Tensor, ...]:
-        out, lse = latent_attention(*args, **more)
-        seen = lse.masked_fill(torch.isneginf(lse), 0)
-        grads = torch.autograd.grad(out.sin().sum() + seen.cos().sum(), (q, k, v))
-        return out.detach(), lse.detach(), *grads
-
-    want = run()
-    monkeypatch.setattr(eager, "LARGE", 0)
-    monkeypatch.setattr(eager, "PIECE", 2 * 4 * 5 * 16)  # 16 keys of both samples
-    for mine, theirs in zip(run(), want, strict=True):
-        torch.testing.assert_close(mine, theirs, rtol=1e-12, atol=1e-12)
-
-
-@pytest.mark.parametrize(("backend", "dv"), [("sdpa", 16), ("eager", 24)])
-def test_half_types_a_piece_at_a_time(backend: str, dv: int, monkeypatch: pytest.MonkeyPatch) -> None:
-    """Keys that are widened in pieces give what those that are widened at once give, but for the order of sums."""
-    sizes = ((2, 5, 4, 16), (2, 97, 2, 16), (2, 97, 2, dv))
-    q, k, v = (torch.randn(size[::-1]).permute(3, 2, 1, 0).bfloat16().requires_grad_() for size in sizes)
-    direction = torch.randn(2, 5, 4, dv)
-
-    def run() -> tuple[Tensor, ...]:
-        out = latent_attention(q, k, v, scale=0.3, backend=backend)
-        return out.detach(), *torch.autograd.grad(out, (q, k, v), direction.bfloat16())
-
-    want = run()
-    monkeypatch.setattr(eager, "LARGE", 0)
-    monkeypatch.setattr(eager, "PIECE", 2 * 4 * 5 * 16)
-    monkeypatch.setattr(sdpa, "PIECE", 2 * 2 * 16 * 10)
-    for mine, theirs in zip(run(), want, strict=True):
-        torch.testing.assert_close(mine, theirs, rtol=2e-2, atol=1e-3)
-
-
-@pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16], ids=str)
-@pytest.mark.parametrize("dv", [64, 32])
-def test_memory_of_many_keys(dtype: torch.dtype, dv: int, monkeypatch: pytest.MonkeyPatch) -> None:
-    """Forward and backward in at most 1.2 x the bytes of the inputs and their gradients."""
-    monkeypatch.setattr(eager, "LARGE", 0)
-    monkeypatch.setattr(eager, "PIECE", 2**14)
-    monkeypatch.setattr(sdpa, "PIECE", 2**17)
-    sizes = ((1, 8, 2, 64), (1, 2**14, 2, 64), (1, 2**14, 2, dv))
-    inputs = [torch.randn(size).to(dtype).requires_grad_() for size in sizes]
-    size = sum(t.numel() * t.element_size() for t in inputs)
-    peak = peak_memory(lambda: torch.autograd.grad(latent_attention(*inputs).sum(), inputs), "cpu")
-    assert size + peak <= 1.2 * 2 * size, (size + peak) / (2 * size)
-
-
-@pytest.mark.parametrize("backend", ["eager", "sdpa"])
-def test_a_million_keys_take_no_room_for_all_logits(backend: str) -> None:
-    """Forward and backward, dqk != dv; eager with the log-sum-exp."""
-    queries, keys = 128, 2**20
-    q, k, v = (torch.randn(1, n, 1, d, requires_grad=True) for n, d in ((queries, 8), (keys, 8), (keys, 16)))
-
-    def run() -> object:
-        found = latent_attention(q, k, v, backend=backend, return_lse=backend == "eager")
-        return torch.autograd.grad((found[0] if backend == "eager" else found).sum(), (q, k, v))
-
-    assert peak_memory(run, "cpu") < 0.6 * 4 * queries * keys  # of the logits' bytes
 
 
 # ---- merge

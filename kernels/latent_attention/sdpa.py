@@ -78,12 +78,17 @@ def one_by_one(
     q: Tensor, k: Tensor, v: Tensor, key_lengths: Tensor | None, offsets: Tensor | None, scale: float
 ) -> Tensor | None:
     """The same on a CPU, of keys with lengths or packed: sample by sample, without a mask, and without the work on keys that
-    nobody sees. None where the samples are too small for that, or have no keys, or where a compiler reads along.
+    nobody sees; samples of one length all at once. None where the samples are too small for that, or have no keys, or where a
+    compiler reads along.
     """
     told = key_lengths if offsets is None else offsets.diff()
     if told is None or told.device.type != "cpu" or torch.compiler.is_compiling():
         return None
     lengths = told.tolist()
+    if lengths and lengths[0] and len(set(lengths)) == 1:
+        if offsets is not None:
+            k, v = (t.unflatten(0, (len(lengths), lengths[0])) for t in (k, v))
+        return latent_attention(q, k[:, : lengths[0]], v[:, : lengths[0]], None, scale)
     work = sum(lengths) * q.shape[1] * q.shape[2] * (q.shape[3] + v.shape[-1])
     if work < LEAST_WORK * len(lengths) or not work:
         return None
