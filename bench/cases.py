@@ -126,6 +126,7 @@ CPU_PERCEIVERS = (
 # CPUs without bf16 instructions take a hundred times as long for a product.
 CPU_PERCEIVERS_BF16 = (
     PerceiverCase("784-inputs-narrow", 1, 64, 128, 2, 784, 64),
+    PerceiverCase("784-inputs-narrow-of-8", 8, 64, 128, 2, 784, 64),
     PerceiverCase("3136-inputs-narrow", 1, 64, 128, 2, 3136, 64),
 )
 GPU_PERCEIVERS = (PerceiverCase("3136-inputs", 64, 512, 1024, 12, 3136, 256),)

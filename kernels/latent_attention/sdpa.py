@@ -20,9 +20,8 @@ from kernels.once import once_differentiable
 
 # Multiplications to a sample from which on samples are looked at one by one: 50 microseconds of a core.
 LEAST_WORK = 2**20
-PIECE = (
-    2**20
-)  # numbers of k that are in float32 at a time, where k and v are in a half type and have 4 times as many
+# Numbers of k that a thread has in float32 at a time, where k and v are in a half type and have at least twice as many.
+PIECE = 2**17
 
 
 def takes_cudnn(q: Tensor, k: Tensor, v: Tensor) -> bool:
@@ -49,7 +48,7 @@ def latent_attention(q: Tensor, k: Tensor, v: Tensor, visible: Tensor | None, sc
     dtype, heads, on_cpu = q.dtype, q.shape[2], q.device.type == "cpu"
     dqk, dv = q.shape[3], v.shape[3]
     if on_cpu and dtype.itemsize == 2:
-        if visible is None and dqk == dv and k.numel() > 4 * PIECE and not torch.compiler.is_compiling():
+        if visible is None and dqk == dv and k.numel() >= 2 * _room() and not torch.compiler.is_compiling():
             return unfold_heads(_Pieces.apply(fold_heads(q, k.shape[2]), k, v, scale), heads)
         q, k, v = q.float(), k.float(), v.float()
     folded = fold_heads(q, k.shape[2])  # [B, h_kv, g * M, dqk]
@@ -92,9 +91,6 @@ def one_by_one(
     work = sum(lengths) * q.shape[1] * q.shape[2] * (q.shape[3] + v.shape[-1])
     if work < LEAST_WORK * len(lengths) or not work:
         return None
-    dtype = q.dtype
-    if dtype.itemsize == 2:
-        q, k, v = q.float(), k.float(), v.float()
     parts = lengths
     if offsets is None:  # of each sample what is visible, then what is hidden
         parts = [count for length in lengths for count in (length, k.shape[1] - length)]
@@ -107,26 +103,19 @@ def one_by_one(
         else one.new_zeros(*one.shape[:3], v.shape[-1])
         for one, key, value in zip(q.split(1), keys, values, strict=True)
     ]
-    return torch.cat(outs).to(dtype)
+    return torch.cat(outs)
 
 
 class _Pieces(torch.autograd.Function):
-    """On a CPU, for k and v in a half type whose copies in float32 would be three times what they take: a piece of the keys at
-    a time. q [B, h_kv, M, d], k, v [B, N, h_kv, d] -> out [B, h_kv, M, d]. torch's own kernels for CPUs do each piece; with the
-    result and the log-sum-exp of all keys its backward gives a piece's share of the gradients."""
+    """On a CPU, for q, k and v in a half type: kept as they came for the backward, and widened some samples at a time, or a
+    piece of one sample's keys. q [B, h_kv, M, d], k, v [B, N, h_kv, d] -> out [B, h_kv, M, d]. torch's own kernels for CPUs do
+    each piece; with the result and the log-sum-exp of all keys its backward gives a piece's share of the gradients."""
 
     @staticmethod
     def forward(ctx: Any, q: Tensor, k: Tensor, v: Tensor, scale: float) -> Tensor:
-        wide, out, lse = _wide(q), None, None
-        for some in _slices(k):
-            found, own = _FORWARD(wide, _piece(k, some), _piece(v, some), scale=scale)
-            if out is None or lse is None:
-                out, lse = found, own
-                continue
-            both = torch.logaddexp(lse, own)
-            out = out.mul_((lse - both).exp_()[..., None]).addcmul_(found, (own - both).exp_()[..., None])
-            lse = both
-        assert out is not None
+        out, lse = (torch.empty(size, dtype=torch.float32) for size in (q.shape, q.shape[:-1]))
+        for some in _samples(k):
+            out[some], lse[some] = _read(_wide(q[some]), k[some], v[some], scale)
         ctx.save_for_backward(q, k, v, out, lse)
         ctx.scale = scale
         return out.to(q.dtype)
@@ -135,15 +124,49 @@ class _Pieces(torch.autograd.Function):
     @once_differentiable("latent_attention")
     def backward(ctx: Any, d_out: Tensor) -> tuple[Tensor | None, ...]:
         q, k, v, out, lse = ctx.saved_tensors
-        wide, d_out = _wide(q), _wide(d_out)
-        d_q, d_k, d_v = torch.zeros_like(wide), torch.empty_like(k), torch.empty_like(v)
-        for some in _slices(k):
-            more = _BACKWARD(
-                d_out, wide, _piece(k, some), _piece(v, some), out, lse, 0.0, False, scale=ctx.scale
-            )
-            d_q.add_(more[0])
-            d_k[:, some], d_v[:, some] = more[1].transpose(1, 2), more[2].transpose(1, 2)
-        return d_q.to(q.dtype), d_k, d_v, None
+        d_q, d_k, d_v = (torch.empty_like(t) for t in (q, k, v))
+        for some in _samples(k):
+            d_q[some] = _read_backward(
+                _wide(d_out[some]), _wide(q[some]), k[some], v[some], out[some], lse[some], ctx.scale,
+                d_k[some], d_v[some],
+            )  # fmt: skip
+        return d_q, d_k, d_v, None
+
+
+def _read(q: Tensor, k: Tensor, v: Tensor, scale: float) -> tuple[Tensor, Tensor]:
+    """The result and the log-sum-exp, in float32."""
+    out = lse = None
+    for some in _keys(k):
+        found, own = _FORWARD(q, _piece(k, some), _piece(v, some), scale=scale)
+        if out is None or lse is None:
+            out, lse = found, own
+            continue
+        both = torch.logaddexp(lse, own)
+        out = out.mul_((lse - both).exp_()[..., None]).addcmul_(found, (own - both).exp_()[..., None])
+        lse = both
+    assert out is not None and lse is not None
+    return out, lse
+
+
+def _read_backward(
+    d_out: Tensor,
+    q: Tensor,
+    k: Tensor,
+    v: Tensor,
+    out: Tensor,
+    lse: Tensor,
+    scale: float,
+    d_k: Tensor,
+    d_v: Tensor,
+) -> Tensor:
+    """q's gradient in float32; those of k and v are written into d_k and d_v."""
+    d_q: Tensor | None = None
+    for some in _keys(k):
+        more = _BACKWARD(d_out, q, _piece(k, some), _piece(v, some), out, lse, 0.0, False, scale=scale)
+        d_q = more[0] if d_q is None else d_q.add_(more[0])
+        d_k[:, some], d_v[:, some] = more[1].transpose(1, 2), more[2].transpose(1, 2)
+    assert d_q is not None
+    return d_q
 
 
 _FORWARD = torch.ops.aten._scaled_dot_product_flash_attention_for_cpu
@@ -154,9 +177,19 @@ def _wide(tensor: Tensor) -> Tensor:
     return tensor.to(torch.float32, memory_format=torch.contiguous_format)
 
 
-def _slices(k: Tensor) -> list[slice]:
-    """Of the keys."""
-    size = max(1, PIECE // (k.numel() // k.shape[1]))
+def _room() -> int:
+    return PIECE * torch.get_num_threads()
+
+
+def _samples(k: Tensor) -> list[slice]:
+    """As many at a time as there is room for, at least one."""
+    size = max(1, _room() // k[0].numel())
+    return [slice(first, first + size) for first in range(0, k.shape[0], size)]
+
+
+def _keys(k: Tensor) -> list[slice]:
+    """Of the samples k: all keys, or of one sample as many at a time as there is room for."""
+    size = max(1, _room() // (k.numel() // k.shape[1]))
     return [slice(first, first + size) for first in range(0, k.shape[1], size)]
 
 
