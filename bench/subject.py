@@ -10,6 +10,7 @@ case + mode + dtype = a problem
 
 from __future__ import annotations
 
+import math
 from collections.abc import Callable, Collection, Mapping, Sequence
 from dataclasses import dataclass, field, replace
 from typing import Any, Protocol
@@ -214,7 +215,10 @@ def leaves_of(inputs: Mapping[str, Tensor], mode: str) -> dict[str, Tensor]:
 
 def worst(verdicts: Sequence[Accuracy]) -> str:
     """What is wrong, in words: the verdict that exceeds its bounds most."""
-    bad = max((v for v in verdicts if not v.good), key=lambda v: v.relative / v.allowed_relative)
+    bad = max(
+        (v for v in verdicts if not v.good),
+        key=lambda v: v.relative / v.allowed_relative if v.allowed_relative else math.inf,
+    )
     return (
         f"{bad.name}: largest error {bad.error:.2e} (allowed {bad.allowed:.2e}), "
         f"relative {bad.relative:.2e} (allowed {bad.allowed_relative:.1e})"

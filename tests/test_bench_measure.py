@@ -15,8 +15,9 @@ import torch
 
 from bench import measure, numerics, work
 from bench.peaks import PEAKS, peak_of
+from bench.peers import tokenizing
 from bench.record import Ceilings, Paired, Row, Run, bound, fraction, load, median_interval, save
-from bench.subject import TRAINING, Problem, pair_rows, results
+from bench.subject import TRAINING, Problem, pair_rows, results, worst
 
 ROOT = Path(__file__).resolve().parent.parent
 # NVIDIA's data sheets: dense bf16 TFLOP/s and memory bandwidth in GB/s.
@@ -145,6 +146,17 @@ def test_not_a_number_and_missing_results_never_pass() -> None:
         ValueError, match=r"out is torch.float64 \[64, 64\], expected torch.float32 \[64, 64\]"
     ):
         numerics.judge({**mine, "out": exact["out"]}, plain, exact, torch.float32)
+
+
+def test_what_allows_no_difference_says_what_differs() -> None:
+    """Of ids no share may differ, so that nothing can be divided by what is allowed."""
+    verdict = tokenizing.check([[5, 6], [7]], [[5, 6], [8]])
+    assert not verdict.good
+    assert (
+        worst([verdict])
+        == "out: largest error 1.00e+00 (allowed 0.00e+00), relative 5.00e-01 (allowed 0.0e+00)"
+    )
+    assert tokenizing.check(torch.tensor([[5, 6]]), [[5, 6]]).good
 
 
 def test_rounding_is_the_rule_of_the_design() -> None:
