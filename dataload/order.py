@@ -7,7 +7,7 @@ samples of all ranks. A global micro-batch takes the next few of each; rank r ta
 
 from __future__ import annotations
 
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
 from dataclasses import dataclass
 from fractions import Fraction
 from functools import cached_property
@@ -53,10 +53,19 @@ class Numbers(Protocol):
 
 class Source:
     """The endless stream of one kind of sample. `shards` has the sample numbers of each shard (arrays, may be
-    empty); `kind` (0, 1 ...) keeps two sources with the same seed from being shuffled alike."""
+    empty); `kind` (0, 1 ...) keeps two sources with the same seed from being shuffled alike. `begun` is told whenever another
+    group of shards is begun: the places in `shards` of its shards, and of those of the group after it."""
 
-    def __init__(self, shards: Sequence[Numbers], seed: int, kind: int) -> None:
-        self._shards = [shard for shard in shards if len(shard)]
+    def __init__(
+        self,
+        shards: Sequence[Numbers],
+        seed: int,
+        kind: int,
+        begun: Callable[[Sequence[int], Sequence[int]], None] | None = None,
+    ) -> None:
+        self._places = [place for place, shard in enumerate(shards) if len(shard)]
+        self._shards = [shards[place] for place in self._places]
+        self._begun = begun
         self._seed = seed
         self._kind = kind
         self._ends: tuple[int, list[list[int]], np.ndarray] | None = None
@@ -95,6 +104,10 @@ class Source:
             place = 2 * number + self._kind if self._kind < 2 else (self._kind << 32) + number
             rng = generator(self._seed, epoch, place, SAMPLE_ORDER)
             self._group = (epoch, number), samples[rng.permutation(len(samples))]
+            if self._begun is not None:
+                groups = self._groups(epoch)[0]
+                coming = groups[number + 1] if number + 1 < len(groups) else self._groups(epoch + 1)[0][0]
+                self._begun(*([self._places[one] for one in group] for group in (shards, coming)))
         return self._group[1]
 
 

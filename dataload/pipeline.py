@@ -111,8 +111,12 @@ class Loader(Stream[Batch]):
         super().__init__(tokenizer, rank, world_size)
         self.config = config
         self.index = shards.index(shards.expand(config.shards), exclude=config.exclude)
-        self._captioned = order.Source(self.index.source(captioned=True), config.seed, kind=0)
-        self._uncaptioned = order.Source(self.index.source(captioned=False), config.seed, kind=1)
+        self._captioned, self._uncaptioned = (
+            order.Source(
+                self.index.source(captioned=kind == 0), config.seed, kind, self._ahead.of(self.index.shards)
+            )
+            for kind in (0, 1)
+        )
         self._share = _uncaptioned_share(config, len(self._captioned), len(self._uncaptioned))
         self.stages = Stages(STAGES)
         self._backend = backends.choose(config, SampleMaker(config, self.index, tokenizer, self.stages))

@@ -9,6 +9,7 @@ from typing import Any, Generic, Self, TypeVar
 
 from dataload.broken import BrokenReport, TooManyBroken
 from dataload.prefetch import Prefetch
+from dataload.shards.ahead import ReadAhead
 from dataload.stages import Stages
 from dataload.tokenizer import Tokenizer
 
@@ -33,6 +34,7 @@ class Stream(ABC, Generic[B]):
         if not 0 <= rank < world_size:
             raise ValueError(f"rank is {rank} of world_size {world_size}; it must be 0 to {world_size - 1}")
         self.tokenizer, self.rank, self.world_size = tokenizer, rank, world_size
+        self._ahead = ReadAhead()
 
     @abstractmethod
     def _collect(self, plan: Any, work: Any, drawn: Sequence[Any]) -> B:
@@ -77,6 +79,7 @@ class Stream(ABC, Generic[B]):
 
     def close(self) -> None:
         """Stops the workers; what was prefetched is dropped. The state can still be read."""
+        self._ahead.close()
         self._prefetch.close()
 
     def __enter__(self) -> Self:

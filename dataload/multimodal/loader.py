@@ -25,6 +25,7 @@ from dataload.multimodal.sample import Clip, ClipMaker, collate
 from dataload.prefetch import Limits, Prefetch, Work
 from dataload.schedule import Progress, Schedule, Share, shares, split
 from dataload.shards import ShardIndex
+from dataload.shards.ahead import ReadAhead
 from dataload.stages import Stages
 from dataload.stream import Stream
 from dataload.threads import Threads
@@ -44,7 +45,9 @@ STAGES = {
 class Origin:
     """One source of the mixture: its shards, and the endless stream of those of its samples that can be used."""
 
-    def __init__(self, name: str, config: SourceConfig, seed: int, number: int) -> None:
+    def __init__(
+        self, name: str, config: SourceConfig, seed: int, number: int, ahead: ReadAhead | None = None
+    ) -> None:
         self.name = name
         self.config = config
         self.index: ShardIndex = shards.index(shards.expand(config.shards), exclude=config.exclude)
@@ -62,7 +65,8 @@ class Origin:
         for shard in self.index.shards:
             per_shard.append(start + np.flatnonzero(usable[start : start + len(shard)]))
             start += len(shard)
-        self.stream = order.Source(per_shard, seed, kind=number)
+        begun = ahead.of(self.index.shards) if ahead is not None else None
+        self.stream = order.Source(per_shard, seed, number, begun)
 
     def has(self, sample: int, kind: str) -> bool:
         """Whether the sample has this modality, and the source reads it."""
@@ -126,7 +130,8 @@ class MixtureLoader(Stream[MultimodalBatch]):
         super().__init__(tokenizer, rank, world_size)
         self.config = config
         self.origins = [
-            Origin(name, source, config.seed, i) for i, (name, source) in enumerate(config.sources.items())
+            Origin(name, source, config.seed, i, self._ahead)
+            for i, (name, source) in enumerate(config.sources.items())
         ]
         self.shares = shares({name: source.weight for name, source in config.sources.items()})
         """the exact share of each source among the samples"""
