@@ -92,6 +92,17 @@ def timm() -> ModuleType:
 
 
 @pytest.fixture
+def poisoned_memory() -> Iterator[None]:
+    """torch.empty gives NaN, so that what is read before it is written shows; random numbers are the same in every test."""
+    import torch
+
+    torch.manual_seed(0)
+    torch.use_deterministic_algorithms(True)
+    yield
+    torch.use_deterministic_algorithms(False)
+
+
+@pytest.fixture
 def impatient(monkeypatch: pytest.MonkeyPatch, tmp_path: Path) -> None:
     """Short pauses and timeouts, and a cache of the test's own."""
     monkeypatch.setattr("dataload.remote._PAUSE", 0.01)

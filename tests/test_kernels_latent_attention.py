@@ -2,8 +2,6 @@
 
 from __future__ import annotations
 
-from collections.abc import Iterator
-
 import pytest
 import torch
 import torch.nn.functional as F
@@ -14,16 +12,9 @@ from kernels import latent_attention, merge_attention
 from kernels.backend import BackendError
 from kernels.latent_attention.dropout import keep_mask, philox
 
+pytestmark = pytest.mark.usefixtures("poisoned_memory")
+
 BACKENDS = ("reference", "eager", "sdpa")
-
-
-@pytest.fixture(autouse=True)
-def poisoned_memory() -> Iterator[None]:
-    """torch.empty gives NaN, so that what is read before it is written shows."""
-    torch.manual_seed(0)
-    torch.use_deterministic_algorithms(True)
-    yield
-    torch.use_deterministic_algorithms(False)
 
 
 def plain_attention(q: Tensor, k: Tensor, v: Tensor, scale: float, visible: Tensor | None = None) -> Tensor:

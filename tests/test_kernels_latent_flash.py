@@ -6,7 +6,6 @@ from __future__ import annotations
 
 import inspect
 import sys
-from collections.abc import Iterator
 from typing import Any
 
 import flash
@@ -19,6 +18,8 @@ from torch.utils.checkpoint import checkpoint
 from kernels import LatentAttention, accelerate, explain, latent_attention, merge_attention, window_attention
 from kernels.backend import BackendError
 from kernels.latent_attention import flash_ops, op
+
+pytestmark = pytest.mark.usefixtures("poisoned_memory")
 
 BFLOAT = torch.bfloat16
 SMALL: dict[str, Any] = {"dqk": 16, "dv": 16, "dtype": HALF}
@@ -35,15 +36,6 @@ CALLS: dict[str, dict[str, Any]] = {
     "packed-ends": {"queries": 2, "keys": 30, "offsets": (0, 0, 30, 30)},
     "wide": {"queries": 6, "keys": 21, "dqk": 256, "dv": 256},
 }
-
-
-@pytest.fixture(autouse=True)
-def poisoned_memory() -> Iterator[None]:
-    """torch.empty gives NaN, so that what is read before it is written shows."""
-    torch.manual_seed(0)
-    torch.use_deterministic_algorithms(True)
-    yield
-    torch.use_deterministic_algorithms(False)
 
 
 @pytest.fixture

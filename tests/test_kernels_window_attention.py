@@ -4,7 +4,6 @@ reference."""
 from __future__ import annotations
 
 import math
-from collections.abc import Iterator
 from types import ModuleType
 
 import pytest
@@ -17,17 +16,10 @@ from kernels import window_attention
 from kernels.backend import BackendError
 from kernels.window_attention import geometry, packing
 
+pytestmark = pytest.mark.usefixtures("poisoned_memory")
+
 BACKENDS = ("reference", "eager", "sdpa")
 FAST = ("eager", "sdpa")
-
-
-@pytest.fixture(autouse=True)
-def poisoned_memory() -> Iterator[None]:
-    """torch.empty gives NaN, so that what is read before it is written shows."""
-    torch.manual_seed(0)
-    torch.use_deterministic_algorithms(True)
-    yield
-    torch.use_deterministic_algorithms(False)
 
 
 # ---- the reference against independent code
