@@ -65,6 +65,17 @@ def test_half_types_a_piece_at_a_time(
         torch.testing.assert_close(mine, theirs, rtol=2e-2, atol=1e-3)
 
 
+@pytest.mark.parametrize(("batch", "queries"), [(2, 0), (0, 5)])
+def test_many_keys_that_nobody_asks_for(batch: int, queries: int) -> None:
+    """No queries, or no samples: nothing comes out, and gradients are 0; torch's own kernel would end the process."""
+    q, k, v = (
+        torch.randn(batch, n, 2, 64, dtype=torch.bfloat16, requires_grad=True) for n in (queries, 4096, 4096)
+    )
+    out = latent_attention(q, k, v)
+    assert out.shape == q.shape
+    assert not any(grad.any() for grad in torch.autograd.grad(out.sum(), (q, k, v)))
+
+
 @pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16], ids=str)
 @pytest.mark.parametrize("dv", [64, 32])
 def test_memory_of_many_keys(dtype: torch.dtype, dv: int, monkeypatch: pytest.MonkeyPatch) -> None:

@@ -48,7 +48,8 @@ def latent_attention(q: Tensor, k: Tensor, v: Tensor, visible: Tensor | None, sc
     dtype, heads, on_cpu = q.dtype, q.shape[2], q.device.type == "cpu"
     dqk, dv = q.shape[3], v.shape[3]
     if on_cpu and dtype.itemsize == 2:
-        if visible is None and dqk == dv and k.numel() >= 2 * _room() and not torch.compiler.is_compiling():
+        fits = visible is None and dqk == dv and q.numel()  # without queries torch's kernel divides by zero
+        if fits and k.numel() >= 2 * _room() and not torch.compiler.is_compiling():
             return unfold_heads(_Pieces.apply(fold_heads(q, k.shape[2]), k, v, scale), heads)
         q, k, v = q.float(), k.float(), v.float()
     folded = fold_heads(q, k.shape[2])  # [B, h_kv, g * M, dqk]
