@@ -287,7 +287,7 @@ class TaskLoader(Stream[TaskBatch]):
         self.config, self.items, self.ragged = config, items, frozenset(ragged)
         self.stages = Stages(STAGES)
         self.broken = BrokenReport(config.max_broken, config.quarantine)
-        source = order.Source(items.per_shard(), config.seed, kind=0)
+        source = order.Source(items.per_shard(), config.seed, 0, self._ahead.of(items.index.shards))
 
         def plan(start: order.Position) -> tuple[_Plan, list[tuple[int, int]]]:
             part = order.split(start, config.batch_size, rank, world_size, Fraction(0))

@@ -99,16 +99,17 @@ class Source:
         return self._ends[1], self._ends[2]
 
     def _shuffled(self, epoch: int, number: int, shards: list[int]) -> np.ndarray:
-        if self._group is None or self._group[0] != (epoch, number):
+        group = self._group
+        if group is None or group[0] != (epoch, number):
             samples = np.concatenate([self._shards[shard] for shard in shards])
             place = 2 * number + self._kind if self._kind < 2 else (self._kind << 32) + number
             rng = generator(self._seed, epoch, place, SAMPLE_ORDER)
-            self._group = (epoch, number), samples[rng.permutation(len(samples))]
+            group = self._group = (epoch, number), samples[rng.permutation(len(samples))]
             if self._begun is not None:
                 groups = self._groups(epoch)[0]
                 coming = groups[number + 1] if number + 1 < len(groups) else self._groups(epoch + 1)[0][0]
-                self._begun(*([self._places[one] for one in group] for group in (shards, coming)))
-        return self._group[1]
+                self._begun(*([self._places[one] for one in ones] for ones in (shards, coming)))
+        return group[1]
 
 
 @dataclass(frozen=True)

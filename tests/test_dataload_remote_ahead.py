@@ -2,7 +2,9 @@
 
 from __future__ import annotations
 
+import gc
 import os
+import threading
 import time
 from collections.abc import Callable
 from pathlib import Path
@@ -10,7 +12,7 @@ from pathlib import Path
 import pytest
 from clips import write_tar
 from pairs import sample, tokenizer
-from serving import Server, quiet_index
+from serving import Handler, Server, quiet_index
 
 from dataload import order, shards
 from dataload.multimodal.config import ImageConfig, MixtureConfig, SourceConfig
@@ -137,9 +139,9 @@ def test_what_fails_ahead_is_tried_again_by_who_reads(tmp_path: Path, served: Ca
     index = opened(server, pattern, Cache(max_bytes=6 * size))
     source, broken = followed(index, ReadAhead()), True
 
-    def fails(handler: object) -> bool:
-        if broken and handler.path.endswith(".tar") and handler.path[1:] in groups[1]:  # type: ignore[attr-defined]
-            handler.send_error(503)  # type: ignore[attr-defined]
+    def fails(handler: Handler) -> bool:
+        if broken and handler.path[1:] in groups[1]:
+            handler.send_error(503)
             return True
         return False
 
@@ -150,6 +152,86 @@ def test_what_fails_ahead_is_tried_again_by_who_reads(tmp_path: Path, served: Ca
     broken = False
     for at in range(len(source)):
         assert index.image(source.at(at)[1])
+
+
+def test_what_was_read_before_has_room_too(tmp_path: Path, served: Callable[..., Server]) -> None:
+    """Other ranks, and batches that are being made, may still read it: five shards are two groups and a half."""
+    server, pattern, size = serve(tmp_path / "served", served)
+    index = opened(server, pattern, Cache(max_bytes=5 * size))
+    groups, source = groups_of(index), followed(index, ReadAhead())
+    for at in range(2 * SAMPLES + 1):
+        index.image(source.at(at)[1])
+    assert not set(settled(server, 4)) & groups[2]
+
+
+def test_a_fork_amid_a_download_does_not_keep_its_lock(tmp_path: Path, served: Callable[..., Server]) -> None:
+    """The child waits for the shard as long as its parent downloads it, and no longer."""
+    if not hasattr(os, "fork"):
+        pytest.skip("needs a POSIX system: there is no fork")
+    server, pattern, size = serve(tmp_path / "served", served)
+    index = opened(server, pattern, Cache(max_bytes=6 * size))
+    source = followed(index, ReadAhead())
+    begun, under_way = threading.Event(), []
+
+    def slow(handler: Handler) -> bool:
+        if handler.command == "GET":
+            under_way.append(f"{server.url}{handler.path}")
+            begun.set()
+            time.sleep(0.5)
+        return False
+
+    server.before = slow
+    source.at(0)
+    assert begun.wait(10)
+    wanted = next(sample for sample in range(len(index)) if index.where(sample)[0] == under_way[0])
+    child = os.fork()
+    if child == 0:
+        try:
+            index.image(wanted)
+            os._exit(0)
+        finally:
+            os._exit(4)
+    started = time.monotonic()
+    assert os.waitstatus_to_exitcode(os.waitpid(child, 0)[1]) == 0
+    assert time.monotonic() - started < 4
+
+
+def test_the_thread_ends_with_its_loader(tmp_path: Path, served: Callable[..., Server]) -> None:
+    server, pattern, size = serve(tmp_path / "served", served)
+    index = opened(server, pattern, Cache(max_bytes=6 * size))
+    ahead, held, begun = ReadAhead(), threading.Event(), threading.Event()
+
+    def hold(handler: Handler) -> bool:
+        if handler.command == "GET":
+            begun.set()
+            held.wait(10)
+        return False
+
+    server.before = hold
+    source = followed(index, ahead)
+    source.at(0)
+    assert begun.wait(10)
+    del source, ahead
+    gc.collect()
+    held.set()
+    assert len(settled(server, 2)) == 1, "the shard that was under way"
+
+
+def test_a_system_without_threads_reads_on(
+    tmp_path: Path, served: Callable[..., Server], monkeypatch: pytest.MonkeyPatch
+) -> None:
+    server, pattern, size = serve(tmp_path / "served", served)
+    index = opened(server, pattern, Cache(max_bytes=6 * size))
+    source = followed(index, ReadAhead())
+
+    def refuse(thread: threading.Thread) -> None:
+        raise RuntimeError("can't start new thread")
+
+    with monkeypatch.context() as patched:
+        patched.setattr(threading.Thread, "start", refuse)
+        source.at(0)
+    index.image(source.at(2 * SAMPLES)[1])
+    assert len(settled(server, 3)) >= 2, "the next group begins another thread"
 
 
 def test_nothing_more_comes_when_closed(tmp_path: Path, served: Callable[..., Server]) -> None:

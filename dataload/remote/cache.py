@@ -189,7 +189,8 @@ def _locked(lock: Path, partial: Path, address: Remote, timeout: float) -> Itera
     try:
         yield
     finally:
-        os.close(file)  # and with it goes the lock, also when the process dies
+        _unlock(file)  # not by closing alone: a process that was forked meanwhile has the file open too
+        os.close(file)  # and where this process dies, the lock goes with it
 
 
 def _try_lock(file: int) -> bool:
@@ -204,6 +205,13 @@ def _try_lock(file: int) -> bool:
     except BlockingIOError:
         return False
     return True
+
+
+def _unlock(file: int) -> None:
+    with contextlib.suppress(ImportError):
+        import fcntl
+
+        fcntl.flock(file, fcntl.LOCK_UN)
 
 
 def _same_file(file: int, path: Path) -> bool:

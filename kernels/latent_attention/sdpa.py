@@ -20,7 +20,8 @@ from kernels.once import once_differentiable
 
 # Multiplications to a sample from which on samples are looked at one by one: 50 microseconds of a core.
 LEAST_WORK = 2**20
-# Numbers of k that a thread has in float32 at a time, where k and v are in a half type and have at least twice as many.
+# Numbers of k, for each thread of the process, that are in float32 at a time, where k and v are in a half type and have at
+# least twice as many; v has as many beside them.
 PIECE = 2**17
 
 
@@ -114,7 +115,7 @@ class _Pieces(torch.autograd.Function):
 
     @staticmethod
     def forward(ctx: Any, q: Tensor, k: Tensor, v: Tensor, scale: float) -> Tensor:
-        out, lse = (torch.empty(size, dtype=torch.float32) for size in (q.shape, q.shape[:-1]))
+        out, lse = (q.new_empty(size, dtype=torch.float32) for size in (q.shape, q.shape[:-1]))
         for some in _samples(k):
             out[some], lse[some] = _read(_wide(q[some]), k[some], v[some], scale)
         ctx.save_for_backward(q, k, v, out, lse)
