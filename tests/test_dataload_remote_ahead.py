@@ -26,6 +26,7 @@ from dataload.tokenizer import Tokenizer
 __all__ = ["tokenizer"]  # a fixture
 pytestmark = pytest.mark.usefixtures("impatient")
 
+forks = pytest.mark.skipif(not hasattr(os, "fork"), reason="needs a POSIX system: there is no fork")
 SAMPLES = 4
 """of each shard"""
 
@@ -164,10 +165,9 @@ def test_what_was_read_before_has_room_too(tmp_path: Path, served: Callable[...,
     assert not set(settled(server, 4)) & groups[2]
 
 
+@forks
 def test_a_fork_amid_a_download_does_not_keep_its_lock(tmp_path: Path, served: Callable[..., Server]) -> None:
     """The child waits for the shard as long as its parent downloads it, and no longer."""
-    if not hasattr(os, "fork"):
-        pytest.skip("needs a POSIX system: there is no fork")
     server, pattern, size = serve(tmp_path / "served", served)
     index = opened(server, pattern, Cache(max_bytes=6 * size))
     source = followed(index, ReadAhead())
@@ -244,7 +244,7 @@ def test_nothing_more_comes_when_closed(tmp_path: Path, served: Callable[..., Se
     assert len(settled(server, 1)) == 1
 
 
-@pytest.mark.skipif(not hasattr(os, "fork"), reason="needs a POSIX system: there is no fork")
+@forks
 def test_a_fork_has_a_thread_of_its_own(tmp_path: Path, served: Callable[..., Server]) -> None:
     server, pattern, size = serve(tmp_path / "served", served)
     index = opened(server, pattern, Cache(max_bytes=6 * size))
