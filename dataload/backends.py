@@ -12,6 +12,7 @@ import torch
 
 from dataload import prefetch
 from dataload.samples import Drawn, Job, LoaderConfig, SampleMaker
+from dataload.scratch import Recycled
 from dataload.threads import Threads
 
 DALI_MISSING = "backend dali needs NVIDIA DALI, which is not installed here: pip install 'auroraio[gpu]'"
@@ -74,11 +75,12 @@ class CpuBackend:
     def __init__(self, maker: SampleMaker) -> None:
         self._maker = maker
         self._threads = Threads(maker.config.workers, "dataload")
+        self._memory = Recycled(maker.config.prefetch + 2)  # what is ahead, and what the reader has
 
     def submit(self, jobs: Sequence[Job]) -> Work:
         """See prefetch.Backend."""
         size = self._maker.config.image_size
-        images = torch.empty((len(jobs), size, size, 3), dtype=torch.uint8)
+        images = self._memory.empty(len(jobs), size, size, 3)
         places = list(zip(jobs, images.numpy(), strict=True))
         return Work(self._threads.share(self._draw, places), images)
 

@@ -30,6 +30,7 @@ from dataload.backends import Work
 from dataload.broken import BrokenSample
 from dataload.images import turn_upright
 from dataload.samples import Attempt, Drawn, Job, SampleMaker, View
+from dataload.scratch import Recycled
 from dataload.threads import Threads
 
 _END = b"\xff\xd9"
@@ -163,6 +164,7 @@ class DaliBackend:
         config = maker.config
         self._pool = Threads(max(1, config.workers), "dataload")
         self._owner = Threads(1, "dataload-dali")
+        self._memory = Recycled(config.prefetch + 2)  # as in the CPU's backend; torch itself does so on a GPU
         self._start()
 
     def _start(self) -> None:
@@ -178,11 +180,12 @@ class DaliBackend:
     def submit(self, jobs: Sequence[Job]) -> Work:
         """See prefetch.Backend."""
         size = self._maker.config.image_size
-        images = torch.empty((len(jobs), size, size, 3), dtype=torch.uint8, device=self._device)
-        free = None
-        if (
-            self._device.type == "cuda"
-        ):  # what this memory held before may still be read on the caller's stream
+        shape, free = (len(jobs), size, size, 3), None
+        if self._device.type == "cpu":
+            images = self._memory.empty(*shape)
+        else:
+            images = torch.empty(shape, dtype=torch.uint8, device=self._device)
+            # What this memory held before may still be read on the caller's stream.
             free = torch.cuda.Event()
             free.record(torch.cuda.current_stream(self._device))
         prepared = self._pool.share(self._prepare, jobs)

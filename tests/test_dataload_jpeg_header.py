@@ -13,7 +13,6 @@ from PIL import Image, ImageOps
 
 from dataload.images import BrokenImage, decode_array, read
 from dataload.jpeg_header import everyday_size
-from dataload.scratch import scratch
 
 
 def picture(width: int = 40, height: int = 24, mode: str = "RGB") -> Image.Image:
@@ -108,8 +107,3 @@ def test_lent_pixels() -> None:
     assert np.array_equal(lent, own)
     read(other).cut((0, 0, 40, 24), lend=True)
     assert not np.array_equal(lent, own) and np.array_equal(own, decode_array(one))
-
-
-def test_large_buffers_are_not_kept() -> None:
-    assert np.shares_memory(scratch("test", 100), scratch("test", 50))
-    assert not np.shares_memory(scratch("test", 40 << 20), scratch("test", 40 << 20))

@@ -1,0 +1,115 @@
+from __future__ import annotations
+
+import gc
+import io
+import threading
+from collections.abc import Callable
+from itertools import islice
+from pathlib import Path
+
+import numpy as np
+import pytest
+import torch
+from PIL import Image
+
+from dataload.pack.writer import ShardWriter
+from dataload.pipeline import Loader, LoaderConfig
+from dataload.scratch import Recycled, scratch
+from dataload.tokenizer import train_tokenizer
+
+
+def test_large_buffers_are_not_kept() -> None:
+    assert np.shares_memory(scratch("test", 100), scratch("test", 50))
+    assert not np.shares_memory(scratch("test", 40 << 20), scratch("test", 40 << 20))
+
+
+HOLDS: dict[str, Callable[[torch.Tensor], object]] = {
+    "itself": lambda tensor: tensor,
+    "a part": lambda tensor: tensor[1:, :2],
+    "a view": lambda tensor: tensor.view(torch.int32),
+    "its storage": lambda tensor: tensor.untyped_storage(),
+    "detached": lambda tensor: tensor.detach(),
+    "numpy's": lambda tensor: tensor.numpy(),
+    "a part of numpy's": lambda tensor: tensor.numpy()[1],
+    "an iterator": lambda tensor: iter(tensor.numpy()),
+    "a buffer": lambda tensor: memoryview(tensor.numpy()),
+    "by dlpack": lambda tensor: np.from_dlpack(tensor),
+}
+
+
+@pytest.mark.parametrize("hold", HOLDS)
+def test_memory_comes_back_when_nothing_refers_to_it(hold: str) -> None:
+    memory = Recycled(2)
+    first = memory.empty(3, 4, 8)
+    assert first.shape == (3, 4, 8) and first.dtype == torch.uint8 and first.is_contiguous()
+    place = first.data_ptr()
+    held = HOLDS[hold](first)
+    del first
+    other = memory.empty(3, 4, 8)
+    assert other.data_ptr() != place
+    del other
+    del held
+    gc.collect()
+    again = [memory.empty(3, 4, 8), memory.empty(3, 4, 8)]
+    assert place in [tensor.data_ptr() for tensor in again]
+
+
+def test_another_size_gets_other_memory() -> None:
+    memory = Recycled(2)
+    memory.empty(8)
+    assert memory.empty(4, 3).shape == (4, 3)
+    assert memory.empty(0, 3).shape == (0, 3)
+
+
+def test_no_more_is_kept_than_wanted() -> None:
+    memory = Recycled(2)
+    many = [memory.empty(1000) for _ in range(5)]
+    assert len({tensor.data_ptr() for tensor in many}) == 5
+    del many
+    assert memory.kept == 2
+
+
+def test_threads_never_share() -> None:
+    """Each writes its number, lets the others write, and finds it again."""
+    memory, wrong = Recycled(3), []
+
+    def use(number: int) -> None:
+        for _ in range(300):
+            tensor = memory.empty(2000)
+            tensor.fill_(number)
+            if not bool((tensor == number).all()):
+                wrong.append(number)
+
+    threads = [threading.Thread(target=use, args=(number,)) for number in range(4)]
+    for thread in threads:
+        thread.start()
+    for thread in threads:
+        thread.join()
+    assert not wrong and 1 <= memory.kept <= 3
+
+
+@pytest.mark.parametrize("backend", ["cpu", "dali"])
+def test_batches_that_are_kept_stay_as_they_are(backend: str, tmp_path: Path) -> None:
+    """Batches that all are kept are those that are dropped one by one; the latter stand in few places of memory."""
+    if backend == "dali":
+        pytest.importorskip("nvidia.dali", reason="needs nvidia-dali-cuda130")
+    rng = np.random.default_rng(0)
+    with ShardWriter(tmp_path, "train") as writer:
+        for i in range(24):
+            jpeg = io.BytesIO()
+            Image.fromarray(rng.integers(0, 256, (70, 90, 3), dtype=np.uint8)).save(jpeg, "JPEG")
+            writer.write(f"{i:06d}", "jpg", jpeg.getvalue(), [f"picture {i} of noise"])
+    tokenizer = train_tokenizer([f"picture {i} of noise" for i in range(24)], tmp_path / "t.model", 300)
+    config = LoaderConfig((str(tmp_path),), 4, 64, 16, prefetch=2, backend=backend, device="cpu")
+
+    loader = Loader(config, tokenizer)
+    kept = list(islice(loader, 20))
+    loader.close()
+    assert len({batch.pair_images.data_ptr() for batch in kept}) == 20
+    loader, places = Loader(config, tokenizer), set()
+    for batch, made in zip(kept, loader, strict=False):
+        places.add(made.pair_images.data_ptr())
+        assert torch.equal(made.pair_images, batch.pair_images) and made.keys == batch.keys
+        del made
+    loader.close()
+    assert len(places) <= 5  # two ahead, the one that is made, the reader's, and one while hands change
