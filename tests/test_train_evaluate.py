@@ -351,6 +351,8 @@ def test_the_last_evaluation_alone_takes_all_views(tmp_path: Path, monkeypatch: 
     more = ["--steps", "3", "--eval-every", "1", "--eval-views", "5"]
     assert pretrain(micro.arguments(tmp_path / "run", *more)) == 0
     assert passes == [1, 1, 5]
+    lines = [json.loads(line) for line in (tmp_path / "run" / "metrics.jsonl").read_text().splitlines()]
+    assert [line["views"] for line in lines if line["kind"] == "eval"] == passes
     summary = json.loads((tmp_path / "run" / "summary.json").read_text())
     assert summary["data"]["evaluation_views"] == 5
     assert "the embeddings of 5 views of each picture" in (tmp_path / "run" / "report.html").read_text()

@@ -80,7 +80,7 @@ def final_scores(run: Run, stop: Stop, model: Any) -> EvalResult:
         scenes=sources.builtin_heldout,
         views=run.config.eval_views,
     )
-    run.record_scores(result)
+    run.record_scores(result, _views(run, result))
     run.say(f"held out, all {result.counts['images']:,} pictures, after step {run.step}:")
     for line in result.lines():
         run.say(f"  {line}")
@@ -100,7 +100,7 @@ def final_pair_scores(run: Run, stop: Stop, model: Any) -> EvalResult:
         stop, model, generate=GENERATED, keep_images=True, unigram=unigram, scenes=sources.builtin,
         views=run.config.eval_views,
     )  # fmt: skip
-    run.record_scores(result)
+    run.record_scores(result, _views(run, result))
     said = ", ".join(f"{result.counts[many]:,} {many}" for _, many in NAMES.values() if many in result.counts)
     run.say(f"held out, all of {said or 'nothing'}, after step {run.step}:")
     for line in result.lines():

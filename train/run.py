@@ -256,11 +256,11 @@ class Run:
         self.evaluation_seconds.append(time.monotonic() - started)
         return result
 
-    def record_scores(self, result: EvalResult | TaskResult) -> None:
-        """Into metrics.jsonl and TensorBoard."""
+    def record_scores(self, result: EvalResult | TaskResult, views: int = 1) -> None:
+        """Into metrics.jsonl and TensorBoard. `views`: of each picture, for retrieval."""
         scores = result.scalars()
         assert self.metrics and self.observer
-        self.metrics.write("eval", self.step, {"seconds": self.seconds, "scores": scores})
+        self.metrics.write("eval", self.step, {"seconds": self.seconds, "views": views, "scores": scores})
         self.observer.write("heldout", self.step, scores)
 
     def close(self, *, together: bool) -> None:
