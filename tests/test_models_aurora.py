@@ -9,7 +9,7 @@ import pytest
 import torch
 
 from models import AURORA_SIZES, Aurora, AuroraConfig, parameter_groups
-from models.aurora.model import drop_words
+from models.aurora.model import drop_words, mix_pairs
 from models.objectives import Normalizers, ObjectiveConfig, count
 from models.tokens import BOS, EOS, IGNORE, MASK, PAD
 
@@ -250,6 +250,59 @@ def test_word_dropout_is_the_contrastive_loss_alone() -> None:
     assert dropping["itc"] != plain["itc"]
     for name in ("mim", "caption", "mlm"):
         assert torch.equal(dropping[name], plain[name])
+
+
+def mixed(pairs: int, share: float) -> list[str]:
+    """Checks one batch of `pairs` with two captions each; returns which half of each mixed picture is another's."""
+    images = torch.rand(pairs, 3, 5, 4)
+    tokens = torch.full((pairs, 2, 6), PAD)
+    for i in range(pairs):  # captions of one and two words, all different
+        tokens[i, 0, :3] = torch.tensor([BOS, 10 + 3 * i, EOS])
+        tokens[i, 1, :4] = torch.tensor([BOS, 11 + 3 * i, 12 + 3 * i, EOS])
+    found, captions = mix_pairs(images, tokens.flatten(0, 1), share)
+    halves, used = [], set()
+    for i, (image, rows) in enumerate(zip(found, captions.unflatten(0, (pairs, 2)), strict=True)):
+        texts = [row[: int((row != PAD).sum())].tolist() for row in rows]
+        assert all(text[0] == BOS and text[-1] == EOS for text in texts)
+        words = [text[1:-1] for text in texts]
+        assert words[0][0] == 10 + 3 * i and words[1][:2] == [11 + 3 * i, 12 + 3 * i]
+        if len(words[0]) == 1:
+            assert torch.equal(image, images[i]) and len(words[1]) == 2
+            continue
+        other = (words[0][1] - 10) // 3
+        assert words[0][1:] == [10 + 3 * other] and words[1][2:] == [11 + 3 * other, 12 + 3 * other]
+        expected = {"right": images[i].clone(), "lower": images[i].clone()}
+        expected["right"][:, :, 2:] = images[other][:, :, 2:]
+        expected["lower"][:, 2:] = images[other][:, 2:]
+        halves += [half for half, mixture in expected.items() if torch.equal(image, mixture)]
+        used.add(other)
+        assert torch.equal(found[other], images[other])  # which stays as it is
+    assert len(used) == len(halves)
+    return halves
+
+
+def test_mixed_pairs() -> None:
+    torch.manual_seed(0)
+    sizes = {(12, 0.25): 3, (12, 0.5): 6, (7, 0.5): 3, (3, 0.1): 1, (2, 0.5): 1, (1, 0.5): 0}
+    assert {size: len(mixed(*size)) for size in sizes} == sizes
+    assert set(mixed(40, 0.5)) == {"right", "lower"}
+    images, tokens = torch.rand(2, 3, 4, 4), torch.tensor([[BOS, 9, EOS], [BOS, 8, EOS]])
+    same = mix_pairs(images, tokens, 0.0)
+    assert same[0] is images and same[1] is tokens
+
+
+def test_mixing_is_for_the_contrastive_loss_and_leaves_hidden_images_alone() -> None:
+    model, inputs = tiny().eval(), batch()
+    only = ObjectiveConfig(caption=0, mlm=0)
+    plain = model(*inputs, objectives=only)
+    mixing = model(*inputs, objectives=replace(only, itc_mix=0.5))
+    assert mixing["itc"] != plain["itc"] and torch.equal(mixing["mim"], plain["mim"])
+    for wrong, says in (
+        ({"itc_mix": 0.6}, "0.6; it is a share between 0 and 0.5"),
+        ({"caption": 1.0}, "caption = 1.0"),
+    ):
+        with pytest.raises(ValueError, match=says):
+            replace(only, **{"itc_mix": 0.2, **wrong})
 
 
 def test_decay_leaves_gains_biases_and_looked_up_rows_alone() -> None:

@@ -58,11 +58,11 @@ def test_four_micro_steps_are_one_large_batch(kind: str) -> None:
 
 @pytest.mark.parametrize(
     ("changes", "precision"),
-    [({}, "fp32"), ({}, "bf16"), ({"itc_word_dropout": 0.4, "itc_captions": 0.5}, "fp32")],
+    [({}, "fp32"), ({}, "bf16"), ({"itc_word_dropout": 0.4, "itc_captions": 0.5, "itc_mix": 0.4}, "fp32")],
     ids=str,
 )
 def test_random_numbers_are_those_of_the_first_pass(changes: dict[str, float], precision: str) -> None:
-    """Dropout, stochastic depth and word dropout on: what one graph over all micro-batches gives."""
+    """Dropout, stochastic depth, word dropout and mixed pairs on: what one graph over all micro-batches gives."""
     objectives = dataclasses.replace(ITC, **changes)
     micro_batches = parts(batch(12, 3), 3)
     if objectives.itc_captions:  # two captions of each image

@@ -58,6 +58,17 @@ def test_closed_forms_are_what_the_model_does(name: str, kind: str) -> None:
     assert counted == pytest.approx(slope(config, kind), rel=1e-4)
 
 
+def test_mixed_pairs_read_captions_of_twice_the_length() -> None:
+    plain = replace(preset("aurora-tiny"), activation_checkpointing=False)
+    alone = replace(plain.objectives, mim=0.0, caption=0.0, mlm=0.0)
+    costs = []
+    for mix in (0.0, 0.5):
+        config = replace(plain, objectives=replace(alone, itc_mix=mix))
+        costs.append(flops_of(config, "pair", others=12).total)
+        assert costs[-1] == pytest.approx(slope(config, "pair"), rel=1e-4)
+    assert costs[1] > costs[0]
+
+
 def test_a_traced_forward_and_backward_is_torchs_count_of_a_real_one() -> None:
     """The same encoder on the CPU under torch's own counter; both see every product."""
     model = SwinEncoder(MODEL).train()

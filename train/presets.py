@@ -45,7 +45,8 @@ def aurora_photos() -> PretrainConfig:
         tiny,
         name="aurora-photos",
         # 1,200 photographs are soon learned by heart. A bag of words does not learn captions so, a convolutional stem and a
-        # mean with batch norm need fewer pictures; all five captions of a picture are read at each visit, and must agree.
+        # mean with batch norm need fewer pictures; all five captions of a picture are read at each visit, and must agree; a
+        # quarter of the pictures are halves of two.
         model=replace(
             tiny.model,
             image_size=96,
@@ -59,7 +60,13 @@ def aurora_photos() -> PretrainConfig:
             decoder_width=128,
         ),
         objectives=ObjectiveConfig(
-            mim=0.0, caption=0.0, mlm=0.0, itc_kind="softmax", itc_word_dropout=0.3, itc_captions=0.5
+            mim=0.0,
+            caption=0.0,
+            mlm=0.0,
+            itc_kind="softmax",
+            itc_word_dropout=0.3,
+            itc_captions=0.5,
+            itc_mix=0.25,
         ),
         data=DataConfig(
             builtin=False,

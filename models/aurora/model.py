@@ -116,6 +116,7 @@ class Aurora(nn.Module):
     ) -> tuple[Tensor, Tensor]:
         """What `forward` contrasts: fp32 [P, E] of the images and [P*K, E] of the texts, made of the same random numbers
         in the same order."""
+        pair_images, tokens = mix_pairs(pair_images, tokens, objectives.itc_mix)
         seen = see(self, pair_images, mim_images, mim_mask, objectives)
         return read(self, seen.pairs, tokens, objectives)[1:]
 
@@ -253,9 +254,10 @@ def pretraining_losses(
     normalizers: Normalizers | None,
     contrast: CachedContrast | None,
 ) -> dict[str, Tensor]:
-    """See `Aurora.forward`. `see` and `read` come first: `Aurora.embed` does what they do."""
+    """See `Aurora.forward`. `mix_pairs`, `see` and `read` come first: `Aurora.embed` does what they do."""
     n = normalizers or Normalizers.of(tokens, mlm_targets, mim_mask)
     losses: dict[str, Tensor] = {}
+    pair_images, tokens = mix_pairs(pair_images, tokens, config.itc_mix)
     seen = see(model, pair_images, mim_images, mim_mask, config)
     maps, pairs = seen.pairs, len(seen.pairs[3])
     if len(seen.hidden):
@@ -310,12 +312,38 @@ def alignment(model: Aurora, images: Tensor, texts: Tensor, config: ObjectiveCon
     return loss
 
 
+def mix_pairs(images: Tensor, tokens: Tensor, share: float) -> tuple[Tensor, Tensor]:
+    """Of P images [P, 3, H, W], a random `share`, at most 1/2, get their right or their lower half from other images (as
+    CutMix cuts, arXiv:1905.04899), each from one that stays as it is; their captions, int64 [P*K, T], are followed by the
+    other one's (as in MixGen, arXiv:2206.08358). That is round(share * P) images, but at least one of two or more.
+    Captions come back as [P*K, 2T]; with `share` 0 nothing changes."""
+    if not share:
+        return images, tokens
+    (pairs, _, height, width), device = images.shape, images.device
+    count = min(max(1, round(share * pairs)), pairs // 2)
+    order = torch.randperm(pairs, device=device)
+    mixed, others = order[:count], order[count : 2 * count]
+    right = torch.arange(width, device=device) >= width // 2
+    lower = (torch.arange(height, device=device) >= height // 2).unsqueeze(1)
+    taken = torch.where(torch.rand(count, 1, 1, 1, device=device) < 0.5, right, lower)  # [count, 1, H, W]
+    images = images.index_copy(0, mixed, torch.where(taken, images[others], images[mixed]))
+    captions = tokens.unflatten(0, (pairs, -1))  # [P, K, T]
+    more = torch.full_like(captions, PAD)
+    more[mixed] = captions[others]
+    ends = captions.masked_fill((captions == EOS) & (more[..., :1] == BOS), PAD)
+    return images, _closed_up(torch.cat((ends, more.masked_fill(more == BOS, PAD)), dim=2).flatten(0, 1))
+
+
 def drop_words(tokens: Tensor, share: float) -> Tensor:
     """Captions [B, T] without a random `share` of their words; the others move up, padding follows."""
     words = (tokens != PAD) & (tokens != BOS) & (tokens != EOS)
     dropped = words & (torch.rand(tokens.shape, device=tokens.device) < share)
-    order = dropped.to(torch.uint8).argsort(dim=1, stable=True)
-    return tokens.masked_fill(dropped, PAD).gather(1, order)
+    return _closed_up(tokens.masked_fill(dropped, PAD))
+
+
+def _closed_up(tokens: Tensor) -> Tensor:
+    """Tokens [B, T] in their order, with all padding behind them."""
+    return tokens.gather(1, (tokens == PAD).to(torch.uint8).argsort(dim=1, stable=True))
 
 
 def hide_captions(tokens: Tensor, share: float) -> Tensor:

@@ -128,6 +128,7 @@ def _aurora(config: PretrainConfig, kind: str, others: int) -> Flops:
         return flops
     _encoder(model, flops)
     texts, length, width = data.captions_per_image, model.text_length, model.decoder_width
+    read = 2 * length if goals.itc_mix else length  # mixed captions, and the others filled up
     cross = sum((model.image_size // 16 // 2**i) ** 2 for i in (0, 1))  # memory: stages 3 and 4
     if goals.itc:
         if model.image_pooling == "attention":
@@ -135,12 +136,12 @@ def _aurora(config: PretrainConfig, kind: str, others: int) -> Flops:
         else:
             flops.add("pools", linear(1, d4 * model.embedding_width))
         if model.text_pooling == "attention":
-            pool = read_block(1, width, length, width) + linear(1, width * model.embedding_width)
+            pool = read_block(1, width, read, width) + linear(1, width * model.embedding_width)
             flops.add("pools", pool, times=texts)
         # Captions of one image among themselves are as many products again.
         among = bool(goals.itc_captions and texts > 1)
         flops.add("contrast", 2.0 * (1 + among) * texts * others * model.embedding_width)
-    reads = self_block(length, width)
+    reads = self_block(read, width)
     shared = not goals.itc_word_dropout and model.text_pooling == "attention"
     runs = float(bool(goals.caption or (goals.itc and shared)))
     runs += bool(goals.itc and model.text_pooling == "attention" and goals.itc_word_dropout)
