@@ -99,6 +99,7 @@ class CpuBackend:
     def close(self) -> None:
         """See prefetch.Backend."""
         self._threads.close()
+        self._memory.close()
 
     def abandon(self) -> None:
         """See prefetch.Backend."""

@@ -268,6 +268,7 @@ class DaliBackend:
         """See prefetch.Backend."""
         self._pool.close()
         self._owner.close()  # its last batch ends when the pool is closed
+        self._memory.close()
 
     def abandon(self) -> None:
         """See prefetch.Backend."""

@@ -9,6 +9,7 @@ from __future__ import annotations
 import math
 import threading
 import weakref
+from collections import deque
 
 import numpy as np
 import torch
@@ -35,8 +36,9 @@ class Recycled:
 
     def __init__(self, most: int) -> None:
         """At most `most` are kept for later at a time."""
-        self._most = most
-        self._free: list[np.ndarray] = []
+        self._free: deque[np.ndarray] = deque(maxlen=most)
+        # By their ids: an array has no hash, nor has a reference to it.
+        self._lent: dict[int, weakref.ref[np.ndarray]] = {}
 
     def empty(self, *shape: int) -> torch.Tensor:
         """uint8 of this shape on the CPU, with anything in it."""
@@ -48,7 +50,15 @@ class Recycled:
         if memory.size != size:
             memory = np.empty(size, dtype=np.uint8)
         lent = memory[:]  # torch holds on to this one for as long as anything shares the tensor's memory
-        weakref.finalize(lent, self._back, memory).atexit = False
+        pool = weakref.ref(self)  # a tensor outlives its loader, and must not keep alive what else lies here
+
+        def back(reference: weakref.ref[np.ndarray]) -> None:
+            here = pool()
+            if here is not None and here._lent.pop(id(reference), None) is not None:
+                here._free.append(memory)
+
+        reference = weakref.ref(lent, back)
+        self._lent[id(reference)] = reference
         return torch.from_numpy(lent).view(shape)
 
     @property
@@ -56,6 +66,7 @@ class Recycled:
         """How many wait for the next use."""
         return len(self._free)
 
-    def _back(self, memory: np.ndarray) -> None:
-        if len(self._free) < self._most:
-            self._free.append(memory)
+    def close(self) -> None:
+        """Keeps nothing for later, and nothing that is still in use either."""
+        self._lent.clear()
+        self._free.clear()

@@ -43,7 +43,8 @@ class ObjectiveConfig:
     itc_mix: float = 0.0
     """Share of a micro-batch's pairs, up to a half, that become two in one: the right or the lower half of their picture is
     another's, and its captions follow theirs (CutMix, arXiv:1905.04899, with captions as in MixGen, arXiv:2206.08358; a
-    quarter keeps a small data set from being learned by heart). Not with caption or mlm, whose words are of one picture."""
+    quarter keeps a small data set from being learned by heart). At least one of a micro-batch's pairs. Not with caption or
+    mlm, whose words are of one picture."""
     parallel_caption: float = 0.0
     """Share of captions whose input words are all hidden, so that every word must come from the image
     (CapPa)."""
@@ -65,10 +66,10 @@ class ObjectiveConfig:
                 )
         if not 0 <= self.itc_mix <= 0.5:
             raise ValueError(f"ObjectiveConfig.itc_mix = {self.itc_mix}; it is a share between 0 and 0.5")
-        if self.itc_mix and (self.caption or self.mlm):
+        if self.itc_mix and (self.caption or self.mlm or not self.itc):
             raise ValueError(
-                f"ObjectiveConfig.itc_mix = {self.itc_mix} with caption = {self.caption} and mlm = {self.mlm}; "
-                "mixed pairs are supported without these two"
+                f"ObjectiveConfig.itc_mix = {self.itc_mix} with itc = {self.itc}, caption = {self.caption}, mlm = {self.mlm}: "
+                "mixed pairs are for itc, and not for caption and mlm; set itc_mix to 0, or those two"
             )
         if self.itc_kind not in ("sigmoid", "softmax"):
             raise ValueError(f"ObjectiveConfig.itc_kind = {self.itc_kind!r}; supported: 'sigmoid', 'softmax'")

@@ -3,6 +3,7 @@ from __future__ import annotations
 import gc
 import io
 import threading
+import weakref
 from collections.abc import Callable
 from itertools import islice
 from pathlib import Path
@@ -67,6 +68,27 @@ def test_no_more_is_kept_than_wanted() -> None:
     assert len({tensor.data_ptr() for tensor in many}) == 5
     del many
     assert memory.kept == 2
+
+
+def test_what_is_held_holds_nothing_else() -> None:
+    memory = Recycled(4)
+    held, dropped = memory.empty(100), [memory.empty(50), memory.empty(50)]
+    dropped.clear()
+    there = weakref.ref(memory)
+    assert memory.kept == 2
+    del memory
+    assert there() is None and held.shape == (100,)
+
+
+def test_a_closed_one_keeps_nothing() -> None:
+    memory = Recycled(4)
+    held, dropped = memory.empty(100), memory.empty(100)
+    del dropped
+    assert memory.kept == 1
+    memory.close()
+    assert memory.kept == 0
+    del held
+    assert memory.kept == 0
 
 
 def test_threads_never_share() -> None:

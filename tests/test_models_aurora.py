@@ -285,6 +285,10 @@ def test_mixed_pairs() -> None:
     torch.manual_seed(0)
     sizes = {(12, 0.25): 3, (12, 0.5): 6, (7, 0.5): 3, (3, 0.1): 1, (2, 0.5): 1, (1, 0.5): 0}
     assert {size: len(mixed(*size)) for size in sizes} == sizes
+    assert [part.shape for part in mix_pairs(torch.rand(0, 3, 5, 4), torch.zeros(0, 6), 0.5)] == [
+        (0, 3, 5, 4),
+        (0, 6),
+    ]
     assert set(mixed(40, 0.5)) == {"right", "lower"}
     images, tokens = torch.rand(2, 3, 4, 4), torch.tensor([[BOS, 9, EOS], [BOS, 8, EOS]])
     same = mix_pairs(images, tokens, 0.0)
@@ -297,9 +301,12 @@ def test_mixing_is_for_the_contrastive_loss_and_leaves_hidden_images_alone() -> 
     plain = model(*inputs, objectives=only)
     mixing = model(*inputs, objectives=replace(only, itc_mix=0.5))
     assert mixing["itc"] != plain["itc"] and torch.equal(mixing["mim"], plain["mim"])
+    alone = model(*batch(pairs=0), objectives=replace(only, itc_mix=0.5))
+    assert alone.keys() == {"mim"}
     for wrong, says in (
         ({"itc_mix": 0.6}, "0.6; it is a share between 0 and 0.5"),
-        ({"caption": 1.0}, "caption = 1.0"),
+        ({"caption": 1.0}, "caption = 1.0, mlm = 0.*set itc_mix to 0"),
+        ({"itc": 0.0}, "with itc = 0.0"),
     ):
         with pytest.raises(ValueError, match=says):
             replace(only, **{"itc_mix": 0.2, **wrong})

@@ -87,6 +87,7 @@ def replaced(**values: object) -> PretrainConfig:
         ({"batch_size": 63, "accumulation": 2}, "split over accumulation 2 x 1 process; try 62 or 64"),
         ({"batch_size": 1, "accumulation": 2}, "try 2"),
         ({"log_every": 0}, "log_every is 0; it must be at least 1"),
+        ({"accumulation": 0}, "accumulation is 0; it must be at least 1"),
         ({"save_every": -1}, "save_every is -1; it must be 0"),
         ({"steps": 400, "optim__warmup": 400}, "optim.warmup is 400 steps, but the run has 400"),
         ({"optim__final_lr": 1.0}, "wanted: 0 <= final_lr <= lr"),
@@ -102,6 +103,13 @@ def replaced(**values: object) -> PretrainConfig:
 def test_every_mistake_is_named(values: dict[str, object], said: str) -> None:
     found = problems(replaced(**values))
     assert len(found) == 1 and said in found[0], found
+
+
+def test_pairs_cannot_be_mixed_in_micro_batches_of_one() -> None:
+    photos = dataclasses.replace(preset("aurora-photos"), accumulation=128)
+    (found,) = [problem for problem in problems(photos) if "itc_mix" in problem]
+    assert "itc_mix is 0.25 with micro-batches of 1" in found
+    assert not any("itc_mix" in problem for problem in problems(dataclasses.replace(photos, accumulation=64)))
 
 
 def test_several_mistakes_are_listed_together() -> None:

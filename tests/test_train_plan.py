@@ -264,6 +264,16 @@ def test_a_plan_adds_up() -> None:
         assert memory.needed(memory.largest) <= A100.memory, on
 
 
+def test_batch_norm_wants_two_samples() -> None:
+    """Two and four are traced; memory of one more sample is what a third one takes."""
+    config = replace(preset("aurora-photos"), activation_checkpointing=False)
+    plan = make_plan(config, Setup(1, A100, EngineChoice("single"), 0.4, A100.network))
+    three, five = (trace(config, {"pair": n}, kind="cuda", bf16=True).activations for n in (3, 5))
+    memory = plan.memory[False]
+    assert memory.per_sample == pytest.approx((five - three) / 2, rel=0.02)
+    assert memory.fixed + 5 * memory.per_sample == pytest.approx(five, rel=0.02)
+
+
 def test_accumulation_is_found_where_the_asked_one_does_not_fit() -> None:
     config = replace(MICRO, batch_size=256)
     small = replace(A100, memory=30e6)

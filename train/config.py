@@ -215,6 +215,11 @@ class PretrainConfig:
             found.append(
                 "every objective has weight 0: nothing to learn; set one of --objectives.{mim,itc,caption,mlm}"
             )
+        if config.objectives.itc_mix and micro_batch(config, world_size) < 2:
+            found.append(
+                f"objectives.itc_mix is {config.objectives.itc_mix:g} with micro-batches of 1: pairs are mixed with others "
+                "of their micro-batch; lower --accumulation, or set --objectives.itc-mix 0"
+            )
         if config.itc_negatives == "global" and config.compile:
             found.append(COMPILED_TWICE)
         if config.model.stem == "conv" and config.objectives.mim:
@@ -242,7 +247,7 @@ class PretrainConfig:
 
 def micro_batch(config: PretrainConfig, world_size: int) -> int:
     """Samples per rank per micro-step."""
-    return config.batch_size // (config.accumulation * world_size)
+    return config.batch_size // max(1, config.accumulation * world_size)
 
 
 def problems(config: PretrainConfig, world_size: int = 1) -> list[str]:

@@ -316,11 +316,11 @@ def mix_pairs(images: Tensor, tokens: Tensor, share: float) -> tuple[Tensor, Ten
     """Of P images [P, 3, H, W], a random `share`, at most 1/2, get their right or their lower half from other images (as
     CutMix cuts, arXiv:1905.04899), each from one that stays as it is; their captions, int64 [P*K, T], are followed by the
     other one's (as in MixGen, arXiv:2206.08358). That is round(share * P) images, but at least one of two or more.
-    Captions come back as [P*K, 2T]; with `share` 0 nothing changes."""
-    if not share:
-        return images, tokens
+    Captions come back as [P*K, 2T]; with `share` 0, and of fewer than two images, nothing changes."""
     (pairs, _, height, width), device = images.shape, images.device
-    count = min(max(1, round(share * pairs)), pairs // 2)
+    count = min(max(1, round(share * pairs)), pairs // 2) if share else 0
+    if not count:
+        return images, tokens
     order = torch.randperm(pairs, device=device)
     mixed, others = order[:count], order[count : 2 * count]
     right = torch.arange(width, device=device) >= width // 2

@@ -8,6 +8,7 @@ from typing import Any
 
 import torch
 from torch import nn
+from torch.nn.modules.batchnorm import _BatchNorm
 
 from models.parameters import count_aurora, count_perceiver
 from train.config import PretrainConfig
@@ -149,14 +150,14 @@ def make_plan(config: PretrainConfig, setup: Setup, *, checkpointing: bool | Non
     reduce, gather = communication(parameters["total"], setup)
     backward = compute / accumulation * 2 / 3
     step = compute + accumulation * max(0.0, reduce - backward) + gather
-    one = traced[True][1]
-    heavy = one.model_flops
+    fewer, _ = traced[True]
+    recompute = fewer.counts.flops["recompute"] / fewer.model_flops * flops.total
     scoring = scoring_memory(static, parameters["total"], setup.engine)
     if setup.engine.shards and scores(config) and scoring > setup.device.memory:
         found = [*found, scoring_problem(parameters["total"], scoring, setup.device.memory)]
     return Plan(
         config.name, setup, parameters, shares, flops, by_kind,
-        one.counts.flops["recompute"] / heavy * flops.total, memory, ask, micro, accumulation, as_asked, config.batch_size,
+        recompute, memory, ask, micro, accumulation, as_asked, config.batch_size,
         config.steps, negatives, step, compute, floor(traced[ask], flops.total, micro, accumulation), reduce, gather,
         sum(share * stored_bytes(config, kind) for kind, share in shares.items()), config.save_every,
         checkpoint_bytes(config, parameters["total"]), scoring, found,
@@ -184,32 +185,36 @@ def _holds(module: nn.Module) -> bool:
 
 def probe(
     config: PretrainConfig, setup: Setup, by_kind: Mapping[str, float], model: Any
-) -> dict[int, Traced]:
-    """A micro-step with one and with two samples of the costliest kind."""
+) -> tuple[Traced, Traced]:
+    """A micro-step with one and with two samples of the costliest kind; with batch norm, for which one is too few, with two
+    and with four."""
     worst = max(by_kind, key=lambda kind: by_kind[kind])
     weights = torch.bfloat16 if setup.engine.keeps_bf16 else torch.float32
     rates = (MATMUL_SHARE * setup.device.peak.bf16, COPY_SHARE * setup.device.peak.bandwidth)
     cpu = setup.device.name == "cpu"
     if cpu:  # its rates were measured
         rates = (setup.device.peak.bf16, setup.device.peak.bandwidth)
-    return {
-        n: trace(
+    few = 2 if any(isinstance(module, _BatchNorm) for module in model.modules()) else 1
+    fewer, more = (
+        trace(
             config, {worst: n}, kind="cpu" if cpu else "cuda", bf16=not cpu,
             weights=torch.float32 if cpu else weights, flop_rate=rates[0], byte_rate=rates[1], model=model,
         )
-        for n in (1, 2)
-    }  # fmt: skip
+        for n in (few, 2 * few)
+    )  # fmt: skip
+    return fewer, more
 
 
 def fit(
-    config: PretrainConfig, on: bool, static: dict[str, float], setup: Setup, traced: Mapping[int, Traced]
+    config: PretrainConfig, on: bool, static: dict[str, float], setup: Setup, traced: tuple[Traced, Traced]
 ) -> Memory:
     """The largest micro-batch: activations grow by the same for each sample."""
-    per_sample = float(traced[2].activations - traced[1].activations)
-    fixed = traced[1].activations - per_sample
+    fewer, more = traced
+    per_sample = (more.activations - fewer.activations) / (more.samples - fewer.samples)
+    fixed = fewer.activations - fewer.samples * per_sample
     room = setup.device.memory - sum(static.values()) - fixed
     largest = max(0, min(int(room // per_sample), MOST)) if per_sample > 0 else MOST
-    return Memory(on, static, fixed, per_sample, room, largest, traced[2].logits)
+    return Memory(on, static, fixed, per_sample, room, largest, more.logits)
 
 
 def split_batch(config: PretrainConfig, setup: Setup, memory: Memory) -> tuple[int, int, bool, list[str]]:
@@ -256,11 +261,14 @@ def bus(setup: Setup) -> float:
     return min(inside, NETWORK_SHARE * setup.network) if several else inside
 
 
-def floor(traced: Mapping[int, Traced], flops: float, micro: int, accumulation: int) -> float | None:
+def floor(traced: tuple[Traced, Traced], flops: float, micro: int, accumulation: int) -> float | None:
     """Seconds of a step's operations, each at the device's pace for its products or its bytes. None where nothing was timed."""
-    one, two = (traced[n].counts.seconds for n in (1, 2))
-    heavier = (traced[2].model_flops - traced[1].model_flops) / flops  # the costliest kind beside the mean
-    return accumulation * (one + (micro - 1) * (two - one)) / heavier if one else None
+    fewer, more = traced
+    added = more.samples - fewer.samples
+    heavier = (more.model_flops - fewer.model_flops) / added / flops  # the costliest kind beside the mean
+    each = (more.counts.seconds - fewer.counts.seconds) / added
+    seconds = fewer.counts.seconds + (micro - fewer.samples) * each
+    return accumulation * seconds / heavier if fewer.counts.seconds else None
 
 
 def stored_bytes(config: PretrainConfig, kind: str) -> float:
