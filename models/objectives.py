@@ -41,10 +41,9 @@ class ObjectiveConfig:
     """Weight, within the contrastive loss, of a contrast between the captions of one image (with captions_per_image of 2
     or more): what they share is what a picture can tell."""
     itc_mix: float = 0.0
-    """Share of a micro-batch's pairs, up to a half, that become two in one: the right or the lower half of their picture is
-    another's, and its captions follow theirs (CutMix, arXiv:1905.04899, with captions as in MixGen, arXiv:2206.08358; a
-    quarter keeps a small data set from being learned by heart). At least one of a micro-batch's pairs. Not with caption or
-    mlm, whose words are of one picture."""
+    """Share of a micro-batch's pairs, up to a half and at least one, that become two in one: the right or the lower half of
+    their picture is another pair's, whose captions follow their own (CutMix, arXiv:1905.04899, with captions as in MixGen,
+    arXiv:2206.08358). Not with caption or mlm, whose words are of one picture."""
     parallel_caption: float = 0.0
     """Share of captions whose input words are all hidden, so that every word must come from the image
     (CapPa)."""

@@ -45,8 +45,7 @@ def aurora_photos() -> PretrainConfig:
         tiny,
         name="aurora-photos",
         # 1,200 photographs are soon learned by heart. A bag of words does not learn captions so, a convolutional stem and a
-        # mean with batch norm need fewer pictures; all five captions of a picture are read at each visit, and must agree; a
-        # quarter of the pictures are halves of two.
+        # mean with batch norm need fewer pictures; all five captions of a picture are read at each visit, and must agree.
         model=replace(
             tiny.model,
             image_size=96,
@@ -60,13 +59,7 @@ def aurora_photos() -> PretrainConfig:
             decoder_width=128,
         ),
         objectives=ObjectiveConfig(
-            mim=0.0,
-            caption=0.0,
-            mlm=0.0,
-            itc_kind="softmax",
-            itc_word_dropout=0.3,
-            itc_captions=0.5,
-            itc_mix=0.25,
+            mim=0.0, caption=0.0, mlm=0.0, itc_kind="softmax", itc_word_dropout=0.3, itc_captions=0.5
         ),
         data=DataConfig(
             builtin=False,
