@@ -8,6 +8,7 @@ from __future__ import annotations
 import io
 import math
 import re
+import sys
 from collections.abc import Callable, Iterator
 from contextlib import AbstractContextManager
 from typing import Protocol
@@ -42,8 +43,9 @@ class Reader(AbstractContextManager["Reader"], Protocol):
     frames: int
     problem: str
 
-    def blocks(self, first: int) -> Iterator[np.ndarray]:
-        """float32 [n] blocks, mono, from frame `first` on. Raises CannotSeek where `first` cannot be reached directly."""
+    def blocks(self, first: int, count: int | None) -> Iterator[np.ndarray]:
+        """float32 [n] blocks, mono, from frame `first` on; `count` frames are wanted (None: all), and not many more are
+        decoded. Raises CannotSeek where `first` cannot be reached directly."""
         ...
 
 
@@ -136,7 +138,7 @@ def _resampled(reader: Reader, first: int, wanted: int | None, max_seconds: floa
     """16 kHz samples of `wanted` frames (None: all) from frame `first` on."""
     resampler, parts, taken = Resampler(reader.rate), [], 0
     limit = max_seconds * reader.rate + 2 * MARGIN * reader.rate + reader.rate
-    for block in reader.blocks(first):
+    for block in reader.blocks(first, wanted):
         if wanted is not None and taken + len(block) >= wanted:
             parts.append(resampler(block[: wanted - taken]))
             break
@@ -165,7 +167,9 @@ class Resampler:
 
     def __call__(self, block: np.ndarray) -> np.ndarray:
         """float32 [n] to float32 [m]."""
-        if not np.abs(block).max(initial=0) <= _LOUDEST:  # or not a number
+        with np.errstate(over="ignore", invalid="ignore"):
+            calm = np.dot(block, block) <= _LOUDEST**2  # one pass; more, or not a number: look at each
+        if not calm:
             block = np.clip(np.nan_to_num(block, nan=0.0, posinf=0.0, neginf=0.0), -_LOUDEST, _LOUDEST)
         return _within(block if self._stream is None else self._stream.resample_chunk(block))
 
@@ -210,22 +214,24 @@ class SndfileReader:
     def __enter__(self) -> SndfileReader:
         return self
 
-    def blocks(self, first: int) -> Iterator[np.ndarray]:
+    def blocks(self, first: int, count: int | None) -> Iterator[np.ndarray]:
         """See Reader."""
         weights = np.full(self.channels, 1 / self.channels, np.float32)
         size = max(1, min(BLOCK, (1 << 22) // self.channels))
+        left = sys.maxsize if count is None else count
         try:
             self._file.seek(min(first, self.frames))
         except (self._error, ValueError, OverflowError) as error:
             raise CannotSeek(f"libsndfile: {_plain(error)}") from None
-        while True:
+        while left > 0:
             try:
-                block = self._file.read(size, dtype="float32", always_2d=True)
+                block = self._file.read(min(size, left), dtype="float32", always_2d=True)
             except (self._error, ValueError, OverflowError) as error:
                 self.problem = f"libsndfile: {_plain(error)}"
                 return
             if len(block) == 0:
                 return
+            left -= len(block)
             yield block[:, 0] if self.channels == 1 else block @ weights
 
 

@@ -3,7 +3,9 @@
 from __future__ import annotations
 
 import io
-from collections.abc import Iterator
+import itertools
+import sys
+from collections.abc import Iterable, Iterator
 from fractions import Fraction
 from typing import Any
 
@@ -12,7 +14,10 @@ import numpy as np
 from dataload.audio import BrokenAudio, CannotSeek
 from dataload.broken import BrokenSample
 
-BLOCK = 1 << 15
+BLOCK = 1 << 16
+"""samples per block"""
+PACKETS = 4
+"""demuxed, decoded and gathered at a time, so that each step finds its code and data in the caches"""
 CONTAINERS = (
     "mov,mp4,m4a,3gp,3g2,mj2,matroska,webm,ogg,flac,mp3,wav,w64,aiff,au,caf,asf,avi,flv,mpeg,mpegts,mpegvideo,"
     "aac,ac3,eac3,dts,amr,ape,wv,tta,tak,mpc,mpc8,dsf,gif,ivf,h264,hevc,m4v,mxf,nut,rm,voc,y4m,yuv4mpegpipe"
@@ -40,7 +45,10 @@ def open_container(data: bytes, broken: type[BrokenSample]) -> Any:
         raise ImportError(f"sound and video need PyAV ({error}): pip install 'auroraio[data]'") from error
     av.logging.set_level(None)
     try:
-        return av.open(io.BytesIO(data), metadata_errors="replace", options={"format_whitelist": CONTAINERS})
+        kind = "ogg" if data.startswith(b"OggS") else "mov" if data[4:8] == b"ftyp" else None  # or probe all
+        return av.open(
+            io.BytesIO(data), format=kind, metadata_errors="replace", options={"format_whitelist": CONTAINERS}
+        )
     except (av.FFmpegError, ValueError, TypeError, OverflowError, UnicodeError) as error:
         raise broken(f"FFmpeg: {words(error)}") from None
 
@@ -96,7 +104,7 @@ class AvReader:
     def __exit__(self, *_: object) -> None:
         self._container.close()
 
-    def blocks(self, first: int) -> Iterator[np.ndarray]:
+    def blocks(self, first: int, count: int | None) -> Iterator[np.ndarray]:
         """See Reader."""
         import av
 
@@ -111,8 +119,9 @@ class AvReader:
                 self._container.seek(target, stream=self._stream, backward=True, any_frame=False)
             except (av.FFmpegError, OverflowError, ValueError):
                 raise CannotSeek("FFmpeg: cannot seek in it") from None
-        frames = self._frames()
-        head = next(frames, None)
+        decoded = self._decoded()
+        frames = next(decoded, [])
+        head = frames[0] if frames else None
         if head is not None and head.sample_rate != self.rate:
             raise BrokenAudio(f"FFmpeg: {self.rate} samples per second declared, {head.sample_rate} decoded")
         if head is None and first and self.problem:  # it landed in the middle of something
@@ -130,45 +139,58 @@ class AvReader:
             if -skip > LATE * self.rate:
                 raise BrokenAudio(f"FFmpeg: its sound begins {-skip} samples late")
             yield np.zeros(-skip, np.float32)  # FFmpeg's Vorbis decoder drops the first 128
-        frames = _chain(head, frames)
-        for block in self._gathered(frames):
+        wanted = None if count is None else max(0, skip) + count
+        for block in self._gathered(itertools.chain([frames], decoded), wanted):
             if skip < len(block):
                 yield block[skip:] if skip > 0 else block
             skip = max(0, skip - len(block))
 
-    def _frames(self) -> Iterator[Any]:
-        """Decoded frames up to the first damage, which `problem` then names."""
+    def _decoded(self) -> Iterator[list[Any]]:
+        """The frames of some packets at a time, up to the first damage, which `problem` then names."""
         import av
 
-        decoder = self._container.decode(self._stream)
-        while True:
+        damage = (av.FFmpegError, ValueError, OverflowError)
+        demuxed, decode = self._container.demux(self._stream), self._stream.codec_context.decode
+        more = True
+        while more:
+            packets: list[Any] = []
+            frames: list[Any] = []
             try:
-                frame = next(decoder)
-            except StopIteration:
-                return
-            except (av.FFmpegError, ValueError, OverflowError) as error:
-                self.problem = f"FFmpeg: {words(error)}"
-                return
-            yield frame
+                for packet in itertools.islice(demuxed, PACKETS):
+                    packets.append(packet)
+                more = len(packets) == PACKETS
+            except damage as error:
+                more, self.problem = False, f"FFmpeg: {words(error)}"
+            try:
+                for packet in packets:
+                    frames += decode(packet)
+            except damage as error:
+                more, self.problem = False, f"FFmpeg: {words(error)}"
+            if frames:
+                yield frames
 
-    def _gathered(self, frames: Iterator[Any]) -> Iterator[np.ndarray]:
-        """Mono blocks of many frames each: a frame is 20 ms, and Python is slow. Ends where the rate changes."""
+    def _gathered(self, decoded: Iterable[list[Any]], wanted: int | None) -> Iterator[np.ndarray]:
+        """Mono blocks of many frames each: a frame is 20 ms, and Python is slow. The last of `wanted` samples are not
+        kept until a block is full. Ends where the rate changes."""
         import av
 
         fifo = av.AudioFifo()
-        for frame in frames:
-            frame.pts = None  # gaps are closed
-            try:
-                fifo.write(frame)
-            except ValueError:  # it holds frames of one kind
-                if frame.sample_rate != self.rate:
-                    self.problem = f"its rate changes from {self.rate} to {frame.sample_rate}"
-                    break
-                if fifo.samples:
-                    yield mono(fifo.read())
-                fifo = av.AudioFifo()
-                fifo.write(frame)
-            if fifo.samples >= BLOCK:
+        left = sys.maxsize if wanted is None else wanted
+        for frames in decoded:
+            for frame in frames:
+                frame.pts = None  # gaps are closed
+                try:
+                    fifo.write(frame)
+                except ValueError:  # it holds frames of one kind
+                    if fifo.samples:
+                        yield mono(fifo.read())
+                    if frame.sample_rate != self.rate:
+                        self.problem = f"its rate changes from {self.rate} to {frame.sample_rate}"
+                        return
+                    fifo = av.AudioFifo()
+                    fifo.write(frame)
+            if fifo.samples >= min(BLOCK, left):
+                left -= fifo.samples
                 yield mono(fifo.read())
         if fifo.samples:
             yield mono(fifo.read())
@@ -179,23 +201,22 @@ def mono(frame: Any) -> np.ndarray:
     kind, channels = frame.format.name.removesuffix("p"), frame.layout.nb_channels
     weight = np.float32(_SCALE[kind] / channels)
     # From the planes themselves: PyAV's to_ndarray copies them together first.
-    planes = [np.frombuffer(plane, _TYPES[kind]) for plane in frame.planes]
-    if frame.format.is_planar:
-        out = planes[0][: frame.samples] * weight
+    count = frame.samples if frame.format.is_planar else frame.samples * channels
+    planes = [np.frombuffer(plane, _TYPES[kind], count) for plane in frame.planes]
+    if kind == "flt" and len(planes) > 1:  # most codecs: one new array
+        out = planes[0] + planes[1]
+        for plane in planes[2:]:
+            out += plane
+        out *= weight
+    elif frame.format.is_planar or channels == 1:
+        out = planes[0] * weight
         for plane in planes[1:]:
-            out += plane[: frame.samples] * weight
-    elif channels == 1:
-        out = planes[0][: frame.samples] * weight
+            out += plane * weight
     else:
-        values = planes[0][: frame.samples * channels].reshape(-1, channels)
+        values = planes[0].reshape(-1, channels)
         out = values.astype(np.float32, copy=False) @ np.full(channels, weight)
     out = out.astype(np.float32, copy=False)
     return out - np.float32(1) if kind == "u8" else out
-
-
-def _chain(head: Any, rest: Iterator[Any]) -> Iterator[Any]:
-    yield head
-    yield from rest
 
 
 def _ends(data: bytes) -> bool:
