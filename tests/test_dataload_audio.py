@@ -258,6 +258,29 @@ def test_what_is_cut_short_is_used_as_far_as_it_is_whole_and_says_so(name: str) 
 # Segments
 
 
+@pytest.mark.parametrize("name", ["a.flac", "a.ogg", "a.opus", "a.m4a"])
+@pytest.mark.parametrize("damaged", [False, True])
+def test_steps_and_blocks_of_other_sizes_give_the_same(
+    name: str, damaged: bool, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    from dataload.decode import audio_av
+
+    data = by_ffmpeg(name, seconds=8.0)
+    if damaged:
+        data = data[: len(data) // 2] + bytes(200) + data[len(data) // 2 + 200 :]
+    kinds: list[tuple[float | None, float | None]] = [(None, None), (None, 0.5), (0.2, 0.3)]
+    usual = [audio.decode(data, start=start, seconds=seconds) for start, seconds in kinds]
+    assert bool(usual[0].problem) == damaged
+    for packets, block in ((1, 1), (1, 1 << 20), (1000, 1000)):
+        monkeypatch.setattr(audio_av, "PACKETS", packets)
+        monkeypatch.setattr(audio_av, "BLOCK", block)
+        found = [audio.decode(data, start=start, seconds=seconds) for start, seconds in kinds]
+        for one, other in zip(usual, found, strict=True):
+            assert other.start == one.start
+            np.testing.assert_allclose(other.samples, one.samples, atol=1e-6)
+        assert found[0].problem == usual[0].problem
+
+
 def test_segments() -> None:
     waveform = np.arange(1000, dtype=np.float32)
     assert audio.segment(waveform, 100, where="start")[0].tolist() == list(range(100))
