@@ -258,6 +258,33 @@ def test_what_is_cut_short_is_used_as_far_as_it_is_whole_and_says_so(name: str) 
 # Segments
 
 
+@pytest.mark.parametrize("name", ["a.m4a", "a.ogg"])
+def test_eight_channels_of_their_own_are_averaged(name: str) -> None:
+    found = audio.decode(by_ffmpeg(name, "-ac", "8"))  # the chirp in two, silence in six
+    assert not found.problem
+    assert distance(4 * found.samples, delay=0.05) < 0.1
+
+
+@pytest.mark.parametrize(("name", "other"), [("a.flac", "b.flac"), ("a.aac", "b.aac")])
+@pytest.mark.parametrize("mono_first", [False, True])
+def test_channels_may_change_midway(name: str, other: str, mono_first: bool) -> None:
+    both = [by_ffmpeg(name), by_ffmpeg(other, "-af", "pan=mono|c0=c0")]
+    found = audio.decode(b"".join(reversed(both) if mono_first else both))
+    half = len(found.samples) // 2
+    assert half >= 0.99 * SECONDS * audio.RATE
+    for part in (found.samples[:half], found.samples[half:]):
+        assert distance(part, delay=0.1) < 0.1
+
+
+@pytest.mark.parametrize("name", ["a.flac", "a.tta", "a.m4a"])
+def test_damage_behind_a_segment_is_not_its_problem(name: str) -> None:
+    data = by_ffmpeg(name, *(("-movflags", "+faststart") if name == "a.m4a" else ()), seconds=8.0)
+    data = data[: len(data) * 6 // 10]
+    assert audio.decode(data).problem
+    for start, seconds in ((None, 0.1), (None, 3.0), (1.0, 2.5)):
+        assert audio.decode(data, start=start, seconds=seconds).problem == ""
+
+
 @pytest.mark.parametrize("name", ["a.flac", "a.ogg", "a.opus", "a.m4a"])
 @pytest.mark.parametrize("damaged", [False, True])
 def test_steps_and_blocks_of_other_sizes_give_the_same(

@@ -16,8 +16,9 @@ from dataload.broken import BrokenSample
 
 BLOCK = 1 << 16
 """samples per block"""
-PACKETS = 4
-"""demuxed, decoded and gathered at a time, so that each step finds its code and data in the caches"""
+PACKETS, STEP = 4, 4096
+"""Packets that are demuxed, decoded and gathered at a time, so that each step finds its code and data in the caches; samples
+that they may have together."""
 CONTAINERS = (
     "mov,mp4,m4a,3gp,3g2,mj2,matroska,webm,ogg,flac,mp3,wav,w64,aiff,au,caf,asf,avi,flv,mpeg,mpegts,mpegvideo,"
     "aac,ac3,eac3,dts,amr,ape,wv,tta,tak,mpc,mpc8,dsf,gif,ivf,h264,hevc,m4v,mxf,nut,rm,voc,y4m,yuv4mpegpipe"
@@ -45,10 +46,7 @@ def open_container(data: bytes, broken: type[BrokenSample]) -> Any:
         raise ImportError(f"sound and video need PyAV ({error}): pip install 'auroraio[data]'") from error
     av.logging.set_level(None)
     try:
-        kind = "ogg" if data.startswith(b"OggS") else "mov" if data[4:8] == b"ftyp" else None  # or probe all
-        return av.open(
-            io.BytesIO(data), format=kind, metadata_errors="replace", options={"format_whitelist": CONTAINERS}
-        )
+        return av.open(io.BytesIO(data), metadata_errors="replace", options={"format_whitelist": CONTAINERS})
     except (av.FFmpegError, ValueError, TypeError, OverflowError, UnicodeError) as error:
         raise broken(f"FFmpeg: {words(error)}") from None
 
@@ -151,43 +149,48 @@ class AvReader:
 
         damage = (av.FFmpegError, ValueError, OverflowError)
         demuxed, decode = self._container.demux(self._stream), self._stream.codec_context.decode
-        more = True
-        while more:
+        size, problem = 1, ""
+        while not problem:
             packets: list[Any] = []
             frames: list[Any] = []
             try:
-                for packet in itertools.islice(demuxed, PACKETS):
+                for packet in itertools.islice(demuxed, size):
                     packets.append(packet)
-                more = len(packets) == PACKETS
             except damage as error:
-                more, self.problem = False, f"FFmpeg: {words(error)}"
+                problem = f"FFmpeg: {words(error)}"
+            ended = len(packets) < size
             try:
                 for packet in packets:
                     frames += decode(packet)
             except damage as error:
-                more, self.problem = False, f"FFmpeg: {words(error)}"
+                problem = f"FFmpeg: {words(error)}"
             if frames:
+                size = max(1, min(PACKETS, STEP // max(1, frames[-1].samples)))
                 yield frames
+            if ended:
+                break
+        if problem:  # now that somebody wants what lies behind
+            self.problem = problem
 
     def _gathered(self, decoded: Iterable[list[Any]], wanted: int | None) -> Iterator[np.ndarray]:
         """Mono blocks of many frames each: a frame is 20 ms, and Python is slow. The last of `wanted` samples are not
         kept until a block is full. Ends where the rate changes."""
         import av
 
-        fifo = av.AudioFifo()
+        fifo, channels = av.AudioFifo(), 0
         left = sys.maxsize if wanted is None else wanted
         for frames in decoded:
             for frame in frames:
                 frame.pts = None  # gaps are closed
-                try:
-                    fifo.write(frame)
-                except ValueError:  # it holds frames of one kind
+                # It holds frames of one kind, and does not look at their channels itself.
+                if frame.layout.nb_channels != channels or not _taken(fifo, frame):
                     if fifo.samples:
+                        left -= fifo.samples
                         yield mono(fifo.read())
                     if frame.sample_rate != self.rate:
                         self.problem = f"its rate changes from {self.rate} to {frame.sample_rate}"
                         return
-                    fifo = av.AudioFifo()
+                    fifo, channels = av.AudioFifo(), frame.layout.nb_channels
                     fifo.write(frame)
             if fifo.samples >= min(BLOCK, left):
                 left -= fifo.samples
@@ -196,24 +199,32 @@ class AvReader:
             yield mono(fifo.read())
 
 
+def _taken(fifo: Any, frame: Any) -> bool:
+    try:
+        fifo.write(frame)
+    except ValueError:
+        return False
+    return True
+
+
 def mono(frame: Any) -> np.ndarray:
     """float32 [n]: the mean of a frame's channels."""
+    from av.audio.plane import AudioPlane
+
+    plane_of: Any = AudioPlane
     kind, channels = frame.format.name.removesuffix("p"), frame.layout.nb_channels
     weight = np.float32(_SCALE[kind] / channels)
-    # From the planes themselves: PyAV's to_ndarray copies them together first.
-    count = frame.samples if frame.format.is_planar else frame.samples * channels
-    planes = [np.frombuffer(plane, _TYPES[kind], count) for plane in frame.planes]
-    if kind == "flt" and len(planes) > 1:  # most codecs: one new array
-        out = planes[0] + planes[1]
-        for plane in planes[2:]:
-            out += plane
-        out *= weight
-    elif frame.format.is_planar or channels == 1:
-        out = planes[0] * weight
-        for plane in planes[1:]:
+    # From the planes themselves: PyAV's to_ndarray copies them together first. One by one: where there are eight and more, its
+    # tuple of them has some that are none.
+    if frame.format.is_planar or channels == 1:
+        planes = (np.frombuffer(plane_of(frame, i), _TYPES[kind], frame.samples) for i in range(channels))
+        out = next(planes) * weight
+        for plane in planes:
             out += plane * weight
     else:
-        values = planes[0].reshape(-1, channels)
+        values = np.frombuffer(plane_of(frame, 0), _TYPES[kind], frame.samples * channels).reshape(
+            -1, channels
+        )
         out = values.astype(np.float32, copy=False) @ np.full(channels, weight)
     out = out.astype(np.float32, copy=False)
     return out - np.float32(1) if kind == "u8" else out
