@@ -14,11 +14,11 @@ import numpy as np
 from dataload.audio import BrokenAudio, CannotSeek
 from dataload.broken import BrokenSample
 
-BLOCK = 1 << 16
+BLOCK = 1 << 15
 """samples per block"""
-PACKETS, STEP = 4, 4096
-"""Packets that are demuxed, decoded and gathered at a time, so that each step finds its code and data in the caches; samples
-that they may have together."""
+PACKETS, STEP = 4, 1 << 14
+"""Packets demuxed, decoded and gathered at a time, so that each step finds its code and data in the caches; about how many samples
+they may have together."""
 CONTAINERS = (
     "mov,mp4,m4a,3gp,3g2,mj2,matroska,webm,ogg,flac,mp3,wav,w64,aiff,au,caf,asf,avi,flv,mpeg,mpegts,mpegvideo,"
     "aac,ac3,eac3,dts,amr,ape,wv,tta,tak,mpc,mpc8,dsf,gif,ivf,h264,hevc,m4v,mxf,nut,rm,voc,y4m,yuv4mpegpipe"
@@ -45,10 +45,18 @@ def open_container(data: bytes, broken: type[BrokenSample]) -> Any:
     except ImportError as error:
         raise ImportError(f"sound and video need PyAV ({error}): pip install 'auroraio[data]'") from error
     av.logging.set_level(None)
-    try:
-        return av.open(io.BytesIO(data), metadata_errors="replace", options={"format_whitelist": CONTAINERS})
-    except (av.FFmpegError, ValueError, TypeError, OverflowError, UnicodeError) as error:
-        raise broken(f"FFmpeg: {words(error)}") from None
+    likely = "ogg" if data.startswith(b"OggS") else "mov" if data[4:8] == b"ftyp" else None
+    for kind in dict.fromkeys((likely, None)):  # None: all demuxers look at it
+        try:
+            return av.open(
+                io.BytesIO(data),
+                format=kind,
+                metadata_errors="replace",
+                options={"format_whitelist": CONTAINERS},
+            )
+        except (av.FFmpegError, ValueError, TypeError, OverflowError, UnicodeError) as error:
+            reason = words(error)
+    raise broken(f"FFmpeg: {reason}")
 
 
 def words(error: Exception) -> str:
@@ -183,7 +191,13 @@ class AvReader:
             for frame in frames:
                 frame.pts = None  # gaps are closed
                 # It holds frames of one kind, and does not look at their channels itself.
-                if frame.layout.nb_channels != channels or not _taken(fifo, frame):
+                taken = frame.layout.nb_channels == channels
+                if taken:
+                    try:
+                        fifo.write(frame)
+                    except ValueError:
+                        taken = False
+                if not taken:
                     if fifo.samples:
                         left -= fifo.samples
                         yield mono(fifo.read())
@@ -197,14 +211,6 @@ class AvReader:
                 yield mono(fifo.read())
         if fifo.samples:
             yield mono(fifo.read())
-
-
-def _taken(fifo: Any, frame: Any) -> bool:
-    try:
-        fifo.write(frame)
-    except ValueError:
-        return False
-    return True
 
 
 def mono(frame: Any) -> np.ndarray:
