@@ -17,7 +17,7 @@ from dataload.broken import BrokenSample
 BLOCK = 1 << 15
 """samples per block"""
 PACKETS, STEP = 4, 1 << 14
-"""Packets demuxed, decoded and gathered at a time, so that each step finds its code and data in the caches; about how many samples
+"""Packets demuxed, decoded and gathered at a time, so that each step finds its code and data in the caches; the samples that
 they may have together."""
 CONTAINERS = (
     "mov,mp4,m4a,3gp,3g2,mj2,matroska,webm,ogg,flac,mp3,wav,w64,aiff,au,caf,asf,avi,flv,mpeg,mpegts,mpegvideo,"
@@ -214,7 +214,7 @@ class AvReader:
 
 
 def mono(frame: Any) -> np.ndarray:
-    """float32 [n]: the mean of a frame's channels."""
+    """float32 [n]: the mean of a frame's channels, in the frame's own memory where it can be."""
     from av.audio.plane import AudioPlane
 
     plane_of: Any = AudioPlane
@@ -223,10 +223,11 @@ def mono(frame: Any) -> np.ndarray:
     # From the planes themselves: PyAV's to_ndarray copies them together first. One by one: where there are eight and more, its
     # tuple of them has some that are none.
     if frame.format.is_planar or channels == 1:
-        planes = (np.frombuffer(plane_of(frame, i), _TYPES[kind], frame.samples) for i in range(channels))
-        out = next(planes) * weight
-        for plane in planes:
-            out += plane * weight
+        planes = [np.frombuffer(plane_of(frame, i), _TYPES[kind], frame.samples) for i in range(channels)]
+        scaled = [np.multiply(plane, weight, out=plane if kind == "flt" else None) for plane in planes]
+        out = scaled[0]
+        for plane in scaled[1:]:
+            out += plane
     else:
         values = np.frombuffer(plane_of(frame, 0), _TYPES[kind], frame.samples * channels).reshape(
             -1, channels
