@@ -114,7 +114,7 @@ def test_threads_never_share() -> None:
 def test_batches_that_are_kept_stay_as_they_are(backend: str, tmp_path: Path) -> None:
     """Batches that all are kept are those that are dropped one by one; the latter stand in few places of memory."""
     if backend == "dali":
-        pytest.importorskip("nvidia.dali", reason="needs nvidia-dali-cuda130")
+        pytest.importorskip("nvidia.dali", reason="needs NVIDIA DALI: pip install 'auroraio[gpu]'")
     rng = np.random.default_rng(0)
     with ShardWriter(tmp_path, "train") as writer:
         for i in range(24):
