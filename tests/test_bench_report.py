@@ -225,6 +225,13 @@ def test_the_markdown(tmp_path: Path) -> None:
         "| absent | Window attention: flash-attn | flash-attn is not installed | tiny · forward · bfloat16 |"
         in lines
     )
+    rows = [
+        dataclasses.replace(one, note="with a\nmask | a bias." if one.peer == "timm" else "")
+        for one in typical().rows
+    ]
+    write_report(dataclasses.replace(typical(), rows=rows), tmp_path)
+    lines = (tmp_path / "report.md").read_text(encoding="utf-8").splitlines()
+    assert lines.count(r"timm: with a mask \| a bias.") == 1
     assert safe("a|b\n`c` <d> [e](f) *g* h_i") == r"a\|b \`c\` &lt;d&gt; \[e\](f) \*g\* h_i"
 
 

@@ -62,6 +62,7 @@ def markdown(
         for mode, group in modes.items():
             parts.append(f"### {safe(mode_title(mode))}")
             parts.append(_table(HEAD, _rows(group, usable(run.ceilings))))
+            parts += [f"{safe(peer)}: {safe(note)}." for peer, note in _notes(group)]
     if without:
         rows = [
             (f"**{str(w['status']).upper()}**" if w["status"] == "wrong" else str(w["status"]),)
@@ -103,6 +104,12 @@ def _rows(group: Group, ceilings: Ceilings | None) -> list[tuple[str, ...]]:
         ours = fastest(rows, ours=True)
         out += [(safe(case_title(key, group)), *_cells(row, ours, ceilings)) for row in rows]
     return out
+
+
+def _notes(group: Group) -> Iterable[tuple[str, str]]:
+    """(implementation, what a reader has to know about its times), each once."""
+    rows = [row for rows in group.values() for row in rows if verdict(row) == "ok" and row.note.strip()]
+    return dict.fromkeys((row.peer, row.note.strip().rstrip(".")) for row in rows)
 
 
 def _cells(row: Row, ours: Row | None, ceilings: Ceilings | None) -> tuple[str, ...]:
