@@ -4,7 +4,6 @@ from __future__ import annotations
 
 import ctypes
 import os
-import resource
 import signal
 import socket
 import time
@@ -44,16 +43,6 @@ def hold_the_lock(seconds: int) -> None:
 
 def bloat(size: int) -> int:
     return len(np.ones(size, np.uint8))
-
-
-def several(count: int, size: int) -> int:
-    """Takes `count` times `size` bytes at once."""
-    return sum(len(part) for part in [np.ones(size, np.uint8) for _ in range(count)])
-
-
-def faults() -> int:
-    """Pages that the kernel has given to this process."""
-    return resource.getrusage(resource.RUSAGE_SELF).ru_minflt
 
 
 def broken(message: str) -> None:

@@ -3,10 +3,8 @@
 from __future__ import annotations
 
 import json
-import mmap
 import os
 import pickle
-import platform
 import signal
 import struct
 import subprocess
@@ -122,22 +120,6 @@ def test_what_ends_a_child_is_a_broken_sample(
 
 def test_the_limit_on_memory_leaves_room_for_what_fits(sandbox: Sandbox) -> None:
     assert sandbox.call(HERE + "bloat", 128 << 20, timeout=10) == 128 << 20
-
-
-@pytest.mark.skipif(platform.libc_ver()[0] != "glibc", reason="glibc alone is told to keep what was freed")
-def test_memory_that_was_freed_is_used_again(sandbox: Sandbox, monkeypatch: pytest.MonkeyPatch) -> None:
-    def faults(one: Sandbox) -> int:
-        before = one.call(HERE + "faults", timeout=20)
-        for _ in range(10):
-            one.call(HERE + "several", 4, 1 << 19, timeout=20)
-        return one.call(HERE + "faults", timeout=20) - before
-
-    pages = 4 * (1 << 19) // mmap.PAGESIZE
-    faults(sandbox)
-    assert faults(sandbox) < pages
-    monkeypatch.setenv("MALLOC_MMAP_THRESHOLD_", str(1 << 18))  # what the user says counts
-    with Sandbox() as other:
-        assert faults(other) > 9 * pages
 
 
 def test_a_broken_sample_keeps_its_message_and_the_child(sandbox: Sandbox) -> None:

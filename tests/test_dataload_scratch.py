@@ -2,6 +2,11 @@ from __future__ import annotations
 
 import gc
 import io
+import mmap
+import os
+import platform
+import subprocess
+import sys
 import threading
 import weakref
 from collections.abc import Callable
@@ -22,6 +27,38 @@ from dataload.tokenizer import train_tokenizer
 def test_large_buffers_are_not_kept() -> None:
     assert np.shares_memory(scratch("test", 100), scratch("test", 50))
     assert not np.shares_memory(scratch("test", 40 << 20), scratch("test", 40 << 20))
+
+
+FAULTS = """
+import resource, sys
+import numpy as np
+if sys.argv[1]:
+    __import__(sys.argv[1])
+def decode():
+    return sum(len(part) for part in [np.ones(1 << 19, np.uint8) for _ in range(4)])
+decode()
+before = resource.getrusage(resource.RUSAGE_SELF).ru_minflt
+for _ in range(10):
+    decode()
+print(resource.getrusage(resource.RUSAGE_SELF).ru_minflt - before)
+"""
+
+
+@pytest.mark.skipif(platform.libc_ver()[0] != "glibc", reason="glibc alone is told to keep what was freed")
+def test_decoders_use_freed_memory_again() -> None:
+    def faults(imported: str, **environment: str) -> float:
+        """Pages from the kernel over those that are used."""
+        done = subprocess.run(
+            [sys.executable, "-c", FAULTS, imported],
+            env=os.environ | environment,
+            capture_output=True,
+            check=True,
+        )
+        return int(done.stdout) / (10 * 4 * (1 << 19) / mmap.PAGESIZE)
+
+    assert faults("dataload.decode") < 0.1
+    assert faults("") > 0.5
+    assert faults("dataload.decode", MALLOC_MMAP_THRESHOLD_=str(1 << 18)) > 0.5  # what the user says counts
 
 
 HOLDS: dict[str, Callable[[torch.Tensor], object]] = {

@@ -21,7 +21,7 @@ MAX_CHANNELS = 64
 LOWEST_RATE, HIGHEST_RATE = 1_000, 768_000
 MARGIN = 0.1
 """seconds decoded before and after a segment: the resampler's filter, and what codecs need before they are exact"""
-BLOCK = 1 << 16
+BLOCK = 1 << 17
 """frames per block"""
 _MISSING = 0.1  # seconds by which headers of whole files are wrong: MP3s declare a frame or two too many
 _NATIVE = (

@@ -14,7 +14,7 @@ import numpy as np
 from dataload.audio import BrokenAudio, CannotSeek
 from dataload.broken import BrokenSample
 
-BLOCK = 1 << 15
+BLOCK = 1 << 17
 """samples per block"""
 PACKETS, STEP = 4, 1 << 14
 """Packets demuxed, decoded and gathered at a time, so that each step finds its code and data in the caches; the samples that

@@ -38,9 +38,6 @@ RESULT_LIMIT = 2 << 30
 START_TIMEOUT = 120.0
 """seconds for a child to start or to import a library: a busy machine with cold disks takes long"""
 _ONE_THREAD = ("OMP_NUM_THREADS", "OPENBLAS_NUM_THREADS", "MKL_NUM_THREADS")
-_KEEPS = {"MALLOC_MMAP_THRESHOLD_": str(8 << 20), "MALLOC_TRIM_THRESHOLD_": str(16 << 20)}
-"""glibc (mallopt(3)): what is freed is used again. A decoder takes and frees the same megabytes for each sample, and the kernel
-takes a tenth of its time and more to give them back page by page."""
 _BUFFER = 1 << 20  # of a socket, bytes
 _PROGRAM = """
 import json, sys
@@ -208,7 +205,7 @@ class _Child:
             raise SandboxError(f"cannot prepare a child process: {error}") from error
         for end in (self._socket, theirs):
             end.setsockopt(socket.SOL_SOCKET, socket.SO_SNDBUF, _BUFFER)
-        environment = _KEEPS | dict(os.environ) | dict.fromkeys(_ONE_THREAD, "1")
+        environment = dict(os.environ) | dict.fromkeys(_ONE_THREAD, "1")
         try:
             self._process = subprocess.Popen(
                 [sys.executable, "-c", _PROGRAM, str(os.getpid()), json.dumps(sys.path)],
