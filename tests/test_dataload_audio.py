@@ -17,6 +17,7 @@ import pytest
 from dataload import audio
 from dataload.audio import BrokenAudio
 from dataload.broken import BrokenSample
+from dataload.decode.audio_av import tells_length
 from dataload.sandbox import Sandbox
 
 sf = pytest.importorskip("soundfile", reason="needs soundfile: pip install 'auroraio[data]'")
@@ -322,12 +323,14 @@ def test_a_sandbox_gives_the_same(sandbox: Sandbox) -> None:
 
 
 def test_odd_real_files_are_read_as_soundfile_reads_them(real_data: Path, sandbox: Sandbox) -> None:
-    """All that soundfile reads, we read, with as many samples; what it does not, is read by FFmpeg or says why."""
+    """All that soundfile reads, we read, with as many samples, or more of MP3s that do not say how long they are; what it does
+    not, is read by FFmpeg or says why."""
     files = {f.name: f for f in (real_data / "weird_audio/files").iterdir()}
     with open(real_data / "weird_audio/manifest.csv", encoding="utf-8", newline="") as file:
         rows = list(csv.DictReader(file))
     assert len(files) == len(rows) == 87
     said: dict[str, str] = {}
+    longer = []
     for row in rows:
         name = next(n for n in files if n == Path(row["path"]).name)
         data = files[name].read_bytes()
@@ -341,7 +344,11 @@ def test_odd_real_files_are_read_as_soundfile_reads_them(real_data: Path, sandbo
             assert np.isfinite(sound.samples).all() and np.abs(sound.samples).max() <= 1
             if row["soundfile_read"] == "ok":
                 expected = int(row["frames_read"]) * 16000 / int(row["sample_rate"])
-                assert abs(len(sound.samples) - expected) <= 1, (name, len(sound.samples), expected)
+                if len(sound.samples) > expected + 1 and name.endswith(".mp3") and not tells_length(data):
+                    longer.append(name)
+                else:
+                    assert abs(len(sound.samples) - expected) <= 1, (name, len(sound.samples), expected)
+    assert "id3_frames.mp3" in longer
     assert len(said) >= 20 and sandbox.restarts == 0
 
 

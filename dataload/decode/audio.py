@@ -5,17 +5,19 @@ A reader (of libsndfile or of PyAV) gives mono blocks at the file's rate from a 
 
 from __future__ import annotations
 
+import functools
 import io
 import math
 import re
 import sys
 from collections.abc import Callable, Iterator
 from contextlib import AbstractContextManager
-from typing import Protocol
+from typing import Any, Protocol
 
 import numpy as np
 
 from dataload.audio import RATE, BrokenAudio, CannotSeek
+from dataload.decode.audio_av import AvReader, tells_length
 
 MAX_CHANNELS = 64
 LOWEST_RATE, HIGHEST_RATE = 1_000, 768_000
@@ -31,16 +33,17 @@ _NATIVE = (
     b"FORM",
     b".snd",
     b"caff",
-    b"ID3",
-)  # libsndfile is the faster one for these
+)  # libsndfile is the faster one for these, and for MP3
 
 
 class Reader(AbstractContextManager["Reader"], Protocol):
-    """An open sound. `frames` is what the header declares, 0 for unknown; `problem` is set while reading."""
+    """An open sound. `frames` is what the header declares, 0 for unknown; `exact` is False where that was reckoned from the bit
+    rate; `problem` is set while reading."""
 
     rate: int
     channels: int
     frames: int
+    exact: bool
     problem: str
 
     def blocks(self, first: int, count: int | None) -> Iterator[np.ndarray]:
@@ -74,11 +77,15 @@ class OverLimit(BrokenAudio):
 
 def _openers(data: bytes) -> tuple[Callable[[bytes], Reader], ...]:
     """The two libraries, the one that is better for these bytes first."""
-    from dataload.decode.audio_av import AvReader
+    mp3 = data.startswith(b"ID3") or _mpeg(data)
+    # Where an MP3 does not say how long it is, libsndfile takes all frames to be as large as the first, and ends too early.
+    native = tells_length(data) if mp3 else data.startswith(_NATIVE)
+    return (SndfileReader, AvReader) if native else (AvReader, SndfileReader)
 
-    mp3 = data[0] == 0xFF and len(data) > 1 and data[1] & 0xE0 == 0xE0
-    # ID3 before anything else than MP3 is rare; libsndfile skips it as well.
-    return (SndfileReader, AvReader) if data.startswith(_NATIVE) or mp3 else (AvReader, SndfileReader)
+
+def _mpeg(data: bytes | memoryview) -> bool:
+    """Whether a frame of MPEG audio begins here, or of something that looks like it."""
+    return len(data) > 1 and data[0] == 0xFF and data[1] & 0xE0 == 0xE0
 
 
 def check(reader: Reader) -> None:
@@ -147,7 +154,7 @@ def _resampled(reader: Reader, first: int, wanted: int | None, max_seconds: floa
             raise OverLimit(f"more than {max_seconds:g} seconds, the limit")
         parts.append(resampler(block))
     else:
-        if not reader.problem and first + taken + _MISSING * reader.rate < reader.frames:
+        if reader.exact and not reader.problem and first + taken + _MISSING * reader.rate < reader.frames:
             reader.problem = f"cut short: {first + taken} of {reader.frames} samples"
     parts.append(resampler.end())
     return np.concatenate(parts)
@@ -186,6 +193,18 @@ def _within(block: np.ndarray) -> np.ndarray:
 _LOUDEST = 1e6  # beyond, float32 sums in a resampler overflow
 
 
+@functools.cache
+def _steady() -> type[Any]:
+    """soundfile.SoundFile without its seek, after each read, to where that ended: in some MP3s it lands somewhere else."""
+    import soundfile
+
+    class Steady(soundfile.SoundFile):
+        def seekable(self) -> bool:
+            return False
+
+    return Steady
+
+
 class SndfileReader:
     """Through libsndfile. Raises BrokenAudio for what it does not open."""
 
@@ -194,13 +213,13 @@ class SndfileReader:
             import soundfile
         except (ImportError, OSError) as error:  # OSError: without libsndfile
             raise missing(error) from error
-        self._error = soundfile.SoundFileError
+        self._error, self._bytes = soundfile.SoundFileError, io.BytesIO(data)
         try:
-            self._file = soundfile.SoundFile(io.BytesIO(data))
+            self._file = _steady()(self._bytes)
         except (self._error, ValueError, TypeError, OverflowError) as error:
             raise BrokenAudio(f"libsndfile: {_plain(error)}") from None
         self.rate, self.channels, self.frames = self._file.samplerate, self._file.channels, self._file.frames
-        self.problem = ""
+        self.problem, self.exact = "", self._file.format != "MP3" or tells_length(data)
         if found := _SHORT.search(self._file.extra_info):
             declared, there = int(found[1]), int(found[2])
             if (
@@ -230,9 +249,17 @@ class SndfileReader:
                 self.problem = f"libsndfile: {_plain(error)}"
                 return
             if len(block) == 0:
+                self._must_end()
                 return
             left -= len(block)
             yield block[:, 0] if self.channels == 1 else block @ weights
+
+    def _must_end(self) -> None:
+        """Raises BrokenAudio for an MP3 that goes on where its header says that it ends: libsndfile stops there."""
+        read, left = self._bytes.tell(), self._bytes.getbuffer()[self._bytes.tell() :]
+        goes_on = left[:3] == b"ID3" or _mpeg(left)
+        if self._file.format == "MP3" and goes_on and len(left) * self.frames > _MISSING * self.rate * read:
+            raise BrokenAudio(f"libsndfile: it stops after {read} of {read + len(left)} bytes")
 
 
 _SHORT = re.compile(r"^\s*(?:data|SSND)\s*: (\d+) \(should be (\d+)\)", re.MULTILINE)

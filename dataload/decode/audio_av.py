@@ -25,6 +25,8 @@ CONTAINERS = (
 )
 """FFmpeg's demuxers that may open a file. Not those of playlists (HLS, DASH, concat, SDP), which would open other files and
 addresses that are named in it."""
+_BARE = ("aac", "ac3", "eac3", "dts", "amr", "h264", "hevc", "m4v", "mpegvideo")
+"""FFmpeg's demuxers of streams without a container: nothing in them says how long they are, and FFmpeg reckons"""
 LATE = 0.1
 """seconds that may be missing at the beginning, and become silence"""
 _SCALE = {"u8": 1 / 128, "s16": 1 / 32768, "s32": 1 / 2**31, "s64": 1 / 2**63, "flt": 1.0, "dbl": 1.0}
@@ -73,6 +75,7 @@ class AvReader:
         self._container: Any = None
         self._open()
         self.frames = self._declared()
+        self.exact = self._kind not in _BARE and (self._kind != "mp3" or tells_length(data))
         if data.startswith(b"OggS") and not _ends(data):
             self.problem = "cut short: its last page is missing"
 
@@ -81,6 +84,7 @@ class AvReader:
         if self._container is not None:
             self._container.close()
         self._container, self._used = open_container(self._data, BrokenAudio), False
+        self._kind = str(self._container.format.name)
         try:
             if not self._container.streams.audio:
                 raise BrokenAudio("no sound track")
@@ -235,6 +239,16 @@ def mono(frame: Any) -> np.ndarray:
         out = values.astype(np.float32, copy=False) @ np.full(channels, weight)
     out = out.astype(np.float32, copy=False)
     return out - np.float32(1) if kind == "u8" else out
+
+
+def tells_length(data: bytes) -> bool:
+    """Whether the first frame of an MP3, behind tags (ID3v2), says how long it is: the headers of Xing, LAME and Fraunhofer."""
+    start = 0
+    while data[start : start + 3] == b"ID3" and len(data) > start + 10:
+        start += 10 + sum(
+            byte << shift for byte, shift in zip(data[start + 6 : start + 10], (21, 14, 7, 0), strict=True)
+        )
+    return any(mark in data[start : start + 256] for mark in (b"Xing", b"Info", b"VBRI"))
 
 
 def _ends(data: bytes) -> bool:
