@@ -15,6 +15,7 @@ import soundfile
 import soxr
 
 from dataload import audio
+from dataload.stats import media
 
 SWEEP = "0.3*sin(2*PI*(200+9*t)*t)+0.2*sin(2*PI*3000*t)*sin(7*t)+0.05*(random(0)-0.5)"
 BARE = ("-q:a", "5", "-write_xing", "0", "-id3v2_version", "0")
@@ -68,6 +69,7 @@ def test_a_varying_bit_rate_without_a_header_is_read_to_its_end() -> None:
     sound, expected = audio.decode(data), decoded(data)
     assert sound.problem == ""
     assert abs(len(sound.samples) - len(expected)) < 50 and len(expected) > 29.9 * audio.RATE
+    assert 25 < media.read(data, "audio")[0] < 31
     last = audio.decode(data, seconds=2.0, place=1.0)
     first = round(last.start * audio.RATE)
     assert 25 < last.start <= 28.1 and last.problem == ""

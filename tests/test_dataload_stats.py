@@ -14,10 +14,13 @@ import numpy as np
 import pytest
 import soundfile
 from browser import Page, in_browser
+from clips import mp4
 from PIL import Image, ImageFilter
 
 from dataload import shards
 from dataload.pack.writer import ShardWriter
+from dataload.sandbox import Sandbox
+from dataload.stats import media
 from dataload.stats.__main__ import main
 from dataload.stats.counts import Distribution, same_text, words
 from dataload.stats.looks import LOOK, WHOLE, look
@@ -110,6 +113,14 @@ def test_counts(corpus: Path) -> None:
     assert told["audios"]["kinds"] == {"8,000 Hz, 1 channel": 2}
     assert told["videos"]["broken"]["count"] == 1 and "0021" in told["videos"]["broken"]["first"][0][0]
     assert told["duplicates"]["exact"] == 0
+
+
+def test_a_video_without_a_decoder_is_broken() -> None:
+    video = mp4(7, frames=3, size=32, hertz=None)
+    with Sandbox() as sandbox:
+        assert media.header(video, "video", sandbox).kind == "32x32, 12 fps, silent"
+        with pytest.raises(media.BrokenMedia, match="no decoder"):
+            media.header(video.replace(b"avc1", b"zzzz"), "video", sandbox)
 
 
 def test_counts_of_real_captions(real_data: Path, tmp_path: Path) -> None:

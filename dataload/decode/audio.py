@@ -12,12 +12,14 @@ import re
 import sys
 from collections.abc import Callable, Iterator
 from contextlib import AbstractContextManager
-from typing import Any, Protocol
+from typing import Any, Protocol, TypeVar
 
 import numpy as np
 
 from dataload.audio import RATE, BrokenAudio, CannotSeek
 from dataload.decode.audio_av import AvReader, tells_length
+
+T = TypeVar("T")
 
 MAX_CHANNELS = 64
 LOWEST_RATE, HIGHEST_RATE = 1_000, 768_000
@@ -56,6 +58,16 @@ def decode_here(
     data: bytes, start: float | None, seconds: float | None, place: float, max_seconds: float
 ) -> tuple[np.ndarray, float, str]:
     """(samples, start, problem); see audio.decode."""
+    return _by_either(data, lambda reader: _decode(reader, start, seconds, place, max_seconds))
+
+
+def header_here(data: bytes) -> tuple[float, int, int]:
+    """(seconds, rate, channels), by the header alone; 0 seconds where it does not say. Raises BrokenAudio."""
+    return _by_either(data, lambda reader: (reader.frames / reader.rate, reader.rate, reader.channels))
+
+
+def _by_either(data: bytes, use: Callable[[Reader], T]) -> T:
+    """What `use` makes of a reader: of the second library's where it, or opening the first one's, raises BrokenAudio."""
     if not data:
         raise BrokenAudio("no bytes")
     reasons = []
@@ -63,7 +75,7 @@ def decode_here(
         try:
             with opener(data) as reader:
                 check(reader)
-                return _decode(reader, start, seconds, place, max_seconds)
+                return use(reader)
         except (BrokenAudio, OverLimit) as error:
             if isinstance(error, OverLimit):
                 raise

@@ -3,7 +3,6 @@ them in a child process, which a damaged file may crash."""
 
 from __future__ import annotations
 
-import io
 import math
 from dataclasses import dataclass
 from fractions import Fraction
@@ -54,37 +53,29 @@ def header(data: bytes, kind: str, sandbox: Sandbox) -> Header:
 
 def read(data: bytes, kind: str) -> tuple[float, str]:
     """What `header` runs in the child: seconds, and the rest in words."""
-    if kind == "audio":
-        import soundfile
-
-        try:
-            info = soundfile.info(io.BytesIO(data))
-            channels = "1 channel" if info.channels == 1 else f"{info.channels} channels"
-            return info.frames / info.samplerate, f"{info.samplerate:,} Hz, {channels}"
-        except (soundfile.LibsndfileError, RuntimeError, ZeroDivisionError):
-            pass  # AAC and others, which PyAV may know
-    return _by_av(data, kind)
+    return _sound(data) if kind == "audio" else _video(data)
 
 
-def _by_av(data: bytes, kind: str) -> tuple[float, str]:
-    import av
+def _sound(data: bytes) -> tuple[float, str]:
+    from dataload.decode.audio import header_here
 
     try:
-        with av.open(io.BytesIO(data), "r") as container:
-            seconds = (container.duration or 0) / av.time_base
-            if kind == "audio":
-                if not container.streams.audio:
-                    raise BrokenMedia("no sound in it")
-                sound = container.streams.audio[0]
-                channels = "1 channel" if sound.channels == 1 else f"{sound.channels} channels"
-                return (seconds, f"{sound.rate:,} Hz, {channels}")
-            if not container.streams.video:
-                raise BrokenMedia("no video in it")
-            video = container.streams.video[0]
-            rate = float(video.average_rate or Fraction(0))
-            tracks = "with sound" if container.streams.audio else "silent"
-            return (seconds, f"{video.width}x{video.height}, {rate:.3g} fps, {tracks}")
-    except BrokenMedia:
-        raise
-    except (av.FFmpegError, ValueError, TypeError) as error:
-        raise BrokenMedia(f"{type(error).__name__}: {error}") from error
+        seconds, rate, channels = header_here(data)
+    except BrokenSample as error:
+        raise BrokenMedia(str(error)) from error
+    return seconds, f"{rate:,} Hz, {channels} {'channel' if channels == 1 else 'channels'}"
+
+
+def _video(data: bytes) -> tuple[float, str]:
+    from dataload.decode.audio_av import open_container
+
+    with open_container(data, BrokenMedia) as container:
+        if not container.streams.video:
+            raise BrokenMedia("no video in it")
+        video = container.streams.video[0]
+        codec = video.codec_context
+        if codec is None:
+            raise BrokenMedia("FFmpeg: no decoder for its pictures")
+        rate = float(video.average_rate or Fraction(0))
+        tracks = "with sound" if container.streams.audio else "silent"
+        return (container.duration or 0) / 1e6, f"{codec.width}x{codec.height}, {rate:.3g} fps, {tracks}"
