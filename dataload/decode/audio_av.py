@@ -25,7 +25,7 @@ CONTAINERS = (
 )
 """FFmpeg's demuxers that may open a file. Not those of playlists (HLS, DASH, concat, SDP), which would open other files and
 addresses that are named in it."""
-_BARE = ("aac", "ac3", "eac3", "dts", "amr", "h264", "hevc", "m4v", "mpegvideo")
+_BARE = ("mp3", "aac", "ac3", "eac3", "dts", "amr", "h264", "hevc", "m4v", "mpegvideo")
 """FFmpeg's demuxers of streams without a container: nothing in them says how long they are, and FFmpeg reckons"""
 LATE = 0.1
 """seconds that may be missing at the beginning, and become silence"""
@@ -75,7 +75,7 @@ class AvReader:
         self._container: Any = None
         self._open()
         self.frames = self._declared()
-        self.exact = self._kind not in _BARE and (self._kind != "mp3" or tells_length(data))
+        self.exact = self._kind not in _BARE
         if data.startswith(b"OggS") and not _ends(data):
             self.problem = "cut short: its last page is missing"
 
@@ -239,16 +239,6 @@ def mono(frame: Any) -> np.ndarray:
         out = values.astype(np.float32, copy=False) @ np.full(channels, weight)
     out = out.astype(np.float32, copy=False)
     return out - np.float32(1) if kind == "u8" else out
-
-
-def tells_length(data: bytes) -> bool:
-    """Whether the first frame of an MP3, behind tags (ID3v2), says how long it is: the headers of Xing, LAME and Fraunhofer."""
-    start = 0
-    while data[start : start + 3] == b"ID3" and len(data) > start + 10:
-        start += 10 + sum(
-            byte << shift for byte, shift in zip(data[start + 6 : start + 10], (21, 14, 7, 0), strict=True)
-        )
-    return any(mark in data[start : start + 256] for mark in (b"Xing", b"Info", b"VBRI"))
 
 
 def _ends(data: bytes) -> bool:
