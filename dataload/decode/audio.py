@@ -229,7 +229,7 @@ class SndfileReader:
             if (
                 declared < 0xFFFF_FF00 and declared != 0x7FFF_FFFF
             ):  # what a recorder writes that cannot go back
-                self.problem = f"cut short: {there} of {declared} bytes"
+                self.problem = f"cut short: {there} of {declared} bytes of samples"
 
     def __exit__(self, *_: object) -> None:
         self._file.close()
@@ -258,9 +258,7 @@ class SndfileReader:
             yield block[:, 0] if self.channels == 1 else block @ weights
 
 
-_SHORT = re.compile(
-    r"^\s*(?:data|SSND|riff)\s*: (\d+) \(should be (\d+)\)", re.MULTILINE
-)  # riff: W64, as a whole
+_SHORT = re.compile(r"^\s*(?:data|SSND)\s*: (\d+) \(should be (\d+)\)", re.MULTILINE)
 
 
 def _plain(error: Exception) -> str:
