@@ -344,7 +344,7 @@ def test_odd_real_files_are_read_as_soundfile_reads_them(real_data: Path, sandbo
             assert np.isfinite(sound.samples).all() and np.abs(sound.samples).max() <= 1
             if row["soundfile_read"] == "ok":
                 expected = int(row["frames_read"]) * 16000 / int(row["sample_rate"])
-                if len(sound.samples) > expected + 1 and counted(data) != data:
+                if len(sound.samples) > expected + 1 and counted(data)[0] is not data:
                     longer.append(name)
                 else:
                     assert abs(len(sound.samples) - expected) <= 1, (name, len(sound.samples), expected)

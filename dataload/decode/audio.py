@@ -29,8 +29,8 @@ MARGIN = 0.1
 BLOCK = 1 << 16
 """frames per block"""
 _MISSING = 0.1  # seconds by which headers of whole files are wrong: MP3s declare a frame or two too many
-_NATIVE = (b"RIFF", b"RIFX", b"RF64", b"riff", b"FORM", b".snd", b"caff")
-"""how files begin for which libsndfile is the faster one, as it is for MP3 ("riff": W64, whose ADPCM FFmpeg does not know)"""
+_NATIVE = (b"RIFF", b"RIFX", b"RF64", b"FORM", b".snd", b"caff")
+"""how files begin for which libsndfile is the faster one, as it is for MP3"""
 
 
 class Reader(AbstractContextManager["Reader"], Protocol):
@@ -218,11 +218,13 @@ class SndfileReader:
         except (ImportError, OSError) as error:  # OSError: without libsndfile
             raise missing(error) from error
         self._error = soundfile.SoundFileError
+        data, self._lost = counted(data) if _mpeg(data) else (data, 0)
         try:
-            self._file = _steady()(io.BytesIO(counted(data) if _mpeg(data) else data))
+            self._file = _steady()(io.BytesIO(data))
         except (self._error, ValueError, TypeError, OverflowError) as error:
             raise BrokenAudio(f"libsndfile: {_plain(error)}") from None
-        self.rate, self.channels, self.frames = self._file.samplerate, self._file.channels, self._file.frames
+        self.rate, self.channels = self._file.samplerate, self._file.channels
+        self.frames = self._file.frames + self._lost
         self.problem, self.exact = "", True
         if found := _SHORT.search(self._file.extra_info):
             declared, there = int(found[1]), int(found[2])
@@ -242,8 +244,11 @@ class SndfileReader:
         weights = np.full(self.channels, 1 / self.channels, np.float32)
         size = max(1, min(BLOCK, (1 << 22) // self.channels))
         left = sys.maxsize if count is None else count
+        if first < self._lost:
+            yield np.zeros(min(self._lost - first, left), np.float32)
+            left -= min(self._lost - first, left)
         try:
-            self._file.seek(min(first, self.frames))
+            self._file.seek(min(max(0, first - self._lost), self._file.frames))
         except (self._error, ValueError, OverflowError) as error:
             raise CannotSeek(f"libsndfile: {_plain(error)}") from None
         while left > 0:

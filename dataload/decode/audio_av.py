@@ -27,6 +27,8 @@ CONTAINERS = (
 addresses that are named in it."""
 _BARE = ("mp3", "aac", "ac3", "eac3", "dts", "amr", "h264", "hevc", "m4v", "mpegvideo")
 """FFmpeg's demuxers of streams without a container: nothing in them says how long they are, and FFmpeg reckons"""
+_MOST = 1 << 14
+"""samples per byte of a file; what declares more (FFmpeg of ADPCM in W64: millions of years) declares nothing"""
 LATE = 0.1
 """seconds that may be missing at the beginning, and become silence"""
 _SCALE = {"u8": 1 / 128, "s16": 1 / 32768, "s32": 1 / 2**31, "s64": 1 / 2**63, "flt": 1.0, "dbl": 1.0}
@@ -105,8 +107,10 @@ class AvReader:
 
     def _declared(self) -> int:
         if self._stream.duration and self._stream.time_base:
-            return max(0, round(float(self._stream.duration * self._stream.time_base) * self.rate))
-        return max(0, round((self._container.duration or 0) / 1e6 * self.rate))
+            frames = round(float(self._stream.duration * self._stream.time_base) * self.rate)
+        else:
+            frames = round((self._container.duration or 0) / 1e6 * self.rate)
+        return frames if 0 < frames <= _MOST * len(self._data) else 0
 
     def __enter__(self) -> AvReader:
         return self
