@@ -10,7 +10,8 @@ Policies, in one place:
 - Limits are on what a header declares and on what then really comes: channels, rate, seconds that are decoded.
 - WAV, AIFF, AU, MP3 and other formats of libsndfile are read by it; FLAC, Ogg (Vorbis, Opus, Speex), MP4/M4A (AAC, ALAC),
   WMA, WavPack and the rest by FFmpeg's libraries in PyAV, which is faster for those; either tries what the other refuses.
-- The frames of an MP3 are counted where its first one declares too few, or none and they differ: libsndfile would stop too early.
+- The frames of an MP3 are counted where its first one declares too few, or none and they differ in size: libsndfile would
+  stop too early.
 """
 
 from __future__ import annotations
