@@ -87,10 +87,8 @@ class _Survey:
                 bits.add(header & 0xF0)
                 place += sizes[header]
             else:
-                place, kind = (
-                    self._next(place),
-                    None,
-                )  # perhaps of another rate: libsndfile stops there, and the count tells
+                # Perhaps of another rate: libsndfile stops there, and the count tells.
+                place, kind = self._next(place), None
         self.varies = len(bits) > 1
         return count if self._tries else -1
 
