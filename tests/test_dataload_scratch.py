@@ -44,7 +44,9 @@ print(resource.getrusage(resource.RUSAGE_SELF).ru_minflt - before)
 """
 
 
-@pytest.mark.skipif(platform.libc_ver()[0] != "glibc", reason="needs glibc: it alone is told to keep what was freed")
+@pytest.mark.skipif(
+    platform.libc_ver()[0] != "glibc", reason="needs glibc: it alone is told to keep what was freed"
+)
 def test_decoders_use_freed_memory_again() -> None:
     def faults(imported: str, **environment: str) -> float:
         """Pages from the kernel over those that are used."""
