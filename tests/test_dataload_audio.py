@@ -3,11 +3,7 @@
 from __future__ import annotations
 
 import csv
-import functools
-import io
-import shutil
 import struct
-import subprocess
 from collections.abc import Callable, Iterator
 from pathlib import Path
 
@@ -19,36 +15,9 @@ from dataload.audio import BrokenAudio
 from dataload.broken import BrokenSample
 from dataload.decode.mp3 import counted
 from dataload.sandbox import Sandbox
+from tests.sounds import SECONDS, by_ffmpeg, chirp, encoded
 
 sf = pytest.importorskip("soundfile", reason="needs soundfile: pip install 'auroraio[data]'")
-SECONDS = 2.0
-
-
-def chirp(rate: int, seconds: float = SECONDS, loud: float = 0.5, late: float = 0.0) -> np.ndarray:
-    """float64 [S]: 200 Hz to 3 kHz, known at every time; `late` by so many seconds."""
-    t = np.arange(int(rate * seconds)) / rate - late
-    return loud * np.sin(2 * np.pi * (200 * t + (2800 / seconds) * t**2 / 2))
-
-
-def encoded(samples: np.ndarray, rate: int, kind: str = "WAV", subtype: str | None = None) -> bytes:
-    out = io.BytesIO()
-    sf.write(out, samples, rate, format=kind, subtype=subtype)
-    return out.getvalue()
-
-
-@functools.cache
-def by_ffmpeg(name: str, *options: str, rate: int = 44100, seconds: float = SECONDS) -> bytes:
-    """The chirp in both channels, encoded by the ffmpeg command in a file called `name`."""
-    if shutil.which("ffmpeg") is None:
-        pytest.skip("needs the ffmpeg command to make the file")
-    import tempfile
-
-    with tempfile.TemporaryDirectory() as folder:
-        path = Path(folder) / name
-        stereo = np.stack([chirp(rate, seconds)] * 2, axis=1)
-        command = ["ffmpeg", "-v", "error", "-i", "-", *options, str(path)]
-        subprocess.run(command, input=encoded(stereo, rate, subtype="FLOAT"), check=True, timeout=60)
-        return path.read_bytes()
 
 
 def distance(found: np.ndarray, delay: float = 0.0) -> float:

@@ -14,7 +14,7 @@ import numpy as np
 from dataload.audio import BrokenAudio, CannotSeek
 from dataload.broken import BrokenSample
 
-BLOCK = 1 << 17
+BLOCK = 1 << 16
 """samples per block"""
 PACKETS, STEP = 4, 1 << 14
 """Packets demuxed, decoded and gathered at a time, so that each step finds its code and data in the caches; the samples that
@@ -29,6 +29,10 @@ _BARE = ("mp3", "aac", "ac3", "eac3", "dts", "amr", "h264", "hevc", "m4v", "mpeg
 """FFmpeg's demuxers of streams without a container: nothing in them says how long they are, and FFmpeg reckons"""
 _MOST = 1 << 14
 """samples per byte of a file; what declares more (FFmpeg of ADPCM in W64: millions of years) declares nothing"""
+_TOLD = ("aac", "vorbis", "opus", "flac")
+"""FFmpeg's codecs of which the headers in MP4, Ogg and FLAC tell all that must be known before decoding"""
+_FULL_RATE = 32_000
+"""samples per second from which on an AAC stream is hardly the lower half of another: headers need not mention that (SBR)"""
 LATE = 0.1
 """seconds that may be missing at the beginning, and become silence"""
 _SCALE = {"u8": 1 / 128, "s16": 1 / 32768, "s32": 1 / 2**31, "s64": 1 / 2**63, "flt": 1.0, "dbl": 1.0}
@@ -42,25 +46,48 @@ _TYPES = {
 }
 
 
-def open_container(data: bytes, broken: type[BrokenSample]) -> Any:
-    """An av.container.InputContainer of bytes, of the kinds above alone. Raises `broken`, or ImportError."""
+def container_of(data: bytes) -> str | None:
+    """FFmpeg's name of the container, where the first bytes tell at once."""
+    starts = {b"OggS": "ogg", b"fLaC": "flac"}
+    return "mov" if data[4:8] == b"ftyp" else starts.get(data[:4])
+
+
+def open_container(data: bytes, broken: type[BrokenSample], *, trusting: bool = False) -> Any:
+    """An av.container.InputContainer of bytes, of the kinds above alone. FFmpeg decodes a little of each stream to see what is
+    in it; not where it may be `trusting` and the headers tell all of the sound. Raises `broken`, or ImportError."""
     try:
         import av
     except ImportError as error:
         raise ImportError(f"sound and video need PyAV ({error}): pip install 'auroraio[data]'") from error
     av.logging.set_level(None)
-    likely = "ogg" if data.startswith(b"OggS") else "mov" if data[4:8] == b"ftyp" else None
-    for kind in dict.fromkeys((likely, None)):  # None: all demuxers look at it
+    likely = container_of(data)
+    tries = [(kind, False) for kind in dict.fromkeys((likely, None))]  # None: all demuxers look at it
+    if trusting and likely:
+        tries.insert(0, (likely, True))
+    reason = ""
+    for kind, trusted in tries:
+        options = {"format_whitelist": CONTAINERS} | ({"codec_whitelist": "none"} if trusted else {})
         try:
-            return av.open(
-                io.BytesIO(data),
-                format=kind,
-                metadata_errors="replace",
-                options={"format_whitelist": CONTAINERS},
-            )
+            container = av.open(io.BytesIO(data), format=kind, metadata_errors="replace", options=options)
         except (av.FFmpegError, ValueError, TypeError, OverflowError, UnicodeError) as error:
             reason = words(error)
+            continue
+        if not trusted or _told(container):
+            return container
+        container.close()
     raise broken(f"FFmpeg: {reason}")
+
+
+def _told(container: Any) -> bool:
+    """Whether the headers tell all about the first sound track of a container that was opened without decoders."""
+    if not container.streams.audio:
+        return False
+    codec = container.streams.audio[0].codec_context
+    if codec is None or codec.name not in _TOLD or not codec.sample_rate or not codec.channels:
+        return False
+    # AAC's header begins with five bits for its kind, 2 for the plain one (ISO/IEC 14496-3, 1.6.2).
+    plain = bool(codec.extradata) and codec.extradata[0] >> 3 == 2 and codec.sample_rate >= _FULL_RATE
+    return plain or codec.name != "aac"
 
 
 def words(error: Exception) -> str:
@@ -69,11 +96,12 @@ def words(error: Exception) -> str:
 
 
 class AvReader:
-    """A sound stream of a container; see audio.Reader."""
+    """A sound stream of a container; see audio.Reader. `trusting`: of the headers, as in `open_container`; where they lied,
+    reading raises BrokenAudio."""
 
-    def __init__(self, data: bytes) -> None:
+    def __init__(self, data: bytes, *, trusting: bool = False) -> None:
         self.problem = ""
-        self._data = data
+        self._data, self._trusting = data, trusting
         self._container: Any = None
         self._open()
         self.frames = self._declared()
@@ -85,7 +113,8 @@ class AvReader:
         """From the beginning. (Seeking to it loses frames in some containers.)"""
         if self._container is not None:
             self._container.close()
-        self._container, self._used = open_container(self._data, BrokenAudio), False
+        self._container = open_container(self._data, BrokenAudio, trusting=self._trusting)
+        self._used = False
         self._kind = str(self._container.format.name)
         try:
             if not self._container.streams.audio:

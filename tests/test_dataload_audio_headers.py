@@ -1,0 +1,63 @@
+"""A sound file whose headers tell all is opened without decoding any of it first, and gives the same."""
+
+from __future__ import annotations
+
+import numpy as np
+import pytest
+
+from dataload import audio
+from tests.sounds import by_ffmpeg
+
+pytest.importorskip("soundfile", reason="needs soundfile: pip install 'auroraio[data]'")
+# (name, options, rate, whether its headers are believed without decoding anything)
+HEADERS: list[tuple[str, tuple[str, ...], int, bool]] = [
+    ("a.m4a", (), 44100, True),
+    ("a.m4a", (), 22050, False),  # it might be the lower half of a stream of 44,100 samples per second
+    ("a.mp4", ("-c:a", "libmp3lame"), 44100, False),
+    ("a.ogg", (), 44100, True),
+    ("a.opus", (), 48000, True),
+    ("a.ogg", ("-c:a", "flac"), 44100, False),
+    ("a.flac", (), 44100, True),
+    ("a.mka", ("-c:a", "aac"), 44100, False),
+]
+
+
+@pytest.mark.parametrize(("name", "options", "rate", "believed"), HEADERS)
+def test_headers_that_tell_all_are_believed(
+    name: str, options: tuple[str, ...], rate: int, believed: bool, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    import av
+
+    from dataload.decode.audio_av import AvReader
+
+    data = by_ffmpeg(name, *options, rate=rate)
+    with AvReader(data) as careful:
+        told = careful.rate, careful.channels, careful.frames
+        samples = np.concatenate(list(careful.blocks(0, None)))
+    opened: list[bool] = []
+    plain = av.open
+    monkeypatch.setattr(
+        av, "open", lambda *a, **k: opened.append("codec_whitelist" not in k["options"]) or plain(*a, **k)
+    )
+    with AvReader(data, trusting=True) as reader:
+        assert (reader.rate, reader.channels, reader.frames) == told
+        np.testing.assert_array_equal(np.concatenate(list(reader.blocks(0, None))), samples)
+    assert opened[-1] is not believed and len(opened) <= 2
+
+
+def test_where_headers_lied_it_is_decoded_without_them(monkeypatch: pytest.MonkeyPatch) -> None:
+    from dataload.decode import audio_av
+
+    data, plain, lies = by_ffmpeg("a.ogg"), audio_av.AvReader._open, []
+
+    def lying(reader: audio_av.AvReader) -> None:
+        plain(reader)
+        if reader._trusting:
+            lies.append(reader.rate)
+            reader.rate = 48000
+
+    usual = audio.decode(data)
+    monkeypatch.setattr(audio_av.AvReader, "_open", lying)
+    found = audio.decode(data)
+    assert lies and found.problem == ""
+    np.testing.assert_array_equal(found.samples, usual.samples)
