@@ -195,7 +195,8 @@ class Resampler:
 
 
 def _within(block: np.ndarray) -> np.ndarray:
-    return np.clip(block, -1, 1) if np.abs(block).max(initial=0) > 1 else block
+    loud = block.max(initial=1) > 1 or block.min(initial=-1) < -1
+    return np.clip(block, -1, 1) if loud else block
 
 
 _LOUDEST = 1e6  # beyond, float32 sums in a resampler overflow

@@ -261,10 +261,16 @@ def mono(frame: Any) -> np.ndarray:
     # tuple of them has some that are none.
     if frame.format.is_planar or channels == 1:
         planes = [np.frombuffer(plane_of(frame, i), _TYPES[kind], frame.samples) for i in range(channels)]
-        scaled = [np.multiply(plane, weight, out=plane if kind == "flt" else None) for plane in planes]
-        out = scaled[0]
-        for plane in scaled[1:]:
-            out += plane
+        if kind in ("u8", "s16"):  # of which float32 holds the sums exactly
+            out = planes[0].astype(np.float32)
+            for plane in planes[1:]:
+                out += plane
+            out *= weight
+        else:
+            scaled = [np.multiply(plane, weight, out=plane if kind == "flt" else None) for plane in planes]
+            out = scaled[0]
+            for plane in scaled[1:]:
+                out += plane
     else:
         values = np.frombuffer(plane_of(frame, 0), _TYPES[kind], frame.samples * channels).reshape(
             -1, channels
