@@ -6,6 +6,7 @@ import numpy as np
 import pytest
 
 from dataload import audio
+from dataload.audio import BrokenAudio
 from tests.sounds import by_ffmpeg
 
 pytest.importorskip("soundfile", reason="needs soundfile: pip install 'auroraio[data]'")
@@ -18,7 +19,7 @@ HEADERS: list[tuple[str, tuple[str, ...], int, bool]] = [
     ("a.opus", (), 48000, True),
     ("a.ogg", ("-c:a", "flac"), 44100, False),
     ("a.flac", (), 44100, True),
-    ("a.mka", ("-c:a", "aac"), 44100, False),
+    ("a.mp4", ("-c:a", "flac", "-strict", "-2"), 44100, False),
 ]
 
 
@@ -39,10 +40,16 @@ def test_headers_that_tell_all_are_believed(
     monkeypatch.setattr(
         av, "open", lambda *a, **k: opened.append("codec_whitelist" not in k["options"]) or plain(*a, **k)
     )
-    with AvReader(data, trusting=True) as reader:
-        assert (reader.rate, reader.channels, reader.frames) == told
-        np.testing.assert_array_equal(np.concatenate(list(reader.blocks(0, None))), samples)
-    assert opened[-1] is not believed and len(opened) <= 2
+    if not believed:
+        with pytest.raises(BrokenAudio, match="headers do not tell all"):
+            AvReader(data, trusting=True)
+    else:
+        with AvReader(data, trusting=True) as reader:
+            assert (reader.rate, reader.channels, reader.frames) == told
+            np.testing.assert_array_equal(np.concatenate(list(reader.blocks(0, None))), samples)
+    assert opened == [False]
+    assert len(audio.decode(data).samples) == pytest.approx(len(samples) * 16000 / told[0], abs=2)
+    assert opened[1:] == ([False] if believed else [False, True])
 
 
 def test_where_headers_lied_it_is_decoded_without_them(monkeypatch: pytest.MonkeyPatch) -> None:

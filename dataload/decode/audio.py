@@ -72,6 +72,8 @@ def _by_either(data: bytes, use: Callable[[Reader], T]) -> T:
                 check(reader)
                 return use(reader)
         except (BrokenAudio, OverLimit) as error:
+            if opener is _trusting_reader:
+                continue  # the careful one comes next, and says what it is
             if isinstance(error, OverLimit):
                 raise
             reasons.append(str(error))
@@ -87,8 +89,12 @@ def _openers(data: bytes) -> tuple[Callable[[bytes], Reader], ...]:
     if data.startswith(_NATIVE) or _mpeg(data):
         return SndfileReader, AvReader
     if container_of(data):  # to trust the headers saves half a millisecond of ten
-        return functools.partial(AvReader, trusting=True), AvReader, SndfileReader
+        return _trusting_reader, AvReader, SndfileReader
     return AvReader, SndfileReader
+
+
+def _trusting_reader(data: bytes) -> Reader:
+    return AvReader(data, trusting=True)
 
 
 def _mpeg(data: bytes) -> bool:

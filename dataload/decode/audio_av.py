@@ -29,8 +29,9 @@ _BARE = ("mp3", "aac", "ac3", "eac3", "dts", "amr", "h264", "hevc", "m4v", "mpeg
 """FFmpeg's demuxers of streams without a container: nothing in them says how long they are, and FFmpeg reckons"""
 _MOST = 1 << 14
 """samples per byte of a file; what declares more (FFmpeg of ADPCM in W64: millions of years) declares nothing"""
-_TOLD = ("aac", "vorbis", "opus", "flac")
-"""FFmpeg's codecs of which the headers in MP4, Ogg and FLAC tell all that must be known before decoding"""
+_TOLD = {"ogg": ("vorbis", "opus", "flac"), "flac": ("flac",), "mov": ("aac",)}
+"""FFmpeg's codecs by its containers, where headers of the sound itself tell all that must be known before decoding. MP4's own
+header says as much of others, but players ignore it: it is wrong in some files, and has no room for 96,000 samples a second."""
 _FULL_RATE = 32_000
 """samples per second from which on an AAC stream is hardly the lower half of another: headers need not mention that (SBR)"""
 LATE = 0.1
@@ -54,27 +55,26 @@ def container_of(data: bytes) -> str | None:
 
 def open_container(data: bytes, broken: type[BrokenSample], *, trusting: bool = False) -> Any:
     """An av.container.InputContainer of bytes, of the kinds above alone. FFmpeg decodes a little of each stream to see what is
-    in it; not where it may be `trusting` and the headers tell all of the sound. Raises `broken`, or ImportError."""
+    in it; not where it is `trusting`, and refuses what the headers do not tell all about. Raises `broken`, or ImportError."""
     try:
         import av
     except ImportError as error:
         raise ImportError(f"sound and video need PyAV ({error}): pip install 'auroraio[data]'") from error
     av.logging.set_level(None)
     likely = container_of(data)
-    tries = [(kind, False) for kind in dict.fromkeys((likely, None))]  # None: all demuxers look at it
-    if trusting and likely:
-        tries.insert(0, (likely, True))
+    kinds = (likely,) if trusting else dict.fromkeys((likely, None))  # None: all demuxers look at it
+    options = {"format_whitelist": CONTAINERS} | ({"codec_whitelist": "none"} if trusting else {})
     reason = ""
-    for kind, trusted in tries:
-        options = {"format_whitelist": CONTAINERS} | ({"codec_whitelist": "none"} if trusted else {})
+    for kind in kinds:
         try:
             container = av.open(io.BytesIO(data), format=kind, metadata_errors="replace", options=options)
         except (av.FFmpegError, ValueError, TypeError, OverflowError, UnicodeError) as error:
             reason = words(error)
             continue
-        if not trusted or _told(container):
+        if not trusting or _told(container):
             return container
         container.close()
+        reason = "its headers do not tell all"
     raise broken(f"FFmpeg: {reason}")
 
 
@@ -83,7 +83,8 @@ def _told(container: Any) -> bool:
     if not container.streams.audio:
         return False
     codec = container.streams.audio[0].codec_context
-    if codec is None or codec.name not in _TOLD or not codec.sample_rate or not codec.channels:
+    kinds = _TOLD[str(container.format.name).split(",")[0]]
+    if codec is None or codec.name not in kinds or not codec.sample_rate or not codec.channels:
         return False
     # AAC's header begins with five bits for its kind, 2 for the plain one (ISO/IEC 14496-3, 1.6.2).
     plain = bool(codec.extradata) and codec.extradata[0] >> 3 == 2 and codec.sample_rate >= _FULL_RATE
@@ -96,8 +97,8 @@ def words(error: Exception) -> str:
 
 
 class AvReader:
-    """A sound stream of a container; see audio.Reader. `trusting`: of the headers, as in `open_container`; where they lied,
-    reading raises BrokenAudio."""
+    """A sound stream of a container; see audio.Reader. `trusting`: as in `open_container`; where the headers lied, reading
+    raises BrokenAudio."""
 
     def __init__(self, data: bytes, *, trusting: bool = False) -> None:
         self.problem = ""
