@@ -138,7 +138,11 @@ def check_rule(
 
     exact = run(torch.float64, textbook)
     found = run(dtype, lambda *args, **kwargs: linear_cross_entropy(*args, backend=backend, **kwargs))
-    bad = [v for v in judge(found, [run(dtype, textbook)], exact, dtype) if not v.good]
+    # A CPU that multiplies bfloat16 rounds the logits, up to 20 here, to it, as it does for plain PyTorch, whose own relative
+    # error is 0.8% then, beyond the usual bound of 0.75%.
+    rounded = device == "cpu" and eager.product_dtype(dtype, torch.device(device)) == torch.bfloat16
+    verdicts = judge(found, [run(dtype, textbook)], exact, dtype, depth=1.5 if rounded else 1.0)
+    bad = [v for v in verdicts if not v.good]
     assert not bad, bad
 
 
