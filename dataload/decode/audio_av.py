@@ -83,7 +83,7 @@ def _told(container: Any) -> bool:
     if not container.streams.audio:
         return False
     codec = container.streams.audio[0].codec_context
-    kinds = _TOLD[str(container.format.name).split(",")[0]]
+    kinds = _TOLD.get(str(container.format.name).split(",")[0], ())
     if codec is None or codec.name not in kinds or not codec.sample_rate or not codec.channels:
         return False
     # AAC's header begins with five bits for its kind, 2 for the plain one (ISO/IEC 14496-3, 1.6.2).
