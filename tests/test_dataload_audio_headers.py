@@ -20,6 +20,7 @@ HEADERS: list[tuple[str, tuple[str, ...], int, bool]] = [
     ("a.ogg", ("-c:a", "flac"), 44100, False),
     ("a.flac", (), 44100, True),
     ("a.mp4", ("-c:a", "flac", "-strict", "-2"), 44100, False),
+    ("a.mp4", ("-c:a", "libopus", "-strict", "-2"), 48000, False),
 ]
 
 
@@ -52,7 +53,10 @@ def test_headers_that_tell_all_are_believed(
     assert opened[1:] == ([False] if believed else [False, True])
 
 
-def test_where_headers_lied_it_is_decoded_without_them(monkeypatch: pytest.MonkeyPatch) -> None:
+@pytest.mark.parametrize(("told", "lie"), [("rate", 48000), ("rate", 500), ("channels", 99)])
+def test_where_headers_lied_it_is_decoded_without_them(
+    told: str, lie: int, monkeypatch: pytest.MonkeyPatch
+) -> None:
     from dataload.decode import audio_av
 
     data, plain, lies = by_ffmpeg("a.ogg"), audio_av.AvReader._open, []
@@ -60,11 +64,26 @@ def test_where_headers_lied_it_is_decoded_without_them(monkeypatch: pytest.Monke
     def lying(reader: audio_av.AvReader) -> None:
         plain(reader)
         if reader._trusting:
-            lies.append(reader.rate)
-            reader.rate = 48000
+            lies.append(getattr(reader, told))
+            setattr(reader, told, lie)
 
     usual = audio.decode(data)
     monkeypatch.setattr(audio_av.AvReader, "_open", lying)
     found = audio.decode(data)
     assert lies and found.problem == ""
     np.testing.assert_array_equal(found.samples, usual.samples)
+
+
+def test_what_is_too_long_is_not_decoded_twice(monkeypatch: pytest.MonkeyPatch) -> None:
+    import av
+
+    data = bytearray(by_ffmpeg("a.flac"))
+    data[21] &= 0xF0  # STREAMINFO's number of samples, 36 bits: 0 is unknown
+    data[22:26] = bytes(4)
+    opened, plain = [], av.open
+    monkeypatch.setattr(av, "open", lambda *a, **k: opened.append(k["options"]) or plain(*a, **k))
+    assert len(audio.decode(bytes(data)).samples) == 32000
+    opened.clear()
+    with pytest.raises(BrokenAudio, match="more than 0.5 seconds"):
+        audio.decode(bytes(data), max_seconds=0.5)
+    assert len(opened) == 1

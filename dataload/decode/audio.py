@@ -71,12 +71,11 @@ def _by_either(data: bytes, use: Callable[[Reader], T]) -> T:
             with opener(data) as reader:
                 check(reader)
                 return use(reader)
-        except (BrokenAudio, OverLimit) as error:
-            if opener is _trusting_reader:
-                continue  # the careful one comes next, and says what it is
-            if isinstance(error, OverLimit):
-                raise
-            reasons.append(str(error))
+        except OverLimit:
+            raise
+        except BrokenAudio as error:
+            if opener is not _trusting_reader:  # of which the careful one, which comes next, says what it is
+                reasons.append(str(error))
     raise BrokenAudio("; ".join(dict.fromkeys(reasons)))
 
 
@@ -94,7 +93,14 @@ def _openers(data: bytes) -> tuple[Callable[[bytes], Reader], ...]:
 
 
 def _trusting_reader(data: bytes) -> Reader:
-    return AvReader(data, trusting=True)
+    """Raises BrokenAudio for limits that its headers exceed, too: they may be wrong."""
+    reader = AvReader(data, trusting=True)
+    try:
+        check(reader)
+    except OverLimit as error:
+        reader.close()
+        raise BrokenAudio(str(error)) from None
+    return reader
 
 
 def _mpeg(data: bytes) -> bool:

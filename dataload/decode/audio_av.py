@@ -29,11 +29,9 @@ _BARE = ("mp3", "aac", "ac3", "eac3", "dts", "amr", "h264", "hevc", "m4v", "mpeg
 """FFmpeg's demuxers of streams without a container: nothing in them says how long they are, and FFmpeg reckons"""
 _MOST = 1 << 14
 """samples per byte of a file; what declares more (FFmpeg of ADPCM in W64: millions of years) declares nothing"""
-_TOLD = {"ogg": ("vorbis", "opus", "flac"), "flac": ("flac",), "mov": ("aac",)}
+_TOLD = {"ogg": ("vorbis", "opus"), "flac": ("flac",), "mov": ("aac",)}
 """FFmpeg's codecs by its containers, where headers of the sound itself tell all that must be known before decoding. MP4's own
 header says as much of others, but players ignore it: it is wrong in some files, and has no room for 96,000 samples a second."""
-_FULL_RATE = 32_000
-"""samples per second from which on an AAC stream is hardly the lower half of another: headers need not mention that (SBR)"""
 LATE = 0.1
 """seconds that may be missing at the beginning, and become silence"""
 _SCALE = {"u8": 1 / 128, "s16": 1 / 32768, "s32": 1 / 2**31, "s64": 1 / 2**63, "flt": 1.0, "dbl": 1.0}
@@ -86,9 +84,12 @@ def _told(container: Any) -> bool:
     kinds = _TOLD.get(str(container.format.name).split(",")[0], ())
     if codec is None or codec.name not in kinds or not codec.sample_rate or not codec.channels:
         return False
-    # AAC's header begins with five bits for its kind, 2 for the plain one (ISO/IEC 14496-3, 1.6.2).
-    plain = bool(codec.extradata) and codec.extradata[0] >> 3 == 2 and codec.sample_rate >= _FULL_RATE
-    return plain or codec.name != "aac"
+    if codec.name != "aac":
+        return True
+    # ISO/IEC 14496-3, 1.6.2: five bits for the kind, 2 for the plain one; four for the rate, 5 for 32,000 and less for more. A
+    # stream of fewer may be the lower half of another (SBR), and a mono one then stereo (PS), which headers need not mention.
+    first = int.from_bytes((codec.extradata or b"")[:2].ljust(2, b"\xff"), "big")
+    return first >> 11 == 2 and first >> 7 & 15 <= 5
 
 
 def words(error: Exception) -> str:
@@ -146,6 +147,10 @@ class AvReader:
         return self
 
     def __exit__(self, *_: object) -> None:
+        self.close()
+
+    def close(self) -> None:
+        """Let go of the container."""
         self._container.close()
 
     def blocks(self, first: int, count: int | None) -> Iterator[np.ndarray]:
