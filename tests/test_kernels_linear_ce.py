@@ -14,7 +14,7 @@ from torch import Tensor
 
 import kernels
 from bench.numerics import judge
-from kernels import linear_cross_entropy
+from kernels import linear_cross_entropy, products
 from kernels.backend import BackendError
 from kernels.linear_cross_entropy import eager, fused, liger
 from kernels.linear_cross_entropy.reference import Settings
@@ -150,7 +150,9 @@ def check_rule(
     # A CPU that multiplies bfloat16 rounds logits to it, as it does for plain PyTorch, whose own relative error is 0.8% for
     # logits of 20, beyond the usual bound of 0.75%.
     rounded = (
-        not quiet and device == "cpu" and eager.product_dtype(dtype, torch.device(device)) == torch.bfloat16
+        not quiet
+        and device == "cpu"
+        and products.product_dtype(dtype, torch.device(device)) == torch.bfloat16
     )
     verdicts = judge(found, [run(dtype, textbook)], exact, dtype, depth=1.5 if rounded else 1.0)
     bad = [v for v in verdicts if not v.good]
@@ -347,15 +349,15 @@ def test_which_backend_would_run(monkeypatch: pytest.MonkeyPatch) -> None:
 
 def test_half_types_are_multiplied_where_the_cpu_can(monkeypatch: pytest.MonkeyPatch) -> None:
     for able, expected in ((True, torch.bfloat16), (False, torch.float32)):
-        monkeypatch.setattr(eager, "_cpu_has_bfloat16", lambda able=able: able)
-        assert eager.product_dtype(torch.bfloat16, torch.device("cpu")) == expected
-        assert eager.product_dtype(torch.float16, torch.device("cpu")) == torch.float32
-    assert eager.product_dtype(torch.float16, torch.device("cuda")) == torch.float16
+        monkeypatch.setattr(products, "CPU_HAS_BFLOAT16", able)
+        assert products.product_dtype(torch.bfloat16, torch.device("cpu")) == expected
+        assert products.product_dtype(torch.float16, torch.device("cpu")) == torch.float32
+    assert products.product_dtype(torch.float16, torch.device("cuda")) == torch.float16
     hidden, weight, targets = (t.detach() for t in some(9, 4, 6, torch.bfloat16))
     kind = Settings(-100, 0.0, 0.0, torch.bfloat16)
     wanted = {"scale": None, "want_hidden": True, "want_weight": True}
     wide = eager.sweep(hidden, weight, targets, kind, **wanted)
-    monkeypatch.setattr(eager, "_cpu_has_bfloat16", lambda: True)
+    monkeypatch.setattr(products, "CPU_HAS_BFLOAT16", True)
     for a, b in zip(eager.sweep(hidden, weight, targets, kind, **wanted), wide, strict=True):
         torch.testing.assert_close(a, b, rtol=2e-2, atol=2e-2, check_dtype=False)
 

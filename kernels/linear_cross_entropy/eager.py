@@ -8,12 +8,11 @@ instructions for it, else in float32, and everything between the products is flo
 
 from __future__ import annotations
 
-from functools import cache
-
 import torch
 from torch import Tensor
 
 from kernels.linear_cross_entropy.reference import Settings
+from kernels.products import product_dtype
 
 # Bytes of logits at a time, and the fewest rows. Measured on a CPU (2,048 x 768 by 32,768, float32): 64 rows 5.9 s, 128
 # 5.3 s, 256 4.9 s, 512 4.8 s, 1,024 5.0 s, all at once 6.1 s. On GPUs larger pieces keep the products efficient.
@@ -60,21 +59,6 @@ def sweep(
         if d_weight is not None:
             _add_product(d_weight, d_logits.T, x)
     return losses, d_hidden, d_weight
-
-
-def product_dtype(compute: torch.dtype, device: torch.device) -> torch.dtype:
-    """What the operands of the products are in."""
-    if device.type != "cpu" or compute not in (torch.float16, torch.bfloat16):
-        return compute
-    return compute if compute == torch.bfloat16 and _cpu_has_bfloat16() else torch.float32
-
-
-@cache
-def _cpu_has_bfloat16() -> bool:
-    """Whether this CPU multiplies bfloat16 by instructions of its own: 4 times as fast as float32 there, 5 times as slow
-    elsewhere."""
-    able = torch.cpu.get_capabilities()
-    return bool(able.get("avx512_bf16") or able.get("amx_bf16"))
 
 
 def _chunks(

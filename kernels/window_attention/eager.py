@@ -2,7 +2,9 @@
 
 The copies that roll, partition, head transposition and padding would make are one gather of rows; scale,
 normalisation, mask and softmax work in place on tensors that nobody else sees. What autograd would keep of
-each step is one tensor of probabilities and one of packed q, k, v. Half types are computed in float32.
+each step is one tensor of probabilities and one of packed q, k, v. Half types are computed in float32; a CPU that
+multiplies bfloat16 by its own instructions keeps it for the products of plain attention, the logits' apart: softmax would
+magnify their errors. The gradient of a logit scale is a small difference of large sums, for which bfloat16 will not do.
 """
 
 from __future__ import annotations
@@ -13,9 +15,14 @@ import torch
 from torch import Tensor
 
 from kernels.once import once_differentiable
+from kernels.products import product_dtype
 from kernels.window_attention.geometry import Grid, masks, relative_index, remember
 from kernels.window_attention.packing import pack_map, pack_qkv, pad_slots, unpack_map, unpack_qkv
 from kernels.window_attention.reference import MAX_LOGIT_SCALE, NORM_EPS, compute_dtype, logit_multiplier
+
+# Multiplications of one product from which bfloat16 is the faster one: before, what oneDNN sets up for each (some 30 us)
+# costs more. Measured on an EPYC with AVX512_BF16: windows of 16 to 196 slots, head_dim 32 and 64.
+FEWEST_BFLOAT16 = 1 << 21
 
 
 def window_attention(
@@ -28,13 +35,19 @@ def window_attention(
 ) -> Tensor:
     """qkv [B, H, W, 3, h, d] -> [B, H, W, h * d]; see reference.py for the meaning."""
     if bias is not None:
-        bias = expand_bias(bias, grid.window).to(compute_dtype(qkv))
+        # A table is cast before it grows: less work, and its gradient is added up in float32.
+        bias = expand_bias(bias.to(compute_dtype(qkv)), grid.window)
     out: Tensor = _WindowAttention.apply(qkv, bias, logit_scale, pad_kv, grid, scale)
     return out
 
 
 class _WindowAttention(torch.autograd.Function):
-    """Shapes: P = B * nW windows, N slots in each; packed q, k, v and their gradients are [3, P, h, N, d]."""
+    """Shapes: P = B * nW windows, N slots in each; packed q, k, v and their gradients are [3, P, h, N, d], what products
+    take and give [P*h, ., .].
+
+    Kept for the backward, in the products' dtype: q, k (of unit length in cosine attention, q times the multiplier), v, and
+    the weights.
+    """
 
     @staticmethod
     def forward(
@@ -46,27 +59,31 @@ class _WindowAttention(torch.autograd.Function):
         grid: Grid,
         scale: float,
     ) -> Tensor:
-        packed = pack_qkv(qkv, grid).to(compute_dtype(qkv))
+        cosine = logit_scale is not None
+        compute = compute_dtype(qkv)
+        product = compute if cosine else _operand_dtype(qkv, grid)
+        packed = pack_qkv(qkv, grid).to(product)
         if grid.padded:
             _fill_pads(packed, pad_kv, grid)
-        q, k, v = packed.unbind(0)
 
         factor = None
-        if logit_scale is None:
-            q.mul_(scale)
-        else:  # q and k to unit length; q also takes the multiplier. They are kept in this form.
+        if logit_scale is not None:
+            # q and k to unit length; q also takes the multiplier. They are kept in this form.
             factor = (
                 torch.linalg.vector_norm(packed[:2], dim=-1, keepdim=True).clamp_min_(NORM_EPS).reciprocal_()
             )
             factor[0].mul_(logit_multiplier(logit_scale, packed.dtype)[:, None, None])
             packed[:2].mul_(factor)
 
-        logits = _product(q, k.mT)  # [P, h, N, N]
+        q, k = packed[:2].to(compute).flatten(1, 2).unbind(0)
+        logits = _product(q, k.mT, scale=1.0 if cosine else scale)
+        by_head = logits.view(*packed.shape[1:4], grid.slots)
         if bias is not None:
-            logits.add_(bias)
-        _add_masks(logits, grid, mask_pads=pad_kv is None)
-        weights = _softmax(logits)
-        out = unpack_map(_product(weights, v), grid)
+            by_head.add_(bias)
+        _add_masks(by_head, grid, mask_pads=pad_kv is None)
+        weights = _softmax(logits).to(product)
+        out = _product(weights, packed[2].flatten(0, 1))
+        out = unpack_map(out.view(packed.shape[1:]), grid)
 
         ctx.save_for_backward(packed, weights, factor, logit_scale, pad_kv)
         ctx.grid, ctx.scale, ctx.dtype = grid, scale, qkv.dtype
@@ -86,24 +103,31 @@ def _backward(ctx: Any, grad: Tensor) -> tuple[Tensor, Tensor | None, Tensor | N
     packed, weights, factor, logit_scale, pad_kv = ctx.saved_tensors
     grid: Grid = ctx.grid
     heads, batch = packed.shape[2], grad.shape[0]
-    q, k, v = packed.unbind(0)
+    q, k, v = packed.flatten(1, 2).unbind(0)
     d_out = pack_map(grad, grid, heads).to(packed.dtype)  # [P, h, N, d]
     if grid.padded:  # what a pad query computes goes nowhere
         d_out.masked_fill_(pad_slots(grid, batch, grad), 0)
+    d_out = d_out.flatten(0, 1)
+
+    if packed.dtype != compute_dtype(packed):
+        # What all v of a window share does not change its weights, nor what all k share the gradient of q. Without it
+        # bfloat16 rounds no more than what does.
+        own = packed[1:] - packed[1:].mean(3, keepdim=True)
+        k, v = own.flatten(1, 2).unbind(0)
 
     d_packed = torch.empty_like(packed)
-    d_q, d_k, d_v = d_packed.unbind(0)
+    d_q, d_k, d_v = d_packed.flatten(1, 2).unbind(0)
     _product(weights.mT, d_out, d_v)
     d_logits = _softmax_backward(_product(d_out, v.mT), weights)
-    _product(d_logits, k, d_q)
-    _product(d_logits.mT, q, d_k)
+    scale = ctx.scale if factor is None else 1.0
+    _product(d_logits, k, d_q, scale)
+    _product(d_logits.mT, q, d_k, scale)
 
     d_bias = d_logit_scale = d_pad_kv = None
     if ctx.needs_input_grad[1]:
-        d_bias = d_logits.sum(0)
-    if factor is None:
-        d_q.mul_(ctx.scale)
-    else:
+        by_head = d_logits.view(*packed.shape[1:4], grid.slots)
+        d_bias = by_head.sum(0)
+    if factor is not None:
         # x = factor * raw, where factor = multiplier / |raw| (the multiplier of k is 1), so
         # d raw = factor * (d x - x * <x, d x> / multiplier^2); <x, d x> is the gradient of log(multiplier).
         x, d_x = packed[:2], d_packed[:2]
@@ -113,19 +137,31 @@ def _backward(ctx: Any, grad: Tensor) -> tuple[Tensor, Tensor | None, Tensor | N
         d_x.addcmul_(x, along, value=-1).mul_(factor)
     if pad_kv is not None and ctx.needs_input_grad[3]:
         of_pads = d_packed[1:] * pad_slots(grid, batch, grad)  # [2, P, h, N, d]
-        d_pad_kv = of_pads.sum((1, 3)).to(pad_kv.dtype)
+        d_pad_kv = of_pads.sum((1, 3), dtype=compute_dtype(packed)).to(pad_kv.dtype)
     return unpack_qkv(d_packed, grid).to(ctx.dtype), d_bias, d_logit_scale, d_pad_kv
 
 
-def _product(left: Tensor, right: Tensor, out: Tensor | None = None) -> Tensor:
-    """left @ right over [P, h, ., .], into `out` if given."""
+def _operand_dtype(qkv: Tensor, grid: Grid) -> torch.dtype:
+    """What all but the logits is multiplied in. GPUs take another backend for half types."""
+    if qkv.device.type != "cpu":
+        return compute_dtype(qkv)
+    batch, heads, head_dim = qkv.shape[0], *qkv.shape[-2:]
+    if batch * grid.windows * heads * grid.slots**2 * head_dim < FEWEST_BFLOAT16:
+        return compute_dtype(qkv)
+    return product_dtype(qkv.dtype, qkv.device)
+
+
+def _product(left: Tensor, right: Tensor, out: Tensor | None = None, scale: float = 1.0) -> Tensor:
+    """scale * left @ right over [P*h, ., .], into `out` if given."""
     if torch.compiler.is_compiling():
-        product = left @ right
+        product = left @ right if scale == 1 else left @ right * scale
         return product if out is None else out.copy_(product)
     if out is None:
-        return torch.bmm(left.flatten(0, 1), right.flatten(0, 1)).unflatten(0, left.shape[:2])
-    torch.bmm(left.flatten(0, 1), right.flatten(0, 1), out=out.flatten(0, 1))
-    return out
+        out = left.new_empty(len(left), left.shape[1], right.shape[2])
+    # An alpha of 0 leaves `out` as it was in bfloat16, and takes NaN for 0; float32 cannot hold all.
+    alpha = scale if 1e-30 < abs(scale) < 1e30 else 1.0
+    torch.baddbmm(out, left, right, beta=0, alpha=alpha, out=out)
+    return out if alpha == scale else out.mul_(scale)
 
 
 def _fill_pads(packed: Tensor, pad_kv: Tensor | None, grid: Grid) -> None:

@@ -133,6 +133,11 @@ def _check(
             f"{NAME}: shift must be from 0 to less than the window's {wy} x {wx}, got {sy} x {sx}"
         )
     grid = Grid(height, width, (wy, wx), (sy, sx))
+    if isinstance(scale, Tensor):
+        raise TypeError(
+            f"{NAME}: scale must be a number, got a tensor {list(scale.shape)}; one that learns is multiplied into q, or is "
+            "logit_scale (cosine attention)"
+        )
     if scale is not None and logit_scale is not None:
         raise ValueError(
             f"{NAME}: scale must be None with logit_scale (cosine attention has its own), got {scale}"
