@@ -9,7 +9,7 @@ import torch
 from torch import Tensor
 
 from bench.measure import peak_memory
-from kernels import latent_attention
+from kernels import latent_attention, products
 from kernels.latent_attention import eager, sdpa
 
 pytestmark = pytest.mark.usefixtures("poisoned_memory")
@@ -63,6 +63,38 @@ def test_half_types_a_piece_at_a_time(
     monkeypatch.setattr(sdpa, "_room", lambda: piece)
     for mine, theirs in zip(run(), want, strict=True):
         torch.testing.assert_close(mine, theirs, rtol=2e-2, atol=1e-3)
+
+
+@pytest.mark.parametrize(
+    ("able", "queries", "gradients", "read_in"),
+    [
+        (True, 40, False, torch.bfloat16),
+        (True, 40, True, torch.float32),  # its backward is slower
+        (True, 600, False, torch.float32),  # many queries of many keys
+        (False, 40, False, torch.float32),
+    ],
+    ids=["as they are", "gradients", "many", "no instructions"],
+)
+def test_bfloat16_is_read_as_it_is_where_that_is_faster(
+    able: bool, queries: int, gradients: bool, read_in: torch.dtype, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """And either way as exactly as a float64 softmax, rounded, and what the weights lose by rounding."""
+    monkeypatch.setattr(products, "CPU_HAS_BFLOAT16", able)
+    monkeypatch.setattr(sdpa, "_room", lambda: 2**12)
+    seen, wide = [], sdpa._FORWARD
+
+    def spy(q: Tensor, *others: Any, **options: Any) -> Any:
+        seen.append(q.dtype)
+        return wide(q, *others, **options)
+
+    monkeypatch.setattr(sdpa, "_FORWARD", spy)  # the kernel, where pieces are widened
+    q, k, v = (torch.randn(2, n, h, 32).bfloat16() for n, h in ((queries, 4), (97, 2), (97, 2)))
+    q.requires_grad_(gradients)
+    out = latent_attention(q, k, v, scale=0.3, backend="sdpa").detach()
+    assert set(seen) == (set() if read_in == torch.bfloat16 else {torch.float32})
+    truth = latent_attention(*(t.detach().double() for t in (q, k, v)), scale=0.3, backend="reference")
+    error, size = ((t.square().mean().sqrt().item()) for t in (out.double() - truth, truth))
+    assert error < 0.005 * size
 
 
 @pytest.mark.parametrize(("batch", "queries"), [(2, 0), (0, 5)])
