@@ -123,7 +123,8 @@ class WindowAttention(nn.Module):
         bias = self._qkv_bias()
         qkv = F.linear(x, self.qkv.weight, bias).unflatten(-1, (3, self.heads, -1))
         (height, width), (wy, wx), (sy, sx) = x.shape[1:3], self.window, self.shift
-        window = min(height, wy), min(width, wx)
+        # not min(), which a compiler would carry as a size that is unknown
+        window = wy if height >= wy else height, wx if width >= wx else width
         shift = sy if height > wy else 0, sx if width > wx else 0
         pad_kv = None
         if self.padding == "keys":

@@ -137,6 +137,15 @@ def test_masked_padding_and_no_bias() -> None:
     assert set(ours.state_dict()) == {"qkv.weight", "qkv.bias", "proj.weight", "proj.bias"}
 
 
+def test_compiles_for_maps_of_several_sizes() -> None:
+    module = WindowAttention(16, heads=2, window=4, shift=2)
+    torch.compiler.reset()
+    compiled = torch.compile(module, fullgraph=True, backend="aot_eager")
+    for size in (8, 12, 16, 3):
+        x = torch.randn(2, size, size, 16)
+        torch.testing.assert_close(compiled(x), module(x))
+
+
 @pytest.mark.parametrize(
     "kind", [{}, V2, {"cosine": True}, {"position_bias": "continuous", "qkv_bias": False}]
 )

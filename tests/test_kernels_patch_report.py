@@ -8,7 +8,7 @@ from collections.abc import Iterator
 
 import pytest
 import torch
-from swins import ALL, LAYERS, LIBRARIES, counted, outcome, small, timm
+from swins import ALL, LAYERS, LIBRARIES, PADS, build, counted, images, outcome, small, timm
 from torch import Tensor, nn
 
 from kernels import accelerate, restore
@@ -281,3 +281,29 @@ def test_gradient_checkpointing() -> None:
         want = outcome(model, x)
         getattr(model, switch)()
         torch.testing.assert_close(outcome(model, x), want, rtol=1e-12, atol=1e-14)
+
+
+@pytest.mark.parametrize(
+    ("library", "version", "names"),
+    [
+        ("timm", "1", ("qkv",)),
+        ("timm", "2", ("qkv",)),
+        ("transformers", "1", ("q_proj", "v_proj")),
+        ("transformers", "2", ("key", "value")),
+    ],
+)
+def test_padding_goes_through_what_hooks_and_adapters_add(
+    library: str, version: str, names: tuple[str, ...], calls: list[str]
+) -> None:
+    """Padding is zeros before the projections, and takes part as keys with what these make of it."""
+    options = {"qkv_bias": False} if (library, version) == ("timm", "2") else {}  # else timm does not call it
+    model, x = build(library, version, *PADS, **options), images(PADS[0])
+    for name, module in model.named_modules():
+        if name.endswith(names):
+            module.register_forward_hook(lambda _module, _args, out: 0.5 * out + 1)
+    want = outcome(model, x)
+    accelerate(model)
+    got = outcome(model, x)
+    assert len(calls) == LAYERS
+    for name, tensor in want.items():
+        torch.testing.assert_close(got[name], tensor, rtol=1e-4, atol=1e-5, msg=name)

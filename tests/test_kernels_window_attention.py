@@ -254,6 +254,21 @@ def test_compiles_without_a_graph_break(backend: str, cosine: bool) -> None:
     torch.testing.assert_close(grads, expected, rtol=1e-4, atol=1e-4)
 
 
+def test_compiles_with_sizes_and_scale_left_open() -> None:
+    qkv, table = example()
+
+    def run(qkv: Tensor, scale: float) -> Tensor:
+        return window_attention(qkv, table, window=4, shift=(1, 2), scale=scale, backend="eager")
+
+    torch.compiler.reset()
+    compiled = torch.compile(run, dynamic=True, fullgraph=True, backend="aot_eager")
+    for batch in (qkv, torch.cat((qkv, qkv)).detach().requires_grad_()):
+        out, want = compiled(batch, 0.3), run(batch, 0.3)
+        torch.testing.assert_close(out, want)
+        grads, expected = (torch.autograd.grad(t.square().sum(), (batch, table)) for t in (out, want))
+        torch.testing.assert_close(grads, expected, rtol=1e-4, atol=1e-4)
+
+
 @pytest.mark.parametrize("backend", FAST)
 def test_a_first_call_in_inference_mode_leaves_training_possible(backend: str) -> None:
     """What is cached there must be usable in a backward pass: sizes that no other test has."""

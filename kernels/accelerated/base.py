@@ -13,7 +13,7 @@ from operator import attrgetter
 from typing import Any, ClassVar
 
 import torch
-from torch import nn
+from torch import Tensor, nn
 
 CLASSES: dict[type[nn.Module], type[Accelerated]] = {}  # library's class -> the one made of it
 ANNOUNCED: set[str] = set()  # why the library's own path ran; each reason is told once per process
@@ -74,6 +74,22 @@ def _blank(family: type[Accelerated], library: type[nn.Module]) -> Accelerated:
     """A module without its state, which copy and pickle then fill in."""
     made = accelerated_class(family, library)
     return made.__new__(made)
+
+
+def plain(projection: nn.Module) -> bool:
+    """Whether it is x @ weight.T + bias and nothing else: no adapter, no hook, no quantised weight."""
+    bare = type(projection) is nn.Linear and not hooked(projection)
+    return bare and type(projection.weight) in (nn.Parameter, Tensor)
+
+
+def made_of_zeros(projection: nn.Module, x: Tensor) -> Tensor | None:
+    """What a projection of x [..., C] makes of padding, which is zeros: [D], or None for zeros. A projection that is more
+    than its weights (an adapter with a bias, a hook) is asked once more."""
+    if plain(projection):
+        bias: Tensor | None = getattr(projection, "bias", None)
+        return bias
+    made: Tensor = projection(x.new_zeros(1, 1, 1, x.shape[-1]))
+    return made.flatten()
 
 
 def hooked(module: nn.Module) -> bool:

@@ -9,7 +9,7 @@ import torch.nn.functional as F
 from torch import Tensor
 
 from kernels.accelerated.attend import attend, continuous_table
-from kernels.accelerated.base import Accelerated
+from kernels.accelerated.base import Accelerated, made_of_zeros
 
 torch.fx.wrap("attend")  # one call in a graph that is traced before the sizes of maps are known
 BOTH = (
@@ -42,7 +42,8 @@ class SwinBlock(Accelerated):
         if self.takes_library_path():
             return self.library._attn(self, x)
         attn = self.attn
-        return self._attend(attn.qkv(x), attn.qkv.bias, attn.relative_position_bias_table, scale=attn.scale)
+        bias = made_of_zeros(attn.qkv, x)
+        return self._attend(attn.qkv(x), bias, attn.relative_position_bias_table, scale=attn.scale)
 
     def _attend(self, qkv: Tensor, bias: Tensor | None, table: Tensor, **kind: Any) -> Tensor:
         qkv = qkv.unflatten(-1, (3, self.attn.num_heads, -1))
@@ -66,7 +67,10 @@ class SwinV2Block(SwinBlock):
         table = continuous_table(attn.cpb_mlp, attn.relative_coords_table, attn.num_heads)
         # timm calls its qkv layer, which may have a hook or an adapter, in these cases alone.
         if bias is None or attn.qkv_bias_separate:
+            of_zeros = made_of_zeros(attn.qkv, x)
             qkv = attn.qkv(x) if bias is None else attn.qkv(x) + bias
+            if of_zeros is not None:
+                bias = of_zeros if bias is None else of_zeros + bias
         else:
             qkv = F.linear(x, attn.qkv.weight, bias)
         return self._attend(qkv, bias, table, logit_scale=attn.logit_scale.flatten())

@@ -10,10 +10,10 @@ from typing import Any
 
 import torch
 import torch.nn.functional as F
-from torch import Tensor, nn
+from torch import Tensor
 
 from kernels.accelerated.attend import attend, continuous_table
-from kernels.accelerated.base import Accelerated, hooked
+from kernels.accelerated.base import Accelerated, made_of_zeros, plain
 
 WEIGHTS_ASKED = "a call asked for attention weights (output_attentions), which the kernel does not make"
 COMMON = ("window_size", "shift_size", "layernorm_before", "layernorm_after", "drop_path")
@@ -126,12 +126,12 @@ def _attend(
     layer: Any, x: Tensor, projections: tuple[Any, Any, Any], heads: int, table: Tensor, **kind: Any
 ) -> Tensor:
     """x [B, H, W, C] -> [B, H, W, C], not yet projected back."""
-    biases = [getattr(projection, "bias", None) for projection in projections]
+    biases = [made_of_zeros(projection, x) for projection in projections]
     bias = None
     if any(part is not None for part in biases):
         zeros = x.new_zeros(x.shape[-1])  # SwinV2's keys have no bias
         bias = torch.cat([zeros if part is None else part for part in biases])
-    if all(type(projection) is nn.Linear and not hooked(projection) for projection in projections):
+    if all(plain(projection) for projection in projections):
         # One product, whose result is packed as the kernel reads it.
         weight = torch.cat([projection.weight for projection in projections])
         qkv = F.linear(x, weight, bias).unflatten(-1, (3, heads, -1))

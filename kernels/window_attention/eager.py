@@ -75,15 +75,15 @@ class _WindowAttention(torch.autograd.Function):
             factor[0].mul_(logit_multiplier(logit_scale, packed.dtype)[:, None, None])
             packed[:2].mul_(factor)
 
-        q, k = packed[:2].to(compute).flatten(1, 2).unbind(0)
-        logits = _product(q, k.mT, scale=1.0 if cosine else scale)
-        by_head = logits.view(*packed.shape[1:4], grid.slots)
+        q, k = _batched(packed[:2].to(compute)).unbind(0)
+        logits = _product(q, k.mT, scale=None if cosine else scale)
+        by_head = _by_head(logits, packed.shape[2])
         if bias is not None:
             by_head.add_(bias)
         _add_masks(by_head, grid, mask_pads=pad_kv is None)
         weights = _softmax(logits).to(product)
-        out = _product(weights, packed[2].flatten(0, 1))
-        out = unpack_map(out.view(packed.shape[1:]), grid)
+        out = _product(weights, _batched(packed[2]))
+        out = unpack_map(_by_head(out, packed.shape[2]), grid)
 
         ctx.save_for_backward(packed, weights, factor, logit_scale, pad_kv)
         ctx.grid, ctx.scale, ctx.dtype = grid, scale, qkv.dtype
@@ -103,29 +103,29 @@ def _backward(ctx: Any, grad: Tensor) -> tuple[Tensor, Tensor | None, Tensor | N
     packed, weights, factor, logit_scale, pad_kv = ctx.saved_tensors
     grid: Grid = ctx.grid
     heads, batch = packed.shape[2], grad.shape[0]
-    q, k, v = packed.flatten(1, 2).unbind(0)
+    q, k, v = _batched(packed).unbind(0)
     d_out = pack_map(grad, grid, heads).to(packed.dtype)  # [P, h, N, d]
     if grid.padded:  # what a pad query computes goes nowhere
         d_out.masked_fill_(pad_slots(grid, batch, grad), 0)
-    d_out = d_out.flatten(0, 1)
+    d_out = _batched(d_out)
 
     if packed.dtype != compute_dtype(packed):
         # What all v of a window share does not change its weights, nor what all k share the gradient of q. Without it
         # bfloat16 rounds no more than what does.
         own = packed[1:] - packed[1:].mean(3, keepdim=True)
-        k, v = own.flatten(1, 2).unbind(0)
+        k, v = _batched(own).unbind(0)
 
     d_packed = torch.empty_like(packed)
-    d_q, d_k, d_v = d_packed.flatten(1, 2).unbind(0)
+    d_q, d_k, d_v = _batched(d_packed).unbind(0)
     _product(weights.mT, d_out, d_v)
     d_logits = _softmax_backward(_product(d_out, v.mT), weights)
-    scale = ctx.scale if factor is None else 1.0
+    scale = ctx.scale if factor is None else None
     _product(d_logits, k, d_q, scale)
     _product(d_logits.mT, q, d_k, scale)
 
     d_bias = d_logit_scale = d_pad_kv = None
     if ctx.needs_input_grad[1]:
-        by_head = d_logits.view(*packed.shape[1:4], grid.slots)
+        by_head = _by_head(d_logits, heads)
         d_bias = by_head.sum(0)
     if factor is not None:
         # x = factor * raw, where factor = multiplier / |raw| (the multiplier of k is 1), so
@@ -146,22 +146,38 @@ def _operand_dtype(qkv: Tensor, grid: Grid) -> torch.dtype:
     if qkv.device.type != "cpu":
         return compute_dtype(qkv)
     batch, heads, head_dim = qkv.shape[0], *qkv.shape[-2:]
-    if batch * grid.windows * heads * grid.slots**2 * head_dim < FEWEST_BFLOAT16:
-        return compute_dtype(qkv)
-    return product_dtype(qkv.dtype, qkv.device)
+    product = product_dtype(qkv.dtype, qkv.device)
+    if product == qkv.dtype and product != compute_dtype(qkv) and not torch.compiler.is_compiling():
+        if batch * grid.windows * heads * grid.slots**2 * head_dim < FEWEST_BFLOAT16:
+            return compute_dtype(qkv)
+    return product
 
 
-def _product(left: Tensor, right: Tensor, out: Tensor | None = None, scale: float = 1.0) -> Tensor:
-    """scale * left @ right over [P*h, ., .], into `out` if given."""
+def _batched(tensor: Tensor) -> Tensor:
+    """[..., P, h, ., .] -> [..., P*h, ., .]; not for a compiler, which cannot tell that two such sizes are one."""
+    return tensor if torch.compiler.is_compiling() else tensor.flatten(-4, -3)
+
+
+def _by_head(batched: Tensor, heads: int) -> Tensor:
+    """[P*h, ., .] -> [P, h, ., .], the inverse."""
     if torch.compiler.is_compiling():
-        product = left @ right if scale == 1 else left @ right * scale
+        return batched
+    return batched.view(len(batched) // heads, heads, *batched.shape[1:])
+
+
+def _product(left: Tensor, right: Tensor, out: Tensor | None = None, scale: float | None = None) -> Tensor:
+    """scale * left @ right over what `_batched` gives, into `out` if given."""
+    if torch.compiler.is_compiling():
+        product = left @ right
+        if scale is not None:
+            product = product * scale
         return product if out is None else out.copy_(product)
     if out is None:
         out = left.new_empty(len(left), left.shape[1], right.shape[2])
     # An alpha of 0 leaves `out` as it was in bfloat16, and takes NaN for 0; float32 cannot hold all.
-    alpha = scale if 1e-30 < abs(scale) < 1e30 else 1.0
-    torch.baddbmm(out, left, right, beta=0, alpha=alpha, out=out)
-    return out if alpha == scale else out.mul_(scale)
+    if scale is not None and not 1e-30 < abs(scale) < 1e30:
+        return torch.baddbmm(out, left, right, beta=0, out=out).mul_(scale)
+    return torch.baddbmm(out, left, right, beta=0, alpha=1 if scale is None else scale, out=out)
 
 
 def _fill_pads(packed: Tensor, pad_kv: Tensor | None, grid: Grid) -> None:
