@@ -148,7 +148,8 @@ def log_mel(waveform: torch.Tensor, mels: int = MELS) -> torch.Tensor:
     )
     power = spectrum[..., : waveform.shape[1] // HOP].abs().square()  # the last frame lies beyond the end
     filters = torch.from_numpy(mel_filters(mels)).to(waveform.device)
-    return (filters @ power).add(FLOOR).log()
+    with torch.autocast(power.device.type, enabled=False):
+        return (filters @ power).add(FLOOR).log()
 
 
 @functools.cache

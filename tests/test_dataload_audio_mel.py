@@ -81,3 +81,10 @@ def test_log_mel_places_a_tone_and_refuses_what_is_too_short() -> None:
     assert torch.allclose(audio.log_mel(torch.zeros(1, 1600)), torch.tensor(math.log(audio.FLOOR)))
     with pytest.raises(ValueError, match="more than 512 samples"):
         audio.log_mel(torch.zeros(1, 512))
+
+
+def test_log_mel_is_float32_under_autocast() -> None:
+    sound = torch.randn(1, 16_000, generator=torch.Generator().manual_seed(0))
+    with torch.autocast("cpu", torch.bfloat16):
+        low = audio.log_mel(sound)
+    assert low.dtype == torch.float32 and torch.equal(low, audio.log_mel(sound))

@@ -3,6 +3,8 @@
 from __future__ import annotations
 
 import os
+import subprocess
+import sys
 from pathlib import Path
 from typing import Any
 
@@ -22,6 +24,38 @@ STILL = Progress(1, 1, 1, on=False)
 
 def steps(run: Path) -> list[int]:
     return [checkpoint.step_of(path) for path in checkpoint.step_directories(run / "checkpoints")]
+
+
+def test_a_directory_in_which_another_process_runs_is_refused(
+    tmp_path: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    out = tmp_path / "run"
+    assert main(arguments(out, "--steps", "3")) == 0
+    hold = (
+        "import sys, time; from pathlib import Path; from train.setup import occupy\n"
+        "kept = occupy(Path(sys.argv[1])); print('held', flush=True); time.sleep(600)"
+    )
+    with subprocess.Popen([sys.executable, "-c", hold, str(out)], stdout=subprocess.PIPE, text=True) as other:
+        try:
+            assert other.stdout and other.stdout.readline() == "held\n"
+            before = (out / "config.json").read_bytes()
+            assert main(arguments(out, "--steps", "4", "--resume", "auto")) == 2
+            said = capsys.readouterr().err
+            assert f"is written by another run at this moment (process {other.pid} on " in said
+            assert (out / "config.json").read_bytes() == before and steps(out) == [3]
+        finally:
+            other.kill()  # the lock goes with it
+    assert main(arguments(out, "--steps", "4", "--resume", "auto")) == 0
+    assert steps(out) == [4, 3]
+
+
+def test_fewer_steps_than_were_done_are_refused(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
+    out = tmp_path / "run"
+    assert main(arguments(out, "--steps", "4")) == 0
+    kept = (out / "summary.json").read_bytes()
+    assert main(arguments(out, "--steps", "3", "--resume", "auto")) == 2
+    assert "has done 4 steps, and --steps asks for 3" in capsys.readouterr().err
+    assert (out / "summary.json").read_bytes() == kept
 
 
 def test_a_run_that_goes_back_leaves_later_checkpoints_aside(

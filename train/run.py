@@ -5,7 +5,7 @@ from __future__ import annotations
 import time
 from dataclasses import dataclass, field
 from pathlib import Path
-from typing import Any
+from typing import IO, Any
 
 import torch
 import torch.distributed as dist
@@ -64,6 +64,7 @@ class Run:
     started: float = field(default_factory=time.monotonic)
     evaluation_seconds: list[float] = field(default_factory=list)
     observer: Observer | None = None  # until the run is set up
+    lock: IO[str] | None = None  # of the run's directory, on rank 0
 
     @property
     def seconds(self) -> float:
@@ -272,6 +273,8 @@ class Run:
         if self.metrics and self.board:
             self.metrics.close()
             self.board.close()
+        if self.lock:
+            self.lock.close()
         if together:
             leave(self.ranks)
 

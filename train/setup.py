@@ -3,10 +3,12 @@
 from __future__ import annotations
 
 import os
+import platform
 import time
 from collections.abc import Sequence
 from dataclasses import replace
 from pathlib import Path
+from typing import IO
 
 import torch
 
@@ -31,6 +33,7 @@ from train.tasks.family import TaskFamily
 from train.telemetry.log import Metrics, Progress, TensorBoard
 from train.telemetry.observe import Observer
 
+LOCK = "running.lock"  # in a run's directory: held while a run writes there
 LAUNCH = "launch.txt"  # in a run's directory: which launcher has started it
 
 
@@ -52,6 +55,11 @@ def set_up(config: PretrainConfig, command: Sequence[str]) -> Run:
     snapshot, former = checkpoint.read(start, verified=True) if start else (None, None)
     if former:
         compare(former, config, progress)
+    if snapshot and snapshot.step > config.steps:
+        raise ConfigError(
+            f"{start} has done {snapshot.step} steps, and --steps asks for {config.steps}: a run goes on to more, or is scored "
+            "again with as many"
+        )
     config = replace(config, out=str(out))
 
     precision = _precision(config, snapshot, device, ranks)
@@ -84,6 +92,7 @@ def set_up(config: PretrainConfig, command: Sequence[str]) -> Run:
         _go_on_from(run, snapshot, start)
     if ranks.first:
         out.mkdir(parents=True, exist_ok=True)
+        run.lock = occupy(out)
         keep(out, run.command, command_line(command, ranks, program))
         checkpoint.remove_unfinished(out / "checkpoints")
         for left in checkpoint.set_aside(out / "checkpoints", run.step):
@@ -205,6 +214,32 @@ def _numbered(first: Path) -> list[Path]:
     while _occupied(paths[-1]):
         paths.append(first.with_name(f"{first.name}-{len(paths) + 1}"))
     return paths
+
+
+def occupy(out: Path) -> IO[str] | None:
+    """A file in the run's directory that this process has locked until it is closed. Raises ConfigError where another process
+    has. None where the file system, or Windows, knows no locks."""
+    file = open(out / LOCK, "a+")
+    try:
+        import fcntl
+
+        fcntl.lockf(
+            file, fcntl.LOCK_EX | fcntl.LOCK_NB
+        )  # of this process alone: its children do not hold it on
+    except (BlockingIOError, PermissionError):
+        file.seek(0)
+        by = file.read().strip() or "another process"
+        file.close()
+        raise ConfigError(
+            f"{out} is written by another run at this moment ({by}): wait for its end, or take another --out"
+        ) from None
+    except (ImportError, OSError):
+        file.close()
+        return None
+    file.truncate(0)
+    file.write(f"process {os.getpid()} on {platform.node()}\n")
+    file.flush()
+    return file
 
 
 def compare(former: PretrainConfig, config: PretrainConfig, progress: Progress) -> None:
