@@ -51,8 +51,13 @@ def refusal(x: Tensor) -> str:
 
 def rms_norm(x: Tensor, weight: Tensor, eps: float, *, backend: str = "auto") -> Tensor:
     """x / sqrt(mean(x^2) + eps) * weight over the last dimension (arXiv:1910.07467), x [..., D], weight [D]. Computed in
-    float32; Liger's result has x's dtype, torch's that of x and weight together."""
+    float32; the result has x's dtype (torch's on GPUs that of x and weight together)."""
     if choose(x, backend)[0] == "torch":
+        if (
+            x.device.type == "cpu" and x.dtype != weight.dtype
+        ):  # the same numbers, without torch's warning of a slow path
+            wide = torch.promote_types(x.dtype, weight.dtype)
+            return F.rms_norm(x.to(wide), weight.shape, weight.to(wide), eps).to(x.dtype)
         return F.rms_norm(x, weight.shape, weight, eps)
     from liger_kernel.ops.rms_norm import LigerRMSNormFunction
 

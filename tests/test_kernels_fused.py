@@ -4,6 +4,7 @@ which of them would run."""
 from __future__ import annotations
 
 import math
+import warnings
 from collections.abc import Callable
 from typing import Any
 
@@ -171,3 +172,17 @@ def test_the_models_norms_and_gates_go_through_here(monkeypatch: pytest.MonkeyPa
 
     Block(16, 8)(torch.randn(2, 3, 16), rotary=rotary_angles(3, 8, torch.device("cpu")))
     assert set(called) == {"rms_norm", "swiglu", "rotary"}
+
+
+def test_rms_norm_of_bfloat16_beside_float32_weights() -> None:
+    """As under autocast on a CPU: rounded once, and torch has nothing to warn of."""
+    x, weight = torch.randn(3, 5, 64).bfloat16().requires_grad_(), torch.rand(64, requires_grad=True)
+    with warnings.catch_warnings():
+        warnings.simplefilter("error")
+        out = fused.rms_norm(x, weight, 1e-6)
+    wide = x.detach().double()
+    truth = wide / (wide.square().mean(-1, keepdim=True) + 1e-6).sqrt() * weight.detach().double()
+    assert out.dtype == torch.bfloat16
+    torch.testing.assert_close(out.double(), truth, rtol=2**-8, atol=1e-6)
+    d_x, d_weight = torch.autograd.grad(out.float().sum(), (x, weight))
+    assert d_x.dtype == torch.bfloat16 and d_weight.dtype == torch.float32

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import json
+import shutil
 import sys
 from dataclasses import replace
 from pathlib import Path
@@ -56,7 +57,11 @@ def test_weights_are_whole_and_averaged(
     assert all(torch.equal(found[name], weight) for name, weight in one.ema.weights.items())
     assert (tmp_path / "out/tokenizer.model").read_bytes() == corpus().tokenizer.read_bytes()
 
-    assert main([str(tmp_path / "run"), "--output", str(tmp_path / "out"), "--raw", "--dtype", "bf16"]) == 0
+    other = [str(tmp_path / "run"), "--output", str(tmp_path / "out"), "--raw", "--dtype", "bf16"]
+    assert main(other) == 2  # programs and scores of the first would stand beside it
+    assert "out holds an export already; remove it, or choose another --output" in capsys.readouterr().err
+    shutil.rmtree(tmp_path / "out")
+    assert main(other) == 0
     found = load_file(tmp_path / "out/model.safetensors")
     assert all(torch.equal(found[name], p.bfloat16()) for name, p in one.model.named_parameters())
     assert sorted(path.name for path in (tmp_path / "out").iterdir()) == [

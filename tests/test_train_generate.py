@@ -167,6 +167,19 @@ def test_options_that_do_not_fit(
         (("--checkpoint", run_dir, "--num", 0), "at least 1; got 0"),
         (("--checkpoint", run_dir, "--max-length", 99), "from 3 to 12"),
         (("--checkpoint", run_dir, "--method", "sample", "--temperature", 0), "temperature"),
+        (("--checkpoint", run_dir, "--temperature", 2), "--temperature 2 needs --method sample, not greedy"),
+        (
+            ("--checkpoint", run_dir, "--method", "beam", "--seed", 3),
+            "--seed 3 needs --method sample, not beam",
+        ),
+        (
+            ("--checkpoint", run_dir, "--method", "greedy", "--beams", 3),
+            "--beams 3 needs --method beam, not greedy",
+        ),
+        (
+            ("--checkpoint", run_dir, "--method", "sample", "--beams", 2),
+            "--beams 2 needs --method beam, not sample",
+        ),
         (("--checkpoint", run_dir, "--device", "tpu"), "tpu"),
     ):
         code, lines, err = run(*options, pictures[0], capsys=capsys)

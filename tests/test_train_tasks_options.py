@@ -19,6 +19,8 @@ from train.generate import __main__ as generate
 from train.pretrain import main as pretrain
 from train.scores.captioning import check
 from train.tasks import captioning, vqa
+from train.tasks.base import TaskResult
+from train.tasks.running import write_files
 
 
 @pytest.fixture(scope="module")
@@ -196,3 +198,17 @@ def test_the_pool_and_the_seed_are_those_asked_for(
     command = ["captioning", "--checkpoint", str(captioner), *heldout("--output", output, "--beams", 1)]
     assert evaluate.main([*command, "--seed", "7"]) == 0 and seeds == [7]
     assert json.loads(output.read_text())["seed"] == 7
+
+
+def test_each_evaluation_has_its_own_submission(tmp_path: Path) -> None:
+    """Beside TASK.json and a run's summary by their plain names; beside any other scores with that file's name in front."""
+    for name in ("captioning.json", "captioning-2.json", "mine.json", "yours.json", "run/summary.json"):
+        (tmp_path / name).parent.mkdir(exist_ok=True)
+        result = TaskResult("captioning", {}, {}, files={"caption_results.json": [name]})
+        (path,) = write_files(tmp_path / name, result)
+        assert json.loads(path.read_text()) == [name]
+    found = sorted(str(path.relative_to(tmp_path)) for path in tmp_path.rglob("*.json"))
+    assert found == [
+        "caption_results.json", "captioning-2-caption_results.json", "mine-caption_results.json",
+        "run/caption_results.json", "yours-caption_results.json",
+    ]  # fmt: skip

@@ -44,7 +44,7 @@ def read_csv(
             if missing:
                 raise SourceError(
                     f"{file} has no column {', '.join(map(repr, missing))}; its columns are {header} "
-                    f"(delimiter {delimiter!r}). Name them: --media-column, --caption-column, --split-column"
+                    f"(delimiter {delimiter!r}). Name them: --media-column, --caption-column, --split-column, --label-column"
                 )
             place = {column: header.index(column) for column in wanted}
             for row in reader:

@@ -188,6 +188,7 @@ def check_request(args: argparse.Namespace, output: Path) -> None:
     existing = next(folder for folder in (output, *output.resolve().parents) if folder.exists())
     if not os.access(existing, os.W_OK):
         raise PermissionError(f"{output} cannot be written; choose another place with --output")
+    output.parent.mkdir(parents=True, exist_ok=True)
 
 
 def heldout_shards(args: argparse.Namespace, loaded: LoadedModel) -> list[shards.Address]:

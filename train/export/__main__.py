@@ -66,7 +66,8 @@ def consolidate(
     master weights, or the moving average where there is one and `averaged` holds; floating numbers as `dtype`. Names are those
     of the model's state dict, every tensor once; LoRA's changes are added to the weights beside which they stand.
 
-    Raises CheckpointError for a damaged checkpoint and where `output` holds a run's checkpoint, OSError where the disk refuses.
+    Raises CheckpointError for a damaged checkpoint and where `output` holds a checkpoint or an export already, OSError where
+    the disk refuses.
     """
     state, config = checkpoint.verify(step), checkpoint.read_config(step)
     _refuse_to_overwrite(output)
@@ -108,7 +109,8 @@ def consolidate(
 
 
 def _refuse_to_overwrite(output: Path) -> None:
-    """A checkpoint with an optimizer's state is not replaced by one without."""
+    """A checkpoint with an optimizer's state is not replaced by one without, nor an export by another: programs and scores
+    of the former would stand beside the new weights."""
     if (output / "state.json").is_file():
         try:
             exported = json.loads((output / "state.json").read_text()).get("exported")
@@ -116,6 +118,7 @@ def _refuse_to_overwrite(output: Path) -> None:
             exported = False
         if not exported:
             raise CheckpointError(f"{output} is a checkpoint of a run; choose another --output")
+        raise CheckpointError(f"{output} holds an export already; remove it, or choose another --output")
 
 
 def _merged(

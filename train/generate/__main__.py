@@ -9,7 +9,7 @@ from __future__ import annotations
 import argparse
 import json
 import sys
-from collections.abc import Iterator, Sequence
+from collections.abc import Iterable, Iterator, Sequence
 from pathlib import Path
 from typing import Any
 
@@ -28,6 +28,11 @@ from train.multimodal.config import PerceiverPretrainConfig
 from train.tasks.config import FinetuneConfig
 
 BATCH = 16
+BEAM_SEARCH = {
+    "beams": 4,
+    "length_penalty": 1.0,
+}  # options of one method, and what they are where nothing is said
+SAMPLING = {"temperature": 1.0, "top_k": 0, "top_p": 1.0, "seed": 0}
 
 
 def parser() -> argparse.ArgumentParser:
@@ -60,19 +65,14 @@ def parser() -> argparse.ArgumentParser:
         type=float,
         help="beam: above 1 favours longer captions (default: 1, or as it was scored)",
     )
-    p.add_argument("--temperature", type=float, default=1.0, help="sample: above 1 is wilder (default: 1)")
-    p.add_argument(
-        "--top-k", type=int, default=0, help="sample: among the K likeliest tokens (default: 0, all)"
-    )
+    p.add_argument("--temperature", type=float, help="sample: above 1 is wilder (default: 1)")
+    p.add_argument("--top-k", type=int, help="sample: among the K likeliest tokens (default: 0, all)")
     p.add_argument(
         "--top-p",
         type=float,
-        default=1.0,
         help="sample: among the likeliest tokens that hold this share (default: 1)",
     )
-    p.add_argument(
-        "--seed", type=int, default=0, help="sample: the same seed gives the same captions (default: 0)"
-    )
+    p.add_argument("--seed", type=int, help="sample: the same seed gives the same captions (default: 0)")
     p.add_argument("--num", type=int, default=1, help="sample: captions per picture (default: 1)")
     p.add_argument(
         "--max-length",
@@ -125,11 +125,24 @@ def _check(args: argparse.Namespace) -> None:
         raise ValueError(
             f"--num {args.num} needs --method sample: {args.method or 'greedy'} always gives the same caption"
         )
+    if args.method != "sample":
+        _refuse(args, SAMPLING, "sample")
+
+
+def _refuse(args: argparse.Namespace, names: Iterable[str], method: str) -> None:
+    """Options that would change nothing. Raises ValueError."""
+    for name in names:
+        if (value := getattr(args, name)) is not None:
+            raise ValueError(
+                f"--{name.replace('_', '-')} {value:g} needs --method {method}, not {args.method or 'greedy'}"
+            )
 
 
 def _settle(args: argparse.Namespace) -> None:
     """What a pre-trained model writes by where the options say nothing."""
-    for name, value in (("method", "greedy"), ("beams", 4), ("length_penalty", 1.0)):
+    if args.method != "beam":
+        _refuse(args, BEAM_SEARCH, "beam")
+    for name, value in ({"method": "greedy"} | BEAM_SEARCH | SAMPLING).items():
         if getattr(args, name) is None:
             setattr(args, name, value)
 

@@ -4,7 +4,6 @@ from __future__ import annotations
 
 import json
 import platform
-import re
 import time
 from datetime import UTC, datetime
 from importlib import metadata
@@ -175,10 +174,10 @@ def finish_task(run: Run, stop: Stop) -> None:
 
 
 def write_files(beside: Path, result: TaskResult) -> list[Path]:
-    """The further files of a result, beside the one with its scores: submissions in the official format. Those of a numbered
-    file of scores (TASK-2.json) have its name in front."""
+    """The further files of a result, beside the one with its scores: submissions in the official format. Those of scores that
+    are not in TASK.json (or a run's summary.json) have that file's name in front: one evaluation leaves another's alone."""
     paths = []
-    front = f"{beside.stem}-" if re.fullmatch(rf"{result.task}-\d+", beside.stem) else ""
+    front = "" if beside.stem in (result.task, "summary") else f"{beside.stem}-"
     for name, content in result.files.items():
         path = beside.with_name(front + name)
         path.write_text(json.dumps(content) + "\n", encoding="utf-8")
