@@ -292,11 +292,13 @@ def main(arguments: Sequence[str] | None = None) -> int:
         "--max-texts", type=int, default=2_000_000, help="draw this many texts from a larger corpus"
     )
     options = parser.parse_args(arguments)
+    output = Path(options.output)
     try:
+        before = output.read_bytes() if output.is_file() else None
         corpus = _Corpus(options.input)
         tokenizer = train_tokenizer(
             corpus,
-            options.output,
+            output,
             options.vocab_size,
             model_type=options.model_type,
             lowercase=options.lowercase,
@@ -314,7 +316,11 @@ def main(arguments: Sequence[str] | None = None) -> int:
             f"{options.vocab_size} asked for: the tokenizer has {tokenizer.vocab_size}"
         )
     size, sha = tokenizer.vocab_size, tokenizer.sha[:12]
-    print(f"wrote {options.output}: {options.model_type}, {size} pieces, sha256 {sha}")
+    print(f"wrote {output}: {options.model_type}, {size} pieces, sha256 {sha}")
+    if before is not None:
+        other = hashlib.sha256(before).hexdigest()[:12]
+        same = before == tokenizer.model
+        print("it was there before, byte for byte" if same else f"replaced sha256 {other}")
     return 0
 
 

@@ -260,6 +260,20 @@ def test_command_on_text_says_when_the_corpus_allows_fewer(
         assert ("allows no more" in capsys.readouterr().out) == (asked > size)
 
 
+def test_command_says_what_it_replaces(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
+    text, output = tmp_path / "captions.txt", tmp_path / "tokenizer.model"
+    text.write_text("\n".join(sentences(300)), encoding="utf-8")
+    printed = []
+    for size in ("400", "400", "310"):
+        assert main(["--input", str(text), "--output", str(output), "--vocab-size", size]) == 0
+        printed.append(capsys.readouterr().out)
+        if size == "400":
+            before = Tokenizer.load(output).sha[:12]
+    assert "there before" not in printed[0] and "replaced" not in printed[0]
+    assert "there before, byte for byte" in printed[1]
+    assert f"replaced sha256 {before}" in printed[2]
+
+
 def test_command_on_shards_reads_all_captions(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
     files = {
         "0.jpg": b"",
