@@ -3,7 +3,7 @@
 On Hopper GPUs cuDNN's kernel comes first: it took half of FlashAttention-2's time on an H200, and takes dqk != dv. On a CPU
 half types are computed in float32: torch's own half arithmetic measured 4 to 6 times slower there. Where the CPU multiplies
 bfloat16 by its own instructions torch's kernel reads it without gradients in 0.5 to 0.9 of that time, but for many queries of
-many keys; with gradients it takes up to 1.8 of it.
+many keys; with gradients it takes 0.7 to 0.95 of it where its blocks are large, and up to 2.9 of it where they are small.
 """
 
 from __future__ import annotations
@@ -23,9 +23,18 @@ from kernels.products import product_dtype
 
 # Multiplications to a sample from which on samples are looked at one by one: 50 microseconds of a core.
 LEAST_WORK = 2**20
-# Queries to a head of k from which on many keys are read faster in float32. Measured on an EPYC with AVX512_BF16: 64 x 4,096
-# keys 1.14 times as fast in bfloat16, 256 x 4,096 .98 to 1.11, 512 x 16,384 .84.
-MANY_QUERIES = 512
+# Where a CPU multiplies bfloat16, measured on an EPYC with AVX512_BF16 (bench/results/2026-11-29-epyc-cpu-latent-bfloat16).
+# Without gradients: 512 queries and more to a head of k are faster in float32 (.72 to .98) of more keys than that.
+MANY_QUERIES, MANY_KEYS = 512, 2048
+# With gradients: queries x keys (512 at most: torch's block) x head_dim squared from which on bfloat16 is the faster one. Of
+# 110 shapes with 256 to 16,384 queries, 32 to 2,048 keys, head_dim 32 to 256, those above take .84 to 1.8 (most 1.05 to 1.25)
+# times as long in float32, those below .35 to 1.1.
+LARGE_BLOCKS = 2**29
+# Of more than MANY_KEYS, queries x head_dim squared for which that holds too, as it does for twice MANY_QUERIES; 512 queries of
+# head_dim 64 take .84 to 1.04 in float32.
+WIDE_QUERIES = 2**22
+# Queries, and keys, whose gradients torch's backward may sum up in bfloat16, over blocks of 256 and of 512: errors of .5%.
+MOST_QUERIES, MOST_KEYS = 2048, 4096
 # Numbers of k, for each thread of the process, that are in float32 at a time, where k and v are in a half type and have at
 # least twice as many; v has as many beside them.
 PIECE = 2**17
@@ -58,9 +67,11 @@ def latent_attention(q: Tensor, k: Tensor, v: Tensor, visible: Tensor | None, sc
         fits = visible is None and dqk == dv and q.numel()  # without queries torch's kernel divides by zero
         fits = fits and not torch.compiler.is_compiling()
         many = k.numel() >= 2 * _room()
-        if not (fits and _as_they_are(q, k, v, many)):
-            if fits and many:
-                return unfold_heads(_Pieces.apply(fold_heads(q, k.shape[2]), k, v, scale), heads)
+        own = fits and _as_they_are(q, k, v, many)
+        if fits and (_sums_long(q, k, v) if own else many):
+            read = _Summed if own else _Pieces
+            return unfold_heads(read.apply(fold_heads(q, k.shape[2]), k, v, scale), heads)
+        if not own:
             q, k, v = q.float(), k.float(), v.float()
     folded = fold_heads(q, k.shape[2])  # [B, h_kv, g * M, dqk]
     cudnn = not on_cpu and is_hopper(q.device) and dtype.itemsize == 2 and takes_cudnn(q, k, v)
@@ -88,9 +99,26 @@ def _as_they_are(q: Tensor, k: Tensor, v: Tensor, many: bool) -> bool:
     """Whether torch's kernel for CPUs reads a half type faster than it does float32 copies; of `many` keys, pieces of them."""
     if product_dtype(q.dtype, q.device) != q.dtype:
         return False
-    if torch.is_grad_enabled() and (q.requires_grad or k.requires_grad or v.requires_grad):
-        return False
-    return not many or q.shape[1] * (q.shape[2] // k.shape[2]) < MANY_QUERIES
+    queries, keys, dim = _queries(q, k), k.shape[1], q.shape[3]
+    few = not many or keys <= MANY_KEYS
+    if not _learning(q, k, v):
+        return few or queries < MANY_QUERIES
+    few = few or queries >= 2 * MANY_QUERIES or queries * dim**2 >= WIDE_QUERIES
+    return few and queries * min(keys, 512) * dim**2 >= LARGE_BLOCKS
+
+
+def _sums_long(q: Tensor, k: Tensor, v: Tensor) -> bool:
+    """Whether torch's backward in bfloat16 would add up too much in it."""
+    return _learning(q, k, v) and (_queries(q, k) > MOST_QUERIES or k.shape[1] > MOST_KEYS)
+
+
+def _learning(*tensors: Tensor) -> bool:
+    return torch.is_grad_enabled() and any(tensor.requires_grad for tensor in tensors)
+
+
+def _queries(q: Tensor, k: Tensor) -> int:
+    """To a head of k."""
+    return q.shape[1] * (q.shape[2] // k.shape[2])
 
 
 def one_by_one(
@@ -153,6 +181,58 @@ class _Pieces(torch.autograd.Function):
         return d_q, d_k, d_v, None
 
 
+class _Summed(torch.autograd.Function):
+    """On a CPU that multiplies bfloat16: torch's kernel reads it as it is, its backward a piece at a time. Sums over its blocks
+    of queries and of keys are rounded to bfloat16 at each block: of 64 blocks errors of 1%, of 128 1.4%. The sums of pieces
+    are in float32. q [B, h_kv, M, d], k, v [B, N, h_kv, d] -> out [B, h_kv, M, d]."""
+
+    @staticmethod
+    def forward(ctx: Any, q: Tensor, k: Tensor, v: Tensor, scale: float) -> Tensor:
+        q, k, v = (_rows(t) for t in (q, k, v))
+        out, lse = _FORWARD(q, k.transpose(1, 2), v.transpose(1, 2), scale=scale)
+        ctx.save_for_backward(q, k, v, out, lse)
+        ctx.scale = scale
+        return out
+
+    @staticmethod
+    @once_differentiable("latent_attention")
+    def backward(ctx: Any, d_out: Tensor) -> tuple[Tensor | None, ...]:
+        q, k, v, out, lse = ctx.saved_tensors
+        d_out = _rows(d_out)
+        d_k, d_v = torch.empty_like(k), torch.empty_like(v)
+        keys, queries = (
+            _ranges(size, most) for size, most in ((k.shape[1], MOST_KEYS), (q.shape[2], MOST_QUERIES))
+        )
+        d_q = torch.empty_like(q, dtype=torch.float32 if len(keys) > 1 else q.dtype)
+        for some in keys:
+            key, value = (t[:, some].transpose(1, 2) for t in (k, v))
+            sum_k = sum_v = None
+            for asked in queries:
+                more = _BACKWARD(
+                    d_out[:, :, asked], q[:, :, asked], key, value, out[:, :, asked], lse[:, :, asked], 0.0, False,
+                    scale=ctx.scale,
+                )  # fmt: skip
+                if some.start:
+                    d_q[:, :, asked] += more[0]
+                else:
+                    d_q[:, :, asked] = more[0]
+                sum_k = more[1].float() if sum_k is None else sum_k.add_(more[1])
+                sum_v = more[2].float() if sum_v is None else sum_v.add_(more[2])
+            assert sum_k is not None and sum_v is not None
+            d_k[:, some], d_v[:, some] = sum_k.transpose(1, 2), sum_v.transpose(1, 2)
+        return d_q.to(q.dtype), d_k, d_v, None
+
+
+def _rows(tensor: Tensor) -> Tensor:
+    """Rows of numbers side by side, none of them twice: what the products of torch's kernels ask for."""
+    whole = tensor.stride(-1) == 1 and all(stride >= tensor.shape[-1] for stride in tensor.stride()[:-1])
+    return tensor if whole else tensor.contiguous()
+
+
+def _ranges(size: int, most: int) -> list[slice]:
+    return [slice(first, first + most) for first in range(0, size, most)]
+
+
 def _read(q: Tensor, k: Tensor, v: Tensor, scale: float) -> tuple[Tensor, Tensor]:
     """The result and the log-sum-exp, in float32."""
     out = lse = None
@@ -204,13 +284,13 @@ def _room() -> int:
 def _samples(k: Tensor) -> list[slice]:
     """As many at a time as there is room for, at least one."""
     size = max(1, _room() // k[0].numel())
-    return [slice(first, first + size) for first in range(0, k.shape[0], size)]
+    return _ranges(k.shape[0], size)
 
 
 def _keys(k: Tensor) -> list[slice]:
     """Of the samples k: all keys, or of one sample as many at a time as there is room for."""
     size = max(1, _room() // (k.numel() // k.shape[1]))
-    return [slice(first, first + size) for first in range(0, k.shape[1], size)]
+    return _ranges(k.shape[1], size)
 
 
 def _piece(tensor: Tensor, some: slice) -> Tensor:
