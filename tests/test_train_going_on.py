@@ -5,6 +5,8 @@ from __future__ import annotations
 import os
 import subprocess
 import sys
+from collections.abc import Iterator
+from contextlib import contextmanager
 from pathlib import Path
 from typing import Any
 
@@ -12,8 +14,8 @@ import pytest
 from micro import MODEL, arguments
 from test_train_checkpoint import save, snapshot, trained
 
-from train import checkpoint, setup
-from train.config import PretrainConfig
+from train import checkpoint, directory, setup
+from train.config import ConfigError, PretrainConfig
 from train.engine import Ranks
 from train.pretrain import main
 from train.saving import SaveError, Saver
@@ -26,35 +28,89 @@ def steps(run: Path) -> list[int]:
     return [checkpoint.step_of(path) for path in checkpoint.step_directories(run / "checkpoints")]
 
 
-def test_a_directory_in_which_another_process_runs_is_refused(
-    tmp_path: Path, capsys: pytest.CaptureFixture[str]
-) -> None:
-    out = tmp_path / "run"
-    assert main(arguments(out, "--steps", "3")) == 0
+@contextmanager
+def another_run(out: Path) -> Iterator[int]:
+    """The number of a process that holds the directory, until it is killed."""
     hold = (
-        "import sys, time; from pathlib import Path; from train.setup import occupy\n"
-        "kept = occupy(Path(sys.argv[1])); print('held', flush=True); time.sleep(600)"
+        "import sys, time; from pathlib import Path; from train.directory import Lock\n"
+        "kept = Lock(Path(sys.argv[1])); print('held', flush=True); time.sleep(600)"
     )
     with subprocess.Popen([sys.executable, "-c", hold, str(out)], stdout=subprocess.PIPE, text=True) as other:
         try:
             assert other.stdout and other.stdout.readline() == "held\n"
-            before = (out / "config.json").read_bytes()
-            assert main(arguments(out, "--steps", "4", "--resume", "auto")) == 2
-            said = capsys.readouterr().err
-            assert f"is written by another run at this moment (process {other.pid} on " in said
-            assert (out / "config.json").read_bytes() == before and steps(out) == [3]
+            yield other.pid
         finally:
-            other.kill()  # the lock goes with it
-    assert main(arguments(out, "--steps", "4", "--resume", "auto")) == 0
+            other.kill()
+
+
+def test_a_directory_in_which_another_process_runs_is_refused(
+    tmp_path: Path, capsys: pytest.CaptureFixture[str], monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.chdir(tmp_path)
+    out = tmp_path / "runs/here"
+    monkeypatch.setenv("TORCHELASTIC_RUN_ID", "this")
+    assert main(arguments(out, "--steps", "3")) == 0
+    assert not (out / directory.LOCK).exists()
+    again = arguments(out, "--steps", "4", "--resume", "auto")
+    with another_run(out) as other:
+        before = {path: path.read_bytes() for path in out.iterdir() if path.is_file()}
+        monkeypatch.setenv("TORCHELASTIC_RUN_ID", "another")
+        for more in ([], ["--dry-run"]):
+            assert main([*again, *more]) == 2
+            assert f"is written by another run at this moment (process {other} on " in capsys.readouterr().err
+        assert steps(out) == [3] and {path: path.read_bytes() for path in before} == before
+        # a new run by that name takes another directory
+        assert directory._new(out, directory.look) == (tmp_path / "runs/here-2", None)
+    assert main(again) == 0  # the lock went with the process, its file did not
     assert steps(out) == [4, 3]
+
+
+def test_a_second_run_of_the_same_process_is_refused(tmp_path: Path) -> None:
+    lock = directory.Lock(tmp_path / "a/run")
+    for take in (directory.Lock, directory.look):
+        with pytest.raises(directory.TakenError, match="another run at this moment .in this process"):
+            take(tmp_path / "a/../a/run")
+    lock.close()
+    assert not (tmp_path / "a").exists()  # nothing came of it
+    assert directory.look(tmp_path / "a/run") is None and not (tmp_path / "a").exists()
+
+
+def test_a_start_that_fails_leaves_no_lock_and_no_directory(
+    tmp_path: Path, capsys: pytest.CaptureFixture[str], monkeypatch: pytest.MonkeyPatch
+) -> None:
+    out = tmp_path / "new/run"
+
+    def failing(*_: Any) -> Any:
+        raise ConfigError("no data")
+
+    with monkeypatch.context() as broken:
+        broken.setattr(setup, "_open", failing)
+        assert main(arguments(out, "--steps", "3")) == 2
+        assert "no data" in capsys.readouterr().err and not (tmp_path / "new").exists()
+    assert main(arguments(out, "--steps", "3")) == 0
+    (tmp_path / "file").write_text("")
+    assert main(arguments(tmp_path / "file/run", "--steps", "3")) == 2
+    assert "file/run cannot be written into: " in capsys.readouterr().err
+
+
+def test_runs_of_a_name_are_numbered(tmp_path: Path) -> None:
+    first = tmp_path / "runs/name"
+    assert directory._new(first, directory.look) == (first, None)
+    for name in ("name", "name-3", "name-10", "name-x", "name-1", "other"):
+        (tmp_path / "runs" / name / "checkpoints/step-000001").mkdir(parents=True)
+    assert [out.name for out in directory._named(first)] == ["name", "name-3", "name-10"]
+    assert directory._new(first, directory.look) == (first.with_name("name-11"), None)
+    (tmp_path / "runs/name-11").mkdir()  # of a run that never came to a checkpoint
+    assert directory._new(first, directory.look) == (first.with_name("name-11"), None)
 
 
 def test_fewer_steps_than_were_done_are_refused(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
     out = tmp_path / "run"
     assert main(arguments(out, "--steps", "4")) == 0
     kept = (out / "summary.json").read_bytes()
-    assert main(arguments(out, "--steps", "3", "--resume", "auto")) == 2
-    assert "has done 4 steps, and --steps asks for 3" in capsys.readouterr().err
+    for more in ([], ["--dry-run"]):
+        assert main(arguments(out, "--steps", "3", "--resume", "auto", *more)) == 2
+        assert "has done 4 steps, and --steps asks for 3" in capsys.readouterr().err
     assert (out / "summary.json").read_bytes() == kept
 
 
@@ -94,21 +150,28 @@ def test_a_restart_takes_what_its_own_first_start_has_begun(
     older = save(Path("runs/pretrain/checkpoints"), trained(), step=400)
     config = PretrainConfig(model=MODEL, name="pretrain", out=name)
     ranks = Ranks(0, 0, 1)
+
+    def resolve(config: PretrainConfig, again: bool) -> tuple[Path, Path | None]:
+        out, start, lock = setup._resolve(config, ranks, STILL, again)
+        assert lock
+        lock.close()
+        return out, start
+
     mine = Path(name or "runs/pretrain-2")
-    assert setup._resolve(config, ranks, STILL, False) == (mine, None)
+    assert resolve(config, False) == (mine, None)
     # before the first checkpoint, and after it
-    assert setup._resolve(config, ranks, STILL, True) == (mine, None)
+    assert resolve(config, True) == (mine, None)
     saved = save(mine / "checkpoints", trained(), step=5)
-    assert setup._resolve(config, ranks, STILL, True) == (mine, saved)
+    assert resolve(config, True) == (mine, saved)
     # one that is told to start from an older checkpoint goes on with its own all the same
     from_old = PretrainConfig(model=MODEL, name="pretrain", out="third", resume=str(older))
-    assert setup._resolve(from_old, ranks, STILL, False) == (Path("third"), older)
-    assert setup._resolve(from_old, ranks, STILL, True) == (Path("third"), older)
+    assert resolve(from_old, False) == (Path("third"), older)
+    assert resolve(from_old, True) == (Path("third"), older)
     third = save(Path("third/checkpoints"), trained(), step=401)
-    assert setup._resolve(from_old, ranks, STILL, True) == (Path("third"), third)
+    assert resolve(from_old, True) == (Path("third"), third)
     # a start of another launcher, which died before it came here, takes nobody's run
     monkeypatch.setenv("TORCHELASTIC_RUN_ID", "another")
-    assert setup._resolve(PretrainConfig(model=MODEL, name="new"), ranks, STILL, True) == (
+    assert resolve(PretrainConfig(model=MODEL, name="new"), True) == (
         Path("runs/new"),
         None,
     )

@@ -13,9 +13,10 @@ from dataload import shards
 from models import AuroraConfig
 from models.parameters import count_aurora, count_perceiver
 from models.perceiver import PerceiverConfig, PerceiverObjectives
-from train.checkpoint import read_config
+from train.checkpoint import read_config, verify
 from train.config import ConfigError, PretrainConfig, micro_batch, problems, to_dict
 from train.data import find_sources, load_tokenizer
+from train.directory import find_run, look
 from train.engine import Ranks
 from train.engines.choice import engine_problems, optimizer_of, resolve
 from train.engines.choice import in_words as engine_in_words
@@ -68,14 +69,15 @@ def dry_run(config: PretrainConfig) -> int:
 def say_where(config: PretrainConfig) -> Path:
     """Where the run would write, and what it would go on from. Raises ConfigError, CheckpointError or FileNotFoundError as the
     run would."""
-    from train.setup import compare, find_run  # it is built on what this module checks for
+    from train.setup import compare, refuse_fewer_steps  # it is built on what this module checks for
 
     progress = Progress(config.steps, config.batch_size, config.log_every)
-    out, start = find_run(config, progress)
+    out, start, _ = find_run(config, progress, look)
     print(f"output      {out}")
     if start:
         print(f"resume      {start}")
         compare(read_config(start), config, progress)
+        refuse_fewer_steps(start, verify(start)["step"], config)
     return out
 
 

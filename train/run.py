@@ -5,7 +5,7 @@ from __future__ import annotations
 import time
 from dataclasses import dataclass, field
 from pathlib import Path
-from typing import IO, Any
+from typing import Any
 
 import torch
 import torch.distributed as dist
@@ -14,6 +14,7 @@ from torch import Tensor
 from train import checkpoint
 from train.checkpoint import Snapshot
 from train.config import PretrainConfig
+from train.directory import Lock
 from train.engine import Ranks, StepResult, TorchEngine, gather_rng, leave, rng_state, share
 from train.engines.watchdog import Watchdog
 from train.evaluate.measure import evaluate_model
@@ -64,7 +65,7 @@ class Run:
     started: float = field(default_factory=time.monotonic)
     evaluation_seconds: list[float] = field(default_factory=list)
     observer: Observer | None = None  # until the run is set up
-    lock: IO[str] | None = None  # of the run's directory, on rank 0
+    lock: Lock | None = None  # of the run's directory, on rank 0
 
     @property
     def seconds(self) -> float:

@@ -3,12 +3,10 @@
 from __future__ import annotations
 
 import os
-import platform
 import time
 from collections.abc import Sequence
 from dataclasses import replace
 from pathlib import Path
-from typing import IO
 
 import torch
 
@@ -17,6 +15,7 @@ from train.checkpoint import CheckpointError, Snapshot
 from train.commands import command_line, command_that_began, command_to_resume, keep
 from train.config import ConfigError, PretrainConfig, differences, problems
 from train.data import Data, find_sources, open_data
+from train.directory import LAUNCH, Lock, find_run, launch
 from train.engine import Ranks, join, load_rng, share
 from train.engines.choice import build_engine, engine_problems
 from train.engines.watchdog import Watchdog
@@ -33,9 +32,6 @@ from train.tasks.family import TaskFamily
 from train.telemetry.log import Metrics, Progress, TensorBoard
 from train.telemetry.observe import Observer
 
-LOCK = "running.lock"  # in a run's directory: held while a run writes there
-LAUNCH = "launch.txt"  # in a run's directory: which launcher has started it
-
 
 def set_up(config: PretrainConfig, command: Sequence[str]) -> Run:
     """Everything up to the first step. Raises ConfigError or CheckpointError where the run cannot start as
@@ -51,15 +47,31 @@ def set_up(config: PretrainConfig, command: Sequence[str]) -> Run:
         int(os.environ.get("TORCHELASTIC_RESTART_COUNT", 0)) > 0
     )  # torchrun starts the same command after a fault
     progress = Progress(config.steps, config.batch_size, config.log_every, on=ranks.first)
-    out, start = _resolve(config, ranks, progress, again)
+    out, start, lock = _resolve(config, ranks, progress, again)
+    try:
+        return _ready(config, command, ranks, device, progress, out, start, lock)
+    except BaseException:
+        if lock:
+            lock.close()
+        raise
+
+
+def _ready(
+    config: PretrainConfig,
+    command: Sequence[str],
+    ranks: Ranks,
+    device: torch.device,
+    progress: Progress,
+    out: Path,
+    start: Path | None,
+    lock: Lock | None,
+) -> Run:
+    """The same, of a run whose directory is known."""
     snapshot, former = checkpoint.read(start, verified=True) if start else (None, None)
     if former:
         compare(former, config, progress)
-    if snapshot and snapshot.step > config.steps:
-        raise ConfigError(
-            f"{start} has done {snapshot.step} steps, and --steps asks for {config.steps}: a run goes on to more, or is scored "
-            "again with as many"
-        )
+    if snapshot and start:
+        refuse_fewer_steps(start, snapshot.step, config)
     config = replace(config, out=str(out))
 
     precision = _precision(config, snapshot, device, ranks)
@@ -87,12 +99,11 @@ def set_up(config: PretrainConfig, command: Sequence[str]) -> Run:
         None,
         Saver(out / "checkpoints", config, data.sources.tokenizer, ranks, device, progress.say),
         Watchdog(ranks, config.hang_timeout),
+        lock=lock,
     )
     if snapshot:
         _go_on_from(run, snapshot, start)
     if ranks.first:
-        out.mkdir(parents=True, exist_ok=True)
-        run.lock = occupy(out)
         keep(out, run.command, command_line(command, ranks, program))
         checkpoint.remove_unfinished(out / "checkpoints")
         for left in checkpoint.set_aside(out / "checkpoints", run.step):
@@ -141,105 +152,37 @@ def _open(
 
 def _resolve(
     config: PretrainConfig, ranks: Ranks, progress: Progress, again: bool
-) -> tuple[Path, Path | None]:
-    """Rank 0's choice of the run's directory and of the step directory to go on from, told to all ranks."""
+) -> tuple[Path, Path | None, Lock | None]:
+    """Rank 0's choice of the run's directory and of the step directory to go on from, told to all ranks; and on rank 0 the
+    lock of that directory."""
     choice: tuple[Path, Path | None] | Exception
+    lock = None
     try:
-        choice = find_run(config, progress, again) if ranks.first else (Path(), None)
-        if ranks.first and "TORCHELASTIC_RUN_ID" in os.environ:
-            choice[0].mkdir(parents=True, exist_ok=True)
-            (choice[0] / LAUNCH).write_text(launch())
+        choice = (Path(), None)
+        if ranks.first:
+            out, start, lock = find_run(config, progress, Lock, again)
+            choice = (out, start)
+            if "TORCHELASTIC_RUN_ID" in os.environ:
+                (out / LAUNCH).write_text(launch())
     except (ConfigError, CheckpointError, OSError) as error:
         choice = error  # the others must not wait for a rank that gave up
     choice = share(choice, ranks)
     if isinstance(choice, Exception):
+        if lock:
+            lock.close()
         raise choice
-    return choice
+    if lock and not lock.known:
+        progress.say(f"note        {choice[0]} knows no locks: keep other runs out of it yourself")
+    return *choice, lock
 
 
-def find_run(config: PretrainConfig, progress: Progress, again: bool = False) -> tuple[Path, Path | None]:
-    """(directory of the run, step directory to go on from or None). again: a launcher has started the command anew after a
-    fault; what its first start has saved is gone on with, and no other run."""
-    first = Path(config.out or f"runs/{config.name}")
-    if again and config.resume != "auto":
-        out, start = _begun(config, first, progress)
-        return out, checkpoint.newest_intact(out, progress.say) or start
-    if not config.resume:
-        if config.out and _occupied(first):
-            raise ConfigError(
-                f"{first} holds a run already: --resume auto goes on with it, another --out starts anew"
-            )
-        return (first if config.out else _numbered(first)[-1]), None
-    if config.resume == "auto":
-        taken = [out for out in ([first] if config.out else _numbered(first)) if _occupied(out)]
-        out = taken[-1] if taken else first
-        intact = checkpoint.newest_intact(out, progress.say)
-        if intact is None:
-            progress.say(f"resume      {out} has no checkpoint yet: starting at step 0")
-        return out, intact
-    source = Path(config.resume)
-    if not source.exists():
-        raise FileNotFoundError(
-            f"--resume {source}: no such directory; auto finds the newest checkpoint of runs/{config.name}"
-        )
-    intact = checkpoint.newest_intact(source, progress.say)
-    if intact is None:
-        raise CheckpointError(f"--resume {source}: there is no finished checkpoint in it")
-    owner = intact.parent.parent if intact.parent.name == "checkpoints" else None
-    return Path(config.out) if config.out else (owner or _numbered(first)[-1]), intact
-
-
-def _begun(config: PretrainConfig, first: Path, progress: Progress) -> tuple[Path, Path | None]:
-    """Where the first start of this command has put its run, and from what it started; a new run if it did not come so far."""
-    for out in [first] if config.out else reversed(_numbered(first)):
-        if (out / LAUNCH).is_file() and (out / LAUNCH).read_text() == launch():
-            given = replace(config, out=str(out))
-            return out, find_run(given, progress)[1] if config.resume else None
-    return find_run(config, progress)
-
-
-def launch() -> str:
-    """What all starts of a command by one launcher have in common; "" without one."""
-    name = os.environ.get("TORCHELASTIC_RUN_ID", "")
-    return f"{name} {os.getppid()}" if name in ("", "none") else name
-
-
-def _occupied(out: Path) -> bool:
-    return bool(checkpoint.step_directories(out / "checkpoints"))
-
-
-def _numbered(first: Path) -> list[Path]:
-    """runs/NAME, runs/NAME-2 ... up to and including the first that holds no run."""
-    paths = [first]
-    while _occupied(paths[-1]):
-        paths.append(first.with_name(f"{first.name}-{len(paths) + 1}"))
-    return paths
-
-
-def occupy(out: Path) -> IO[str] | None:
-    """A file in the run's directory that this process has locked until it is closed. Raises ConfigError where another process
-    has. None where the file system, or Windows, knows no locks."""
-    file = open(out / LOCK, "a+")
-    try:
-        import fcntl
-
-        fcntl.lockf(
-            file, fcntl.LOCK_EX | fcntl.LOCK_NB
-        )  # of this process alone: its children do not hold it on
-    except (BlockingIOError, PermissionError):
-        file.seek(0)
-        by = file.read().strip() or "another process"
-        file.close()
+def refuse_fewer_steps(start: Path, done: int, config: PretrainConfig) -> None:
+    """Raises ConfigError where the run that goes on from `start` has no step left to make, but some to take back."""
+    if done > config.steps:
         raise ConfigError(
-            f"{out} is written by another run at this moment ({by}): wait for its end, or take another --out"
-        ) from None
-    except (ImportError, OSError):
-        file.close()
-        return None
-    file.truncate(0)
-    file.write(f"process {os.getpid()} on {platform.node()}\n")
-    file.flush()
-    return file
+            f"{start} has done {done} steps, and --steps asks for {config.steps}: a run goes on to more, or is scored "
+            "again with as many"
+        )
 
 
 def compare(former: PretrainConfig, config: PretrainConfig, progress: Progress) -> None:
