@@ -8,7 +8,7 @@ from collections.abc import Iterator
 
 import pytest
 import torch
-from swins import ALL, LAYERS, LIBRARIES, PADS, build, counted, images, outcome, small, timm
+from swins import ALL, FITS, LAYERS, LIBRARIES, PADS, SMALLER, build, counted, images, outcome, small, timm
 from torch import Tensor, nn
 
 from kernels import accelerate, restore
@@ -283,27 +283,71 @@ def test_gradient_checkpointing() -> None:
         torch.testing.assert_close(outcome(model, x), want, rtol=1e-12, atol=1e-14)
 
 
+def added_to(projection: nn.Module, how: str) -> None:
+    """Something that a projection does beside its product."""
+    whole = projection.forward
+    if how == "hook":
+        projection.register_forward_hook(lambda _module, _args, out: 0.5 * out + 1)
+    elif how == "forward":  # as Hugging Face's accelerate adds its hooks
+        projection.forward = lambda x: 0.5 * whole(x) + 1  # type: ignore[method-assign]
+    else:  # its weights are other ones at each call in training
+        torch.manual_seed(0)
+        torch.nn.utils.spectral_norm(projection)
+
+
+@pytest.mark.parametrize("how", ["hook", "forward", "spectral norm"])
 @pytest.mark.parametrize(
-    ("library", "version", "names"),
+    ("library", "version", "names", "case"),
     [
-        ("timm", "1", ("qkv",)),
-        ("timm", "2", ("qkv",)),
-        ("transformers", "1", ("q_proj", "v_proj")),
-        ("transformers", "2", ("key", "value")),
+        (*layer, case)
+        for case in (FITS, PADS, SMALLER)
+        for layer in (
+            ("timm", "1", ("qkv",)),
+            ("timm", "2", ("qkv",)),
+            ("transformers", "1", ("q_proj", "v_proj")),
+            ("transformers", "2", ("key", "value")),
+        )
+        # transformers' own SwinLayer cannot run a map that is smaller than its window
+        if (layer[:2], case) != (("transformers", "1"), SMALLER)
     ],
 )
-def test_padding_goes_through_what_hooks_and_adapters_add(
-    library: str, version: str, names: tuple[str, ...], calls: list[str]
+def test_projections_that_do_more_are_called_once_with_their_padding(
+    library: str, version: str, names: tuple[str, ...], how: str, case: tuple[int, int], calls: list[str]
 ) -> None:
     """Padding is zeros before the projections, and takes part as keys with what these make of it."""
     options = {"qkv_bias": False} if (library, version) == ("timm", "2") else {}  # else timm does not call it
-    model, x = build(library, version, *PADS, **options), images(PADS[0])
-    for name, module in model.named_modules():
-        if name.endswith(names):
-            module.register_forward_hook(lambda _module, _args, out: 0.5 * out + 1)
-    want = outcome(model, x)
+    found, asked = [], []
+    for ours in (False, True):
+        model = build(library, version, *case, **options).train()
+        for name, module in model.named_modules():
+            if name.endswith(names):
+                added_to(module, how)
+                module.register_forward_pre_hook(lambda *_, ours=ours: asked.append(ours))
+        if ours:
+            accelerate(model)
+        found.append(outcome(model, images(case[0])))
+    assert len(calls) == LAYERS and asked.count(True) == asked.count(False) == LAYERS * len(names)
+    for name, tensor in found[0].items():
+        torch.testing.assert_close(found[1][name], tensor, rtol=1e-4, atol=1e-5, msg=name)
+
+
+def test_weights_that_a_hook_brings_are_waited_for(calls: list[str]) -> None:
+    """Hugging Face's cpu_offload: modules whose forward is replaced by one that brings their weights, which are on the meta
+    device meanwhile. A position bias that is behind such a one is the library's to read."""
+    model, x = small("timm", "1")
     accelerate(model)
-    got = outcome(model, x)
-    assert len(calls) == LAYERS
-    for name, tensor in want.items():
-        torch.testing.assert_close(got[name], tensor, rtol=1e-4, atol=1e-5, msg=name)
+    want = outcome(model, x)[""]
+    attention = next(module for name, module in model.named_modules() if name.endswith("attn"))
+    table, whole = attention.relative_position_bias_table, attention.forward
+
+    def bringing(*args: Tensor, **options: Tensor) -> Tensor:
+        attention.relative_position_bias_table = table
+        return whole(*args, **options)
+
+    attention.relative_position_bias_table = nn.Parameter(table.to("meta"))
+    attention.forward = bringing
+    calls.clear()
+    with pytest.warns(UserWarning, match="a hook on its 'attn' waits for windows"):
+        got = outcome(model, x)[""]
+    assert len(calls) == LAYERS - 1
+    torch.testing.assert_close(got, want, rtol=1e-9, atol=1e-12)

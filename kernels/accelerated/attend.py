@@ -16,6 +16,7 @@ from collections.abc import Sequence
 from typing import Any
 
 import torch
+import torch.nn.functional as F
 from torch import Tensor, nn
 
 from kernels.window_attention.op import window_attention
@@ -32,18 +33,25 @@ def attend(
     scale: float | None = None,
     logit_scale: Tensor | None = None,
     rolls_first: bool = False,
+    size: Sequence[int] | None = None,
 ) -> Tensor:
     """qkv [B, H, W, 3, h, d] -> [B, H, W, h * d].
 
     qkv_bias [3 * h * d] or None: what the qkv layer makes of padding, which is zeros.
     rolls_first: the map is rolled at its own size, then padded; otherwise padded, then rolled.
+    size: H and W where qkv is of a map that went through `padded`, with the same window, shift and order.
     Windows may be larger than the map. The other arguments are those of `window_attention`.
     """
-    (height, width), (wy, wx), (sy, sx) = qkv.shape[1:3], window, shift
+    (wy, wx), (sy, sx) = window, shift
+    height, width = qkv.shape[1:3] if size is None else size
     options: dict[str, Any] = {"window": (wy, wx), "shift": (sy, sx), "scale": scale}
     options |= {"logit_scale": logit_scale, "backend": backend}
     if height % wy == 0 and width % wx == 0:
         return window_attention(qkv, table, **options)
+    if size is not None:
+        if not (rolls_first and (sy > 0 or sx > 0)):
+            return window_attention(qkv, table, **options)[:, :height, :width]
+        return _rolled_before(qkv, table, height, width, **options)
     one = qkv.shape[3:]
     pad = qkv.new_zeros(one) if qkv_bias is None else qkv_bias.view(one)
     shifted, small = sy > 0 or sx > 0, height < wy or width < wx
@@ -51,9 +59,27 @@ def attend(
         return window_attention(qkv, table, pad_kv=pad[1:], **options)
     if not (rolls_first and shifted):  # the padded map as a map of its own: that is what the kernel rolls
         return window_attention(_padded(qkv, pad, wy, wx), table, **options)[:, :height, :width]
-    # A map smaller than a window, rolled at its own size: take the kernel's roll back before and after it.
     qkv = _padded(qkv.roll((-sy, -sx), (1, 2)), pad, wy, wx)
-    out = window_attention(qkv.roll((sy, sx), (1, 2)), table, **options)
+    return _rolled_before(qkv, table, height, width, **options)
+
+
+def padded(x: Tensor, window: Sequence[int], shift: Sequence[int], rolls_first: bool = False) -> Tensor:
+    """x [B, H, W, C] with zeros at its bottom and right up to whole windows, rolled before where `rolls_first`: what the
+    libraries give their qkv layer, for one that is more than a product with its weights. As it is where it fits."""
+    below, right = (-size % side for size, side in zip(x.shape[1:3], window, strict=True))
+    if not (below or right):
+        return x
+    if rolls_first and any(shift):
+        x = x.roll([-step for step in shift], (1, 2))
+    return F.pad(x, (0, 0, 0, right, 0, below))
+
+
+def _rolled_before(
+    qkv: Tensor, table: Tensor, height: int, width: int, shift: tuple[int, int], **options: Any
+) -> Tensor:
+    """Of a map that was rolled at its own size, then padded: take the kernel's roll back before and after it."""
+    sy, sx = shift
+    out = window_attention(qkv.roll((sy, sx), (1, 2)), table, shift=shift, **options)
     return out.roll((-sy, -sx), (1, 2))[:, :height, :width].roll((sy, sx), (1, 2))
 
 

@@ -82,21 +82,13 @@ def plain(projection: nn.Module) -> bool:
     return bare and type(projection.weight) in (nn.Parameter, Tensor)
 
 
-def made_of_zeros(projection: nn.Module, x: Tensor) -> Tensor | None:
-    """What a projection of x [..., C] makes of padding, which is zeros: [D], or None for zeros. A projection that is more
-    than its weights (an adapter with a bias, a hook) is asked once more."""
-    if plain(projection):
-        bias: Tensor | None = getattr(projection, "bias", None)
-        return bias
-    made: Tensor = projection(x.new_zeros(1, 1, 1, x.shape[-1]))
-    return made.flatten()
-
-
 def hooked(module: nn.Module) -> bool:
-    """Whether calling the module does more than its forward."""
+    """Whether calling the module does more than the forward of its class: hooks, or a forward of the instance's own, which is
+    how Hugging Face's accelerate adds its hooks."""
     return bool(
         module._forward_hooks
         or module._forward_pre_hooks
         or module._backward_hooks
         or module._backward_pre_hooks
+        or "forward" in module.__dict__
     )

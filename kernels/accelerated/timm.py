@@ -8,10 +8,12 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor
 
-from kernels.accelerated.attend import attend, continuous_table
-from kernels.accelerated.base import Accelerated, made_of_zeros
+from kernels.accelerated.attend import attend, continuous_table, padded
+from kernels.accelerated.base import Accelerated, plain
 
-torch.fx.wrap("attend")  # one call in a graph that is traced before the sizes of maps are known
+# One call each in a graph that is traced before the sizes of maps are known.
+torch.fx.wrap("attend")
+torch.fx.wrap("padded")
 BOTH = (
     "_attn",
     "window_size",
@@ -42,13 +44,19 @@ class SwinBlock(Accelerated):
         if self.takes_library_path():
             return self.library._attn(self, x)
         attn = self.attn
-        bias = made_of_zeros(attn.qkv, x)
-        return self._attend(attn.qkv(x), bias, attn.relative_position_bias_table, scale=attn.scale)
+        return self._attend(*self._project(x), attn.relative_position_bias_table, scale=attn.scale)
 
-    def _attend(self, qkv: Tensor, bias: Tensor | None, table: Tensor, **kind: Any) -> Tensor:
+    def _project(self, x: Tensor) -> tuple[Tensor, Tensor | None, Any]:
+        """What the qkv layer makes of the map; what it makes of padding; and the map's size where it was padded before."""
+        qkv = self.attn.qkv
+        if plain(qkv):
+            return qkv(x), qkv.bias, None
+        return qkv(padded(x, self.window_size, self.shift_size, True)), None, (x.shape[1], x.shape[2])
+
+    def _attend(self, qkv: Tensor, bias: Tensor | None, size: Any, table: Tensor, **kind: Any) -> Tensor:
         qkv = qkv.unflatten(-1, (3, self.attn.num_heads, -1))
         window, shift, backend = self.window_size, self.shift_size, self.attention_backend
-        out = attend(qkv, bias, table, window, shift, backend, rolls_first=True, **kind)
+        out = attend(qkv, bias, table, window, shift, backend, rolls_first=True, size=size, **kind)
         return self.attn.proj_drop(self.attn.proj(out))
 
 
@@ -66,11 +74,10 @@ class SwinV2Block(SwinBlock):
             bias = torch.cat((attn.q_bias, attn.k_bias, attn.v_bias))
         table = continuous_table(attn.cpb_mlp, attn.relative_coords_table, attn.num_heads)
         # timm calls its qkv layer, which may have a hook or an adapter, in these cases alone.
+        size = None
         if bias is None or attn.qkv_bias_separate:
-            of_zeros = made_of_zeros(attn.qkv, x)
-            qkv = attn.qkv(x) if bias is None else attn.qkv(x) + bias
-            if of_zeros is not None:
-                bias = of_zeros if bias is None else of_zeros + bias
+            qkv, _, size = self._project(x)
+            qkv = qkv if bias is None else qkv + bias
         else:
             qkv = F.linear(x, attn.qkv.weight, bias)
-        return self._attend(qkv, bias, table, logit_scale=attn.logit_scale.flatten())
+        return self._attend(qkv, bias, size, table, logit_scale=attn.logit_scale.flatten())

@@ -12,8 +12,8 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor
 
-from kernels.accelerated.attend import attend, continuous_table
-from kernels.accelerated.base import Accelerated, made_of_zeros, plain
+from kernels.accelerated.attend import attend, continuous_table, padded
+from kernels.accelerated.base import Accelerated, plain
 
 WEIGHTS_ASKED = "a call asked for attention weights (output_attentions), which the kernel does not make"
 COMMON = ("window_size", "shift_size", "layernorm_before", "layernorm_after", "drop_path")
@@ -126,17 +126,18 @@ def _attend(
     layer: Any, x: Tensor, projections: tuple[Any, Any, Any], heads: int, table: Tensor, **kind: Any
 ) -> Tensor:
     """x [B, H, W, C] -> [B, H, W, C], not yet projected back."""
-    biases = [made_of_zeros(projection, x) for projection in projections]
-    bias = None
-    if any(part is not None for part in biases):
-        zeros = x.new_zeros(x.shape[-1])  # SwinV2's keys have no bias
-        bias = torch.cat([zeros if part is None else part for part in biases])
+    window, shift = (layer.window_size,) * 2, (layer.shift_size,) * 2
+    bias = size = None
     if all(plain(projection) for projection in projections):
+        biases = [projection.bias for projection in projections]
+        if any(part is not None for part in biases):
+            zeros = x.new_zeros(x.shape[-1])  # SwinV2's keys have no bias
+            bias = torch.cat([zeros if part is None else part for part in biases])
         # One product, whose result is packed as the kernel reads it.
         weight = torch.cat([projection.weight for projection in projections])
         qkv = F.linear(x, weight, bias).unflatten(-1, (3, heads, -1))
     else:  # adapters, quantised layers, hooks: each projection is called
+        x, size = padded(x, window, shift), x.shape[1:3]
         parts = [projection(x) for projection in projections]
         qkv = torch.stack(parts, dim=-2).unflatten(-1, (heads, -1))
-    window, shift = (layer.window_size,) * 2, (layer.shift_size,) * 2
-    return attend(qkv, bias, table, window, shift, layer.attention_backend, **kind)
+    return attend(qkv, bias, table, window, shift, layer.attention_backend, size=size, **kind)
