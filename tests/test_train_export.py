@@ -7,6 +7,7 @@ import shutil
 import sys
 from dataclasses import replace
 from pathlib import Path
+from typing import Any
 
 import pytest
 import torch
@@ -59,7 +60,9 @@ def test_weights_are_whole_and_averaged(
 
     other = [str(tmp_path / "run"), "--output", str(tmp_path / "out"), "--raw", "--dtype", "bf16"]
     assert main(other) == 2  # programs and scores of the first would stand beside it
-    assert "out holds an export already; remove it, or choose another --output" in capsys.readouterr().err
+    assert "out holds an export already, or other files of its names (model.saf" in capsys.readouterr().err
+    (tmp_path / "out/state.json").unlink()
+    assert main(other) == 2 and "choose another --output" in capsys.readouterr().err
     shutil.rmtree(tmp_path / "out")
     assert main(other) == 0
     found = load_file(tmp_path / "out/model.safetensors")
@@ -87,6 +90,11 @@ def test_what_is_exported_does_not_mix_with_a_run(tmp_path: Path, capsys: pytest
         load_pretrained(tmp_path / "run")
     assert main(["--checkpoint", str(tmp_path / "run"), "--output", str(step)]) == 2
     assert "choose another --output" in capsys.readouterr().err and checkpoint.verify(step)
+    for inside in ("run", "run/checkpoints"):
+        before = sorted((tmp_path / "run").rglob("*"))
+        assert main([str(step), "--output", str(tmp_path / inside)]) == 2
+        assert f"{inside} is a run's directory; choose another --output" in capsys.readouterr().err
+        assert sorted((tmp_path / "run").rglob("*")) == before
     out = tmp_path / "out"
     # the scores that lie beside the checkpoint are in the card; exporting what was exported changes nothing
     scores = {"task": "retrieval", "scores": {"R@1": {"value": 0.25}}, "counts": {"pictures": 4}}
@@ -102,6 +110,29 @@ def test_what_is_exported_does_not_mix_with_a_run(tmp_path: Path, capsys: pytest
     with pytest.raises(SystemExit):
         main(["--output", str(out)])
     assert "one run or checkpoint is needed" in capsys.readouterr().err
+
+
+def test_an_export_that_fails_leaves_nothing(
+    tmp_path: Path, capsys: pytest.CaptureFixture[str], monkeypatch: pytest.MonkeyPatch
+) -> None:
+    by_ranks(tmp_path / "run/checkpoints", 1)
+
+    def failing(*_: Any) -> Any:
+        raise OSError(28, "No space left on device")
+
+    command = [str(tmp_path / "run"), "--output", str(tmp_path / "out"), "--program", "torch"]
+    with monkeypatch.context() as full:
+        full.setattr("train.export.__main__.write_card", failing)
+        assert main(command) == 2
+        assert "No space left" in capsys.readouterr().err and not (tmp_path / "out").exists()
+        (tmp_path / "out").mkdir()
+        (tmp_path / "out/mine.txt").write_text("mine")
+        assert main(command) == 2
+    assert [path.name for path in (tmp_path / "out").iterdir()] == ["mine.txt"]
+    assert main(command) == 0
+    assert f"{tmp_path / 'out/encoder.pt2'}: the model's numbers within" in capsys.readouterr().out
+    assert (tmp_path / "out/mine.txt").read_text() == "mine" and checkpoint.verify(tmp_path / "out")
+    assert not (tmp_path / "out/.unfinished").exists()
 
 
 def test_programs_are_refused_before_anything_is_written(

@@ -17,7 +17,7 @@ writes into DIR
 models.load_pretrained, train.evaluate, train.generate and train.finetune --checkpoint read DIR as they read a run. A program
 takes normalised images [B, 3, S, S], any number of them, and gives embedding [B, E] and what lies under it (Aurora: map4 to
 map32; PerceiverIO: latents); it is run beside the model and must give the same numbers. Checksums of the checkpoint are
-compared first; nothing is unpickled.
+compared first; nothing is unpickled. DIR gets all of it or nothing, and must hold no run and no other export.
 """
 
 from __future__ import annotations
@@ -27,7 +27,8 @@ import json
 import re
 import shutil
 import sys
-from collections.abc import Mapping, Sequence
+from collections.abc import Iterator, Mapping, Sequence
+from contextlib import contextmanager, suppress
 from dataclasses import dataclass, replace
 from pathlib import Path
 
@@ -38,12 +39,22 @@ from dataload.tokenizer import Tokenizer
 from train import checkpoint
 from train.checkpoint import CheckpointError, LoadedModel
 from train.config import PretrainConfig
+from train.directory import LOCK
 from train.engines.pieces import Piece, write_pieces
 from train.export.card import model_card, scores_of
 from train.export.program import FORMATS, Program, check_program, export_encoder
 from train.families import family_of
 from train.tasks.config import FinetuneConfig
 
+OF_A_RUN = ("checkpoints", "metrics.jsonl", LOCK)
+WRITTEN = (
+    "model.safetensors",
+    "config.json",
+    "tokenizer.model",
+    "README.md",
+    "state.json",
+    *FORMATS.values(),
+)
 DTYPES = {"fp32": torch.float32, "bf16": torch.bfloat16, "fp16": torch.float16}
 
 
@@ -66,11 +77,9 @@ def consolidate(
     master weights, or the moving average where there is one and `averaged` holds; floating numbers as `dtype`. Names are those
     of the model's state dict, every tensor once; LoRA's changes are added to the weights beside which they stand.
 
-    Raises CheckpointError for a damaged checkpoint and where `output` holds a checkpoint or an export already, OSError where
-    the disk refuses.
+    Raises CheckpointError for a damaged checkpoint, OSError where the disk refuses.
     """
     state, config = checkpoint.verify(step), checkpoint.read_config(step)
-    _refuse_to_overwrite(output)
     weights = checkpoint.stored(step, "model", state)
     ema = checkpoint.stored(step, "ema", state) if averaged else {}
     was_averaged = len(ema) > 0 or bool(state.get("averaged"))
@@ -81,13 +90,8 @@ def consolidate(
             plain = name.replace(".base_layer.", ".")
             pieces[plain] = Piece.of(tensor.to(dtype) if tensor.is_floating_point() else tensor)
     output.mkdir(parents=True, exist_ok=True)
-    file, unfinished = output / "model.safetensors", output / ".model.safetensors.unfinished"
-    (output / "state.json").unlink(missing_ok=True)  # what vouched for the files that were there
-    try:
-        digest = write_pieces(unfinished, pieces)
-        unfinished.replace(file)
-    finally:
-        unfinished.unlink(missing_ok=True)
+    file = output / "model.safetensors"
+    digest = write_pieces(file, pieces)
     if isinstance(config, FinetuneConfig):
         config = replace(config, tune=replace(config.tune, lora_rank=0))
     checkpoint.write_config(output / "config.json", config)
@@ -108,9 +112,11 @@ def consolidate(
     return Exported(file, state["step"], was_averaged, len(pieces), numbers, digest)
 
 
-def _refuse_to_overwrite(output: Path) -> None:
-    """A checkpoint with an optimizer's state is not replaced by one without, nor an export by another: programs and scores
-    of the former would stand beside the new weights."""
+def refuse_to_mix(output: Path) -> None:
+    """Raises CheckpointError where `output` holds a run, a checkpoint with an optimizer's state, or an export or a part of one:
+    programs and scores of the former would stand beside the new weights, and a run would be taken for an export."""
+    if output.exists() and not output.is_dir():
+        raise CheckpointError(f"{output} is a file; --output is a directory")
     if (output / "state.json").is_file():
         try:
             exported = json.loads((output / "state.json").read_text()).get("exported")
@@ -118,7 +124,31 @@ def _refuse_to_overwrite(output: Path) -> None:
             exported = False
         if not exported:
             raise CheckpointError(f"{output} is a checkpoint of a run; choose another --output")
-        raise CheckpointError(f"{output} holds an export already; remove it, or choose another --output")
+    if any((output / name).exists() for name in OF_A_RUN) or checkpoint.step_directories(output):
+        raise CheckpointError(f"{output} is a run's directory; choose another --output")
+    if found := [name for name in WRITTEN if (output / name).exists()]:
+        raise CheckpointError(
+            f"{output} holds an export already, or other files of its names ({', '.join(found)}): remove them, or choose "
+            "another --output"
+        )
+
+
+@contextmanager
+def at_once(output: Path) -> Iterator[Path]:
+    """A folder to write into, whose files go to `output` when all is done, state.json last. Of what fails nothing stays."""
+    new = not output.exists()
+    work = output / ".unfinished"
+    shutil.rmtree(work, ignore_errors=True)
+    work.mkdir(parents=True)
+    try:
+        yield work
+        for path in sorted(work.iterdir(), key=lambda path: path.name == "state.json"):
+            path.replace(output / path.name)
+    finally:
+        shutil.rmtree(work, ignore_errors=True)
+        if new:
+            with suppress(OSError):  # it is not empty: all went well
+                output.rmdir()
 
 
 def _merged(
@@ -196,21 +226,22 @@ def main(argv: Sequence[str] | None = None) -> int:
                 f"{run} has no finished checkpoint; give a run (runs/NAME) or one of its step directories"
             )
         check_program(args.program, checkpoint.read_config(step))
-        done = consolidate(step, args.output, averaged=not args.raw, dtype=DTYPES[args.dtype])
-        loaded = checkpoint.load_model(args.output) if args.program else described(args.output)
-        programs = export_encoder(loaded, args.output, args.program) if args.program else []
-        card = write_card(loaded, step, args.output, programs)
+        refuse_to_mix(args.output)
+        with at_once(args.output) as folder:
+            done = consolidate(step, folder, averaged=not args.raw, dtype=DTYPES[args.dtype])
+            loaded = checkpoint.load_model(folder) if args.program else described(folder)
+            programs = export_encoder(loaded, folder, args.program) if args.program else []
+            card = write_card(loaded, step, folder, programs)
     except (CheckpointError, ValueError, ImportError, OSError) as error:
         print(f"error: {error}", file=sys.stderr)
         return 2
     kind = "averaged weights" if done.averaged else "weights"
-    print(
-        f"{done.file}: {kind} of step {done.step}, {done.tensors:,} tensors, {done.numbers:,} numbers, {args.dtype}"
-    )
+    what = f"{kind} of step {done.step}, {done.tensors:,} tensors, {done.numbers:,} numbers, {args.dtype}"
+    print(f"{args.output / done.file.name}: {what}")
     print(f"sha256 {done.sha256}")
     for one in programs:
-        print(f"{one.path}: the model's numbers within {one.difference:.1e}")
-    print(f"{card}: the model card; load_pretrained({str(args.output)!r}) uses the model")
+        print(f"{args.output / one.path.name}: the model's numbers within {one.difference:.1e}")
+    print(f"{args.output / card.name}: the model card; load_pretrained({str(args.output)!r}) uses the model")
     return 0
 
 
