@@ -389,11 +389,14 @@ def test_errors_are_one_sentence(run_dir: Path, tmp_path: Path, capsys: pytest.C
         ((*good, "--data", bare), "has a caption"),
         ((*good, "--max-images", "0"), "--max-images must be at least 1; got 0"),
         ((*good, "--output", tmp_path), "is a directory"),
+        ((*good, "--output", bare / "scores.json"), "bare-000000.tar is a file, not a folder"),
+        ((*good, "--output", tmp_path / "a/b/c.json", "--data", bare), "has a caption"),
         ((*good, "--device", "tpu"), "tpu"),
     ):
         code, out, err = evaluate(*words, capsys=capsys)
         assert code == 2 and out == "", (words, out)
         assert err.startswith("error: ") and message in err and err.count("\n") == 1, err
+    assert [path.name for path in tmp_path.iterdir() if path.is_dir()] == []  # nothing was begun
 
 
 def test_another_tokenizer_is_refused(

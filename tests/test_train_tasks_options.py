@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import json
+from argparse import Namespace
 from pathlib import Path
 from typing import Any
 
@@ -18,9 +19,8 @@ from train.evaluate import __main__ as evaluate
 from train.generate import __main__ as generate
 from train.pretrain import main as pretrain
 from train.scores.captioning import check
-from train.tasks import captioning, vqa
-from train.tasks.base import TaskResult
-from train.tasks.running import write_files
+from train.tasks import captioning, evaluating, vqa
+from train.tasks.config import FinetuneConfig, TaskConfig
 
 
 @pytest.fixture(scope="module")
@@ -127,9 +127,12 @@ def test_answers_are_written_as_asked(
         lengths.append(call["max_length"] - call["prompt"].shape[1])
     assert lengths == [4, 4, 2]
     assert "from 3 to 5" in refusal(generate.main, capsys, *asked, writer, "--max-length", 6)
-    for option, value in (("--beams", 2), ("--method", "greedy"), ("--max-length", 4)):
+    for option, value in (("--beams", 2), ("--method", "greedy"), ("--max-length", 4), ("--seed", 12345678)):
         said = refusal(generate.main, capsys, *asked, chooser, option, value)
-        assert f"{option}: " in said and "chooses its answer" in said
+        assert f"{option} {value}: " in said and "chooses its answer" in said
+    for option, value in (("--method", "sample"), ("--temperature", 2), ("--num", 3)):
+        said = refusal(generate.main, capsys, *asked, writer, option, value)
+        assert f"{option} {value}: a fine-tuned model writes by greedy or beam search" in said
 
 
 # --- train.evaluate -------------------------------------------------------------------------------
@@ -161,6 +164,16 @@ def test_options_that_would_change_nothing_are_refused(
 
 def heldout(*options: object) -> list[str]:
     return ["--device", "cpu", "--data", *map(str, corpus().heldout), *map(str, options)]
+
+
+def test_a_split_that_the_built_in_corpus_lacks_is_refused(monkeypatch: pytest.MonkeyPatch) -> None:
+    sources = Namespace(heldout=tuple(map(str, corpus().heldout)))
+    monkeypatch.setattr(evaluating, "find_task_sources", lambda *_: sources)
+    config = FinetuneConfig(task=TaskConfig("captioning"))
+    for split in ("", "heldout"):
+        assert evaluating.shards_for(Namespace(data=[], split=split), config) == sources.heldout
+    with pytest.raises(ValueError, match="no shards of split 'nosuch'; there are: heldout"):
+        evaluating.shards_for(Namespace(data=[], split="nosuch"), config)
 
 
 def test_the_first_pictures_are_those_with_all_their_questions(writer: Path, tmp_path: Path) -> None:
@@ -200,15 +213,13 @@ def test_the_pool_and_the_seed_are_those_asked_for(
     assert json.loads(output.read_text())["seed"] == 7
 
 
-def test_each_evaluation_has_its_own_submission(tmp_path: Path) -> None:
-    """Beside TASK.json and a run's summary by their plain names; beside any other scores with that file's name in front."""
-    for name in ("captioning.json", "captioning-2.json", "mine.json", "yours.json", "run/summary.json"):
-        (tmp_path / name).parent.mkdir(exist_ok=True)
-        result = TaskResult("captioning", {}, {}, files={"caption_results.json": [name]})
-        (path,) = write_files(tmp_path / name, result)
-        assert json.loads(path.read_text()) == [name]
-    found = sorted(str(path.relative_to(tmp_path)) for path in tmp_path.rglob("*.json"))
-    assert found == [
-        "caption_results.json", "captioning-2-caption_results.json", "mine-caption_results.json",
-        "run/caption_results.json", "yours-caption_results.json",
-    ]  # fmt: skip
+def test_each_evaluation_has_its_own_submission(captioner: Path, tmp_path: Path) -> None:
+    """Their plain names are for a run's own and for the scores that stand beside its checkpoint by default."""
+    own = tmp_path / "caption_results.json"
+    own.write_text("a run's")
+    outputs = [tmp_path / "captioning.json", tmp_path / "mine.json"]
+    for output in outputs:
+        command = ["captioning", "--checkpoint", str(captioner), *heldout("--output", output, "--beams", 1)]
+        assert evaluate.main([*command, "--max-images", "2"]) == 0
+        assert len(json.loads(output.with_name(f"{output.stem}-caption_results.json").read_text())) == 2
+    assert own.read_text() == "a run's"

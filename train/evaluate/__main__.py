@@ -185,10 +185,11 @@ def check_request(args: argparse.Namespace, output: Path) -> None:
             raise ValueError(f"--{name.replace('_', '-')} must be at least 1; got {value}")
     if output.is_dir():
         raise IsADirectoryError(f"--output {output} is a directory; a file is needed")
-    existing = next(folder for folder in (output, *output.resolve().parents) if folder.exists())
-    if not os.access(existing, os.W_OK):
+    folder = next(folder for folder in output.resolve().parents if folder.exists())
+    if not folder.is_dir():
+        raise NotADirectoryError(f"--output {output}: {folder} is a file, not a folder")
+    if not os.access(output if output.exists() else folder, os.W_OK):
         raise PermissionError(f"{output} cannot be written; choose another place with --output")
-    output.parent.mkdir(parents=True, exist_ok=True)
 
 
 def heldout_shards(args: argparse.Namespace, loaded: LoadedModel) -> list[shards.Address]:

@@ -121,25 +121,28 @@ def _check(args: argparse.Namespace) -> None:
     for name, value in (("num", args.num), ("beams", args.beams)):
         if value is not None and value < 1:
             raise ValueError(f"--{name} must be at least 1; got {value}")
+
+
+def _refuse(args: argparse.Namespace, names: Iterable[str], method: str) -> None:
+    """Options that would change nothing. Raises ValueError."""
+    for name in names:
+        if getattr(args, name) is not None:
+            raise ValueError(f"{typed(args, name)} needs --method {method}, not {args.method or 'greedy'}")
+
+
+def typed(args: argparse.Namespace, name: str) -> str:
+    """An option as it stands in the command."""
+    return f"--{name.replace('_', '-')} {str(getattr(args, name)).removesuffix('.0')}"
+
+
+def _settle(args: argparse.Namespace) -> None:
+    """What a pre-trained model writes by where the options say nothing. Raises ValueError for one that would change nothing."""
     if args.num > 1 and args.method != "sample":
         raise ValueError(
             f"--num {args.num} needs --method sample: {args.method or 'greedy'} always gives the same caption"
         )
     if args.method != "sample":
         _refuse(args, SAMPLING, "sample")
-
-
-def _refuse(args: argparse.Namespace, names: Iterable[str], method: str) -> None:
-    """Options that would change nothing. Raises ValueError."""
-    for name in names:
-        if (value := getattr(args, name)) is not None:
-            raise ValueError(
-                f"--{name.replace('_', '-')} {value:g} needs --method {method}, not {args.method or 'greedy'}"
-            )
-
-
-def _settle(args: argparse.Namespace) -> None:
-    """What a pre-trained model writes by where the options say nothing."""
     if args.method != "beam":
         _refuse(args, BEAM_SEARCH, "beam")
     for name, value in ({"method": "greedy"} | BEAM_SEARCH | SAMPLING).items():

@@ -111,7 +111,9 @@ def evaluate_checkpoint(args: argparse.Namespace, given: Sequence[str]) -> int:
     output.parent.mkdir(parents=True, exist_ok=True)
     output.write_text(json.dumps(record, indent=2, ensure_ascii=False) + "\n", encoding="utf-8")
     page = write_task_page(output.with_suffix(".html"), result, items, record)
-    further = write_files(output, result)
+    # The plain names are for the scores that stand beside the checkpoint by default.
+    plain = args.output is None and output.stem == args.task
+    further = write_files(output.parent, result, "" if plain else f"{output.stem}-")
     print(
         f"{args.task} of {loaded.path} (step {loaded.step}{', averaged weights' if loaded.averaged else ''})"
     )
@@ -248,11 +250,12 @@ def shards_for(args: argparse.Namespace, config: FinetuneConfig) -> tuple[str, .
 
     if args.data or config.data.heldout:
         paths = shards.expand(args.data or config.data.heldout)
-        chosen = choose_split(paths, args.split, any(Path(d).expanduser().is_dir() for d in args.data))
-        return tuple(map(str, chosen))
-    if config.data.train:
+    elif config.data.train:
         raise ConfigError(f"{args.checkpoint} was trained without held-out shards; name some with --data")
-    return find_task_sources(config, lambda line: print(line, file=sys.stderr)).heldout
+    else:
+        paths = shards.expand(find_task_sources(config, lambda line: print(line, file=sys.stderr)).heldout)
+    chosen = choose_split(paths, args.split, any(Path(d).expanduser().is_dir() for d in args.data))
+    return tuple(map(str, chosen))
 
 
 def describe(

@@ -166,20 +166,19 @@ def finish_task(run: Run, stop: Stop) -> None:
     run.say(f"checkpoint  {run.saved}")
     run.say(f"scores      {run.out / 'summary.json'}")
     if result is not None and run.data.heldout is not None:
-        for path in write_files(run.out / "summary.json", result):
+        for path in write_files(run.out, result):
             run.say(f"            {path}")
         items = run.data.heldout.items
         page = write_task_page(run.out / "report.html", result, items, record, run.out)
         run.say(f"report      {page} (open it in a browser)")
 
 
-def write_files(beside: Path, result: TaskResult) -> list[Path]:
-    """The further files of a result, beside the one with its scores: submissions in the official format. Those of scores that
-    are not in TASK.json (or a run's summary.json) have that file's name in front: one evaluation leaves another's alone."""
+def write_files(folder: Path, result: TaskResult, front: str = "") -> list[Path]:
+    """The further files of a result: submissions in the official format. `front` stands before their names, so that one
+    evaluation leaves another's alone."""
     paths = []
-    front = "" if beside.stem in (result.task, "summary") else f"{beside.stem}-"
     for name, content in result.files.items():
-        path = beside.with_name(front + name)
+        path = folder / (front + name)
         path.write_text(json.dumps(content) + "\n", encoding="utf-8")
         paths.append(path)
     return paths

@@ -14,7 +14,7 @@ from dataload.images import normalize
 from dataload.views import squashed_view
 from train.checkpoint import LoadedModel
 from train.config import ConfigError
-from train.generate.__main__ import one_line
+from train.generate.__main__ import SAMPLING, one_line, typed
 from train.machine import choose_device
 from train.tasks.captioning import caption
 from train.tasks.config import FinetuneConfig
@@ -77,15 +77,21 @@ def as_asked(config: FinetuneConfig, args: argparse.Namespace, loaded: LoadedMod
     """The task as the options want it to write; what they leave open is as it was scored. Raises ConfigError for an option
     that would change nothing."""
     task = config.task
-    if task.kind == "vqa" and task.head == "chosen":
-        for name in ("method", "beams", "length_penalty", "max_length"):
-            if getattr(args, name) is not None:
-                raise ConfigError(
-                    f"--{name.replace('_', '-')}: {loaded.path} chooses its answer among {len(task.classes)}, it writes none"
-                )
+    given = {
+        name: getattr(args, name) for name in ("method", "beams", "length_penalty", "max_length", *SAMPLING)
+    }
+    given["num"] = args.num if args.num > 1 else None
+    chosen = task.kind == "vqa" and task.head == "chosen"
+    for name, value in given.items():
+        if value is not None and (chosen or name in (*SAMPLING, "num") or value == "sample"):
+            why = (
+                f"{loaded.path} chooses its answer among {len(task.classes)}, it writes none"
+                if chosen
+                else "a fine-tuned model writes by greedy or beam search"
+            )
+            raise ConfigError(f"{typed(args, name)}: {why}")
+    if chosen:
         return config
-    if args.method == "sample":
-        raise ConfigError("--method sample: a fine-tuned model writes by greedy or beam search")
     beams = task.beams if args.beams is None else args.beams
     if args.method == "greedy":
         if args.beams not in (None, 1):
