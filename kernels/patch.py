@@ -132,9 +132,11 @@ def accelerate(model: nn.Module, *, backend: str = "auto") -> Report:
 def restore(model: nn.Module) -> tuple[str, ...]:
     """Undo `accelerate`: every accelerated module in `model` is of its library's class again.
 
-    Returns their names; an empty tuple where there was none. Raises ValueError, and restores nothing, where another
-    wrapper has given one of them a class of its own since: undo that first.
+    Returns their names; an empty tuple where there was none. Raises TypeError for what is no module; and ValueError, and
+    restores nothing, where another wrapper has given one of them a class of its own since: undo that first.
     """
+    if not isinstance(model, nn.Module):
+        raise TypeError(f"restore: model must be a torch.nn.Module, got {type(model).__name__}")
     found = {name: module for name, module in model.named_modules() if isinstance(module, Accelerated)}
     for name, module in found.items():
         if type(module) is not accelerated_class(module.family, module.library):

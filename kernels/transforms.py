@@ -1,4 +1,4 @@
-"""torch.func's transforms and forward-mode derivatives, refused once at the entrance of each public function."""
+"""What is no tensor, torch.func's transforms, and forward-mode derivatives: refused at the entrance of each public function."""
 
 from __future__ import annotations
 
@@ -12,6 +12,13 @@ from torch._C._functorch import (
     peek_interpreter_stack,
 )
 from torch.autograd import forward_ad
+
+
+def require_tensors(function: str, optional: tuple[str, ...] = (), **given: object) -> None:
+    """Raise TypeError for an argument that is no tensor; those in `optional` may be None."""
+    for name, value in given.items():
+        if not isinstance(value, Tensor) and (value is not None or name not in optional):
+            raise TypeError(f"{function}: {name} must be a torch.Tensor, got {type(value).__name__}")
 
 
 def refuse_transforms(function: str, backend: str, *tensors: Tensor | None) -> None:

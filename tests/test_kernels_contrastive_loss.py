@@ -280,6 +280,7 @@ def test_activation_checkpointing() -> None:
         (lambda i, t, s, b: ((i[None], t, s), {}), ValueError, r"must be \[N, D\]"),
         (lambda i, t, s, b: ((i, t.half(), s), {}), TypeError, "float32 and torch.float16"),
         (lambda i, t, s, b: ((i.int(), t.int(), s), {}), TypeError, "got torch.int32"),
+        (lambda i, t, s, b: ((i, None, s), {}), TypeError, "text must be a torch.Tensor, got NoneType"),
         (lambda i, t, s, b: ((i, t, s[None]), {}), ValueError, r"logit_scale .* got \[1\]"),
         (lambda i, t, s, b: ((i, t, 2.3), {}), ValueError, "logit_scale .* got 2.3"),
         (lambda i, t, s, b: ((i, t, s, b.int()), {}), TypeError, "logit_bias must be floating point"),

@@ -237,6 +237,8 @@ def test_merge_errors() -> None:
     out, lse = torch.zeros(1, 3, 2, 4), torch.zeros(1, 2, 3)
     with pytest.raises(ValueError, match="got 0 and 0"):
         merge_attention([], [])
+    with pytest.raises(TypeError, match="lse must be a torch.Tensor, got NoneType"):
+        merge_attention([out], [None])  # type: ignore[list-item]
     with pytest.raises(ValueError, match="got 2 and 1"):
         merge_attention([out, out], [lse])
     with pytest.raises(ValueError, match=r"got \[1, 3, 2, 4\] and \[1, 3, 2\]"):
@@ -395,6 +397,8 @@ Z = torch.zeros
             ValueError,
             "at most one .* got key_lengths, key_mask",
         ),
+        ({"v": None}, TypeError, r"v must be a torch.Tensor, got NoneType"),
+        ({"key_lengths": [5, 1]}, TypeError, r"key_lengths must be a torch.Tensor, got list"),
         ({"key_lengths": Z(3).int()}, ValueError, r"int32 or int64 \[B\] = \[2\], got torch.int32 \[3\]"),
         ({"key_lengths": Z(2)}, ValueError, "got torch.float32"),
         ({"key_lengths": torch.tensor([6, 1])}, ValueError, r"from 0 to N = 5, got \[6, 1\]"),

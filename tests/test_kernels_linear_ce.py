@@ -312,6 +312,7 @@ GOOD = {
         ({"weight": torch.zeros(0, 4)}, ValueError, "rows may be none"),
         ({"targets": torch.zeros(4, dtype=torch.int64)}, ValueError, r"\[M\] = \[3\], got \[4\]"),
         ({"targets": torch.zeros(3, dtype=torch.int32)}, TypeError, "int64, got torch.int32"),
+        ({"targets": [0, 1, 2]}, TypeError, "targets must be a torch.Tensor, got list"),
         ({"hidden": torch.zeros(3, 4).int()}, TypeError, "hidden must be float64"),
         ({"weight": torch.zeros(5, 4).bfloat16()}, TypeError, "hidden's dtype torch.float32, got torch.bfloat16"),
         ({"weight": torch.zeros(5, 4, device="meta")}, ValueError, "on one device"),

@@ -124,6 +124,8 @@ def test_the_unknown_is_left_with_the_reason() -> None:
 def test_errors() -> None:
     with pytest.raises(TypeError, match=r"must be a torch\.nn\.Module, got str"):
         accelerate("swin")  # type: ignore[arg-type]
+    with pytest.raises(TypeError, match=r"restore: model must be a torch\.nn\.Module, got NoneType"):
+        restore(None)  # type: ignore[arg-type]
     with pytest.raises(
         ValueError,
         match="nothing in Linear can run on window_attention or latent_attention; supported: timm's SwinT",

@@ -318,6 +318,8 @@ def test_only_the_reference_differentiates_twice() -> None:
         ({"window": (4, 0)}, ValueError, "from 1 to the map's 8 x 8, got 4 x 0"),
         ({"window": (4, 4, 4)}, ValueError, r"an int or \(y, x\) of ints, got \(4, 4, 4\)"),
         ({"window": 4.0}, ValueError, r"an int or \(y, x\) of ints, got 4.0"),
+        ({"qkv": None}, TypeError, "qkv must be a torch.Tensor, got NoneType"),
+        ({"bias": [1.0]}, TypeError, "bias must be a torch.Tensor, got list"),
         ({"shift": 4}, ValueError, "from 0 to less than the window's 4 x 4, got 4 x 4"),
         ({"shift": (0, -1)}, ValueError, "got 0 x -1"),
         ({"bias": torch.zeros(25, 2)}, ValueError, r"a table \[49, 2\] or \[2, 16, 16\], got \[25, 2\]"),

@@ -13,7 +13,7 @@ from kernels.autocast import autocast_dtype
 from kernels.backend import Choice, Plan, describe, resolve, triton_refusal
 from kernels.contrastive_loss import operator, reference
 from kernels.contrastive_loss.distributed import DTYPES
-from kernels.transforms import refuse_transforms
+from kernels.transforms import refuse_transforms, require_tensors
 
 NAME = "contrastive_loss"
 KINDS = ("sigmoid", "softmax")
@@ -51,6 +51,7 @@ def contrastive_loss(
     Raises TypeError (dtypes), ValueError (shapes, values; on every rank where ranks differ in their numbers),
     BackendError (a named backend that cannot run the call).
     """
+    require_tensors(NAME, image=image, text=text)
     refuse_transforms(NAME, backend, image, text, logit_scale, logit_bias)
     low = autocast_dtype(image)
     if low is not None:

@@ -7,6 +7,8 @@ from collections.abc import Sequence
 import torch
 from torch import Tensor
 
+from kernels.transforms import require_tensors
+
 
 def merge_attention(outs: Sequence[Tensor], lses: Sequence[Tensor]) -> tuple[Tensor, Tensor]:
     """Exact combination of partial results over disjoint keys, in the order given (so it is deterministic).
@@ -22,6 +24,7 @@ def merge_attention(outs: Sequence[Tensor], lses: Sequence[Tensor]) -> tuple[Ten
             f"merge_attention: as many lses as outs, at least one; got {len(outs)} and {len(lses)}"
         )
     for out, lse in zip(outs, lses, strict=True):
+        require_tensors("merge_attention", out=out, lse=lse)
         if (
             out.dim() != 4
             or out.shape != outs[0].shape

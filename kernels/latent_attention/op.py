@@ -13,9 +13,10 @@ from kernels.backend import Choice, Plan, describe, resolve
 from kernels.latent_attention import auto, eager, flash_ops, reference, sdpa, triton_ops
 from kernels.latent_attention.dropout import seed_tensor
 from kernels.latent_attention.packing import unpack_keys
-from kernels.transforms import refuse_transforms
+from kernels.transforms import refuse_transforms, require_tensors
 
 NAME = "latent_attention"
+VISIBILITY = ("key_lengths", "cu_seqlens_k", "key_mask")
 FEW_KEYS = 16
 DTYPES = (torch.float64, torch.float32, torch.float16, torch.bfloat16)
 
@@ -86,6 +87,9 @@ def latent_attention(
     Raises TypeError (dtypes), ValueError (shapes, values), BackendError (a named backend that cannot run the
     call).
     """
+    require_tensors(
+        NAME, VISIBILITY, q=q, k=k, v=v, key_lengths=key_lengths, cu_seqlens_k=cu_seqlens_k, key_mask=key_mask
+    )
     refuse_transforms(NAME, backend, q, k, v, key_lengths, cu_seqlens_k, key_mask)
     low = autocast_dtype(q)
     if low is not None:

@@ -9,7 +9,7 @@ from kernels.autocast import autocast_dtype
 from kernels.backend import Choice, Plan, describe, resolve
 from kernels.linear_cross_entropy import fused, liger, reference
 from kernels.linear_cross_entropy.reference import Settings
-from kernels.transforms import refuse_transforms
+from kernels.transforms import refuse_transforms, require_tensors
 
 NAME = "linear_cross_entropy"
 DTYPES = (torch.float64, torch.float32, torch.float16, torch.bfloat16)
@@ -44,6 +44,7 @@ def linear_cross_entropy(
     Raises TypeError (dtypes), ValueError (shapes, values), IndexError (a target out of range, on a CPU; on a GPU a device
     assertion, which does not wait), BackendError (a named backend that cannot run the call).
     """
+    require_tensors(NAME, hidden=hidden, weight=weight, targets=targets)
     refuse_transforms(NAME, backend, hidden, weight)
     settings = _check(hidden, weight, targets, ignore_index, label_smoothing, z_loss, reduction)
     name = resolve(NAME, backend, plan(hidden, settings.compute))

@@ -9,11 +9,12 @@ from torch import Tensor
 
 from kernels.autocast import autocast_dtype
 from kernels.backend import Choice, Plan, describe, is_hopper, resolve
-from kernels.transforms import refuse_transforms
+from kernels.transforms import refuse_transforms, require_tensors
 from kernels.window_attention import eager, reference, sdpa, triton_ops
 from kernels.window_attention.geometry import Grid
 
 NAME = "window_attention"
+OPTIONAL = ("bias", "logit_scale", "pad_kv")
 DTYPES = (torch.float64, torch.float32, torch.float16, torch.bfloat16)
 NEVER = {"flash_attn": "FlashAttention knows neither windows nor a position bias"}
 BACKEND_FUNCTIONS = {
@@ -57,6 +58,7 @@ def window_attention(
     Raises TypeError (dtypes), ValueError (shapes, values), BackendError (a named backend that cannot run the
     call).
     """
+    require_tensors(NAME, OPTIONAL, qkv=qkv, bias=bias, logit_scale=logit_scale, pad_kv=pad_kv)
     refuse_transforms(NAME, backend, qkv, bias, logit_scale, pad_kv)
     low = autocast_dtype(qkv)
     if low is not None:
