@@ -23,15 +23,14 @@ from typing import TYPE_CHECKING
 
 import numpy as np
 
-from dataload.broken import BrokenSample
+from dataload.broken import BrokenAudio
+from dataload.decode import RATE
 
 if TYPE_CHECKING:
     import torch
 
     from dataload.sandbox import Sandbox
 
-RATE = 16_000
-"""samples per second of every waveform"""
 MAX_SECONDS = 3600.0
 """default limit on what one call decodes"""
 TIMEOUT = 60.0
@@ -41,14 +40,6 @@ FFT, WINDOW, HOP, MELS = 1024, 400, 160, 128
 FLOOR = 1e-10
 """least power that log_mel tells from silence"""
 _NEEDS = ("soundfile", "soxr", "av")
-
-
-class BrokenAudio(BrokenSample):
-    """The bytes are no sound that can be used; the message says why."""
-
-
-class CannotSeek(BrokenAudio):
-    """A place cannot be reached but by decoding all before it."""
 
 
 @dataclass(frozen=True)

@@ -4,26 +4,17 @@ from __future__ import annotations
 
 import importlib.util
 from collections.abc import Sequence
-from dataclasses import dataclass
 from typing import Protocol
 
 import numpy as np
 import torch
 
 from dataload import prefetch
-from dataload.samples import Drawn, Job, LoaderConfig, SampleMaker
+from dataload.samples import Drawn, Job, LoaderConfig, SampleMaker, Work
 from dataload.scratch import Recycled
 from dataload.threads import Threads
 
 DALI_MISSING = "backend dali needs NVIDIA DALI, which is not installed here: pip install 'auroraio[gpu]'"
-
-
-@dataclass(frozen=True)
-class Work(prefetch.Work[Drawn]):
-    """A batch that is being made."""
-
-    images: torch.Tensor
-    """uint8 [B, H, W, 3], whole when all parts are done"""
 
 
 class Backend(prefetch.Backend[Job, Work], Protocol):

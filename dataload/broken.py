@@ -17,6 +17,18 @@ class BrokenSample(ValueError):
     bytes from outside, and nothing else."""
 
 
+class BrokenAudio(BrokenSample):
+    """The bytes are no sound that can be used; the message says why."""
+
+
+class CannotSeek(BrokenAudio):
+    """A place cannot be reached but by decoding all before it."""
+
+
+class BrokenVideo(BrokenSample):
+    """The bytes are no video that can be used; the message says why."""
+
+
 class TooManyBroken(RuntimeError):
     """The share of broken samples is over the limit."""
 

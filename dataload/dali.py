@@ -26,10 +26,9 @@ from typing import Any
 import numpy as np
 import torch
 
-from dataload.backends import Work
 from dataload.broken import BrokenSample
 from dataload.images import turn_upright
-from dataload.samples import Attempt, Drawn, Job, SampleMaker, View
+from dataload.samples import Attempt, Drawn, Job, SampleMaker, View, Work
 from dataload.scratch import Recycled
 from dataload.threads import Threads
 

@@ -21,13 +21,12 @@ import numpy as np
 import torch
 
 from dataload import backends, order, shards
-from dataload.backends import Work
 from dataload.batch import Batch, EvalBatch
 from dataload.broken import Broken, BrokenReport, TooManyBroken
 from dataload.evalset import EvalSet
 from dataload.order import Position
 from dataload.prefetch import Limits, Prefetch, SlowWorkerWarning, WorkerStuck
-from dataload.samples import PATCH, Drawn, Job, LoaderConfig, SampleMaker
+from dataload.samples import PATCH, Drawn, Job, LoaderConfig, SampleMaker, Work
 from dataload.stages import Stages
 from dataload.stream import Stream
 from dataload.tokenizer import Tokenizer

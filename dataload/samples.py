@@ -8,9 +8,10 @@ from collections.abc import Iterable
 from dataclasses import dataclass
 
 import numpy as np
+import torch
 from PIL import Image
 
-from dataload import images, order, sandbox, substitute
+from dataload import images, order, prefetch, sandbox, substitute
 from dataload.broken import Broken, BrokenSample
 from dataload.masking import mim_mask, mlm_mask
 from dataload.resize import resize
@@ -154,6 +155,14 @@ class Drawn:
     """bool [H/32, W/32]; None for a captioned sample"""
     broken: list[Broken]
     """what was tried before"""
+
+
+@dataclass(frozen=True)
+class Work(prefetch.Work[Drawn]):
+    """A batch that is being made."""
+
+    images: torch.Tensor
+    """uint8 [B, H, W, 3], whole when all parts are done"""
 
 
 class Attempt(substitute.Attempt):

@@ -20,7 +20,7 @@ from typing import TYPE_CHECKING, Any
 
 import numpy as np
 
-from dataload.broken import BrokenSample
+from dataload.broken import BrokenVideo
 
 if TYPE_CHECKING:
     import torch
@@ -36,10 +36,6 @@ TIMEOUT = 60.0
 """seconds that a sandbox gets for a clip"""
 CROP_DRAWS = 22
 """random numbers that crops.crop_box takes at most"""
-
-
-class BrokenVideo(BrokenSample):
-    """The bytes are no video that can be used; the message says why."""
 
 
 @dataclass(frozen=True)

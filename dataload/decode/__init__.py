@@ -4,6 +4,9 @@ from __future__ import annotations
 
 import numpy as np
 
+RATE = 16_000
+"""samples per second of every waveform"""
+
 
 def keep_freed_memory(size: int = 8 << 20) -> None:
     """Lets glibc use again what was freed, up to twice `size` bytes, where it would hand it back to the kernel.

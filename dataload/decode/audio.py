@@ -16,7 +16,8 @@ from typing import Any, Protocol, TypeVar
 
 import numpy as np
 
-from dataload.audio import RATE, BrokenAudio, CannotSeek
+from dataload.broken import BrokenAudio, CannotSeek
+from dataload.decode import RATE
 from dataload.decode.audio_av import AvReader, container_of
 from dataload.decode.mp3 import counted
 

@@ -11,8 +11,7 @@ from typing import Any
 
 import numpy as np
 
-from dataload.audio import BrokenAudio, CannotSeek
-from dataload.broken import BrokenSample
+from dataload.broken import BrokenAudio, BrokenSample, CannotSeek
 
 BLOCK = 1 << 16
 """samples per block"""

@@ -7,10 +7,10 @@ from typing import Any, cast
 import numpy as np
 from PIL import Image
 
-from dataload.audio import RATE, BrokenAudio
+from dataload.broken import BrokenAudio, BrokenVideo
+from dataload.decode import RATE
 from dataload.decode.crops import crop_box
 from dataload.decode.video_packets import Video
-from dataload.video import BrokenVideo
 
 _FILTERS = {"bilinear": Image.Resampling.BILINEAR, "bicubic": Image.Resampling.BICUBIC}
 _RETRIES = 8

@@ -13,8 +13,8 @@ from fractions import Fraction
 from statistics import median
 from typing import Any
 
+from dataload.broken import BrokenVideo
 from dataload.decode.audio_av import open_container, words
-from dataload.video import BrokenVideo
 
 MAX_PACKETS = 1 << 20
 """of one stretch; an hour at 120 frames per second has 432,000"""

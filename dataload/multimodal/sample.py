@@ -5,7 +5,7 @@ from __future__ import annotations
 
 from collections.abc import Sequence
 from dataclasses import dataclass, field
-from typing import TYPE_CHECKING, Any
+from typing import Any
 
 import numpy as np
 import torch
@@ -17,14 +17,12 @@ from dataload.decode.crops import crop_box
 from dataload.masking import mim_mask, mlm_mask
 from dataload.multimodal.batch import MultimodalBatch
 from dataload.multimodal.config import MixtureConfig
+from dataload.multimodal.origin import Origin
 from dataload.packed import pack
 from dataload.resize import resize
 from dataload.stages import Stages
 from dataload.substitute import Attempt, describe
 from dataload.tokenizer import BOS, EOS, Tokenizer
-
-if TYPE_CHECKING:
-    from dataload.multimodal.loader import Origin
 
 _SOURCE = 1 << 48
 """Sample numbers of source i begin at i times this in the counters of random numbers: two sources share none."""

@@ -8,28 +8,8 @@ from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any
 
-from dataload.pack.coco_places import Places, read_places
+from dataload.pack.coco_places import CocoFiles, Places, read_places
 from dataload.pack.source import Picture, Source, SourceError, check_folder, inside, load_json, need, tidy
-
-
-@dataclass(frozen=True)
-class CocoFiles:
-    """Which files of a split there are."""
-
-    captions: Path | None = None
-    """captions_train2017.json"""
-    instances: Path | None = None
-    """instances_train2017.json: boxes and masks"""
-    stuff: Path | None = None
-    """stuff_train2017.json: label maps are painted from its masks"""
-    stuff_maps: Path | None = None
-    """a folder of stuffthingmaps: NAME.png, 0 to 181, 255 = unlabelled"""
-    stuff_labels: Path | None = None
-    """COCO-Stuff's labels.txt, which names the values of `stuff_maps`"""
-    panoptic: Path | None = None
-    """panoptic_train2017.json"""
-    panoptic_maps: Path | None = None
-    """its folder of PNGs"""
 
 
 @dataclass

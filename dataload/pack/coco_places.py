@@ -11,17 +11,34 @@ from collections import defaultdict
 from collections.abc import Callable, Mapping
 from dataclasses import dataclass, field
 from pathlib import Path, PurePosixPath
-from typing import TYPE_CHECKING, Any
+from typing import Any
 
 from dataload.pack.geometry import LabelMap, MapFile, Painted, PanopticFile
 from dataload.pack.source import Source, SourceError, load_json, need
 
-if TYPE_CHECKING:
-    from dataload.pack.coco import CocoFiles
-
 MOST_CLASSES = 255
 Add = Callable[[Path, dict[str, Any]], None]
 """takes the pictures that a file lists"""
+
+
+@dataclass(frozen=True)
+class CocoFiles:
+    """Which files of a split there are."""
+
+    captions: Path | None = None
+    """captions_train2017.json"""
+    instances: Path | None = None
+    """instances_train2017.json: boxes and masks"""
+    stuff: Path | None = None
+    """stuff_train2017.json: label maps are painted from its masks"""
+    stuff_maps: Path | None = None
+    """a folder of stuffthingmaps: NAME.png, 0 to 181, 255 = unlabelled"""
+    stuff_labels: Path | None = None
+    """COCO-Stuff's labels.txt, which names the values of `stuff_maps`"""
+    panoptic: Path | None = None
+    """panoptic_train2017.json"""
+    panoptic_maps: Path | None = None
+    """its folder of PNGs"""
 
 
 @dataclass
