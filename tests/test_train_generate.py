@@ -20,7 +20,8 @@ from train import checkpoint
 from train.checkpoint import LoadedModel, Snapshot, load_model
 from train.config import PretrainConfig
 from train.engine import Ranks, TorchEngine, rng_state
-from train.generate.__main__ import KnownPieces, main, one_line
+from train.generate.__main__ import main
+from train.generate.writing import KnownPieces, one_line
 from train.machine import Precision
 
 

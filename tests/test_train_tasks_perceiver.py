@@ -26,7 +26,7 @@ from train import finetune
 from train.checkpoint import load_model
 from train.evaluate import __main__ as evaluate
 from train.generate import __main__ as generate
-from train.generate.__main__ import one_line
+from train.generate.writing import one_line
 from train.pretrain import main as pretrain
 from train.tasks.config import TuneConfig
 from train.tasks.tuning import prepare

@@ -86,9 +86,9 @@ def test_three_ranks_score_what_one_does(
     assert one["counts"]["images"] == 11 and one["counts"]["broken_left_out"] == 1
     assert one["data"]["items"] == 12 and one["data"]["broken_left_out"] == 1
     assert several == one, "every figure, and what was left out"
-    for name in ("detection_results.json",):
+    for name in ("detection-detection_results.json",):
         assert (three.parent / name).read_bytes() == (alone.parent / name).read_bytes()
-    found = json.loads((alone.parent / "detection_results.json").read_text())
+    found = json.loads((alone.parent / "detection-detection_results.json").read_text())
     assert len({box["image_id"] for box in found}) == 11
     printed = (tmp_path / "said-0.txt").read_text()
     assert printed.count("written to") == 1 and printed.count("left out, cannot be read") == 1

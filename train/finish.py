@@ -3,12 +3,8 @@
 from __future__ import annotations
 
 import json
-import platform
 from datetime import UTC, datetime
-from importlib import metadata
 from typing import Any
-
-import torch
 
 from models import AURORA_SIZES
 from models.parameters import count_aurora, count_perceiver
@@ -18,7 +14,7 @@ from train.evaluate.pairs import NAMES
 from train.evaluate.result import EvalResult
 from train.families import family_of
 from train.greeting import negatives
-from train.machine import device_name, peak_memory
+from train.machine import device_name, peak_memory, versions
 from train.multimodal.config import PerceiverPretrainConfig
 from train.report import write_report, write_samples
 from train.run import Run
@@ -135,7 +131,7 @@ def describe(run: Run, result: EvalResult | None) -> dict[str, Any]:
         "family": family_of(run.config).name,
         "checkpoint": str(run.saved.relative_to(run.out)) if run.saved else None,
         "finished": datetime.now(UTC).isoformat(timespec="seconds"),
-        "versions": {"auroraio": _version(), "torch": torch.__version__, "python": platform.python_version()},
+        "versions": versions(),
         "interrupted": False,
         "evaluation": result.to_json() if result else None,
     }
@@ -202,10 +198,3 @@ def _pairs(run: Run, result: EvalResult | None) -> dict[str, Any]:
             "builtin": data.sources.builtin,
         },
     }
-
-
-def _version() -> str:
-    try:
-        return metadata.version("auroraio")
-    except metadata.PackageNotFoundError:
-        return "not installed (run from a checkout)"

@@ -4,10 +4,12 @@ from __future__ import annotations
 
 import ctypes
 import os
+import platform
 import shutil
 import sys
 import time
 from dataclasses import dataclass
+from importlib import metadata
 from pathlib import Path
 
 import torch
@@ -15,6 +17,17 @@ import torch
 from train.config import ConfigError
 
 BF16_MARGIN = 1.3  # a matmul this much faster is worth bf16's casts and coarser rounding
+
+
+def versions(*packages: str) -> dict[str, str]:
+    """Of what figures depend on: this project, torch, Python, and these packages."""
+    found = {"torch": torch.__version__, "python": platform.python_version()}
+    for name in ("auroraio", *packages):
+        try:
+            found[name] = metadata.version(name)
+        except metadata.PackageNotFoundError:
+            found[name] = "not installed" + " (run from a checkout)" * (name == "auroraio")
+    return found
 
 
 @dataclass(frozen=True)

@@ -12,18 +12,12 @@ from __future__ import annotations
 
 import argparse
 import json
-import os
-import platform
-import re
 import shlex
 import sys
 from collections.abc import Callable, Sequence
 from datetime import UTC, datetime
-from importlib import metadata
 from pathlib import Path
 from typing import Any
-
-import torch
 
 from dataload import shards
 from dataload.multimodal import PAIRS
@@ -33,8 +27,9 @@ from train.checkpoint import LoadedModel, load_model
 from train.data import Sources, find_sources
 from train.engine import Ranks
 from train.evaluate.measure import evaluate_model, unigram_counts
+from train.evaluate.request import check_request, choose_split, views_of
 from train.evaluate.result import EvalResult, Score, output_for
-from train.machine import choose_device, choose_precision
+from train.machine import choose_device, choose_precision, versions
 from train.multimodal.config import PerceiverPretrainConfig
 from train.tasks.config import FinetuneConfig
 from train.tasks.evaluating import add_parsers, evaluate_checkpoint, is_matcher
@@ -178,20 +173,6 @@ def _check(args: argparse.Namespace, loaded: LoadedModel, output: Path) -> None:
     check_request(args, output)
 
 
-def check_request(args: argparse.Namespace, output: Path) -> None:
-    """What does not depend on the checkpoint. Raises ValueError or OSError."""
-    for name in ("max_images", "batch_size"):
-        if (value := getattr(args, name)) is not None and value < 1:
-            raise ValueError(f"--{name.replace('_', '-')} must be at least 1; got {value}")
-    if output.is_dir():
-        raise IsADirectoryError(f"--output {output} is a directory; a file is needed")
-    folder = next(folder for folder in output.resolve().parents if folder.exists())
-    if not folder.is_dir():
-        raise NotADirectoryError(f"--output {output}: {folder} is a file, not a folder")
-    if not os.access(output if output.exists() else folder, os.W_OK):
-        raise PermissionError(f"{output} cannot be written; choose another place with --output")
-
-
 def heldout_shards(args: argparse.Namespace, loaded: LoadedModel) -> list[shards.Address]:
     """The shards to score on. Raises OSError or ValueError for none, or for several splits."""
     data = loaded.config.data
@@ -223,23 +204,6 @@ def _builtin(loaded: LoadedModel, say: Callable[[str], None]) -> Sources:
     return find_sources(config.data, config.model.image_size, say)
 
 
-def choose_split(paths: list[shards.Address], split: str, folder: bool) -> list[shards.Address]:
-    """The shards of `split`, by their names SPLIT-000000.tar.
-
-    A folder that holds several splits is refused without a choice: scoring training pictures flatters.
-    """
-    splits = {path: re.sub(r"-\d+$", "", path.name.removesuffix(".tar")) for path in paths}
-    names = ", ".join(sorted(set(splits.values())))
-    if split:
-        chosen = [path for path in paths if splits[path] == split]
-        if not chosen:
-            raise ValueError(f"no shards of split {split!r}; there are: {names}")
-        return chosen
-    if folder and len(set(splits.values())) > 1:
-        raise ValueError(f"the folder holds several splits ({names}); choose one with --split")
-    return paths
-
-
 def score(
     args: argparse.Namespace, loaded: LoadedModel, eval_set: EvalSet, training: list[shards.Address]
 ) -> EvalResult:
@@ -258,12 +222,6 @@ def score(
         views=views_of(args, loaded),
         seed=args.seed,
     )
-
-
-def views_of(args: argparse.Namespace, loaded: LoadedModel) -> int:
-    """How many views of each picture retrieval takes: --views, or what the run's last evaluation took."""
-    asked: int | None = getattr(args, "views", None)
-    return loaded.config.eval_views if asked is None else asked
 
 
 def describe(
@@ -289,16 +247,9 @@ def describe(
         "precision": args.precision,
         "device": args.device,
         "seed": args.seed,
-        "versions": {"auroraio": _version(), "torch": torch.__version__, "python": platform.python_version()},
+        "versions": versions(),
         "date": datetime.now(UTC).isoformat(timespec="seconds"),
     }
-
-
-def _version() -> str:
-    try:
-        return metadata.version("auroraio")
-    except metadata.PackageNotFoundError:
-        return "not installed (run from a checkout)"
 
 
 if __name__ == "__main__":

@@ -20,7 +20,7 @@ from dataload.tokenizer import MASK, Tokenizer
 from models import Aurora
 from models.generation import generate
 from train.evaluate.result import Material
-from train.generate.__main__ import KnownPieces
+from train.generate.writing import KnownPieces
 from train.scores.perplexity import Perplexity, evaluation_mask
 from train.scores.shuffle import derangement
 

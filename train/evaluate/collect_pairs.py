@@ -20,7 +20,7 @@ from models.perceiver import PerceiverIO, Piece
 from train.evaluate.collect import mean_embedding, thumbnails
 from train.evaluate.result import Material
 from train.families import pieces_of
-from train.generate.__main__ import KnownPieces
+from train.generate.writing import KnownPieces
 from train.scores.perplexity import IGNORE, Perplexity, evaluation_mask
 from train.scores.shuffle import derangement
 

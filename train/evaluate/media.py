@@ -4,7 +4,6 @@ from __future__ import annotations
 
 import argparse
 import json
-import platform
 import shlex
 import sys
 from collections.abc import Mapping, Sequence
@@ -12,16 +11,14 @@ from datetime import UTC, datetime
 from pathlib import Path
 from typing import Any
 
-import torch
-
 from dataload import shards
 from dataload.multimodal import PairSet
 from train.checkpoint import LoadedModel
-from train.evaluate.__main__ import _version, choose_split, views_of
 from train.evaluate.measure import unigram_counts
 from train.evaluate.pairs import NAMES, score_pairs
+from train.evaluate.request import choose_split, views_of
 from train.evaluate.result import EvalResult, output_for
-from train.machine import choose_device, choose_precision
+from train.machine import choose_device, choose_precision, versions
 from train.multimodal.config import CONTRASTS, PerceiverPretrainConfig
 from train.multimodal.data import PairSources, evaluation_sets, find_pairs
 
@@ -174,6 +171,6 @@ def describe(
         "precision": args.precision,
         "device": args.device,
         "seed": args.seed,
-        "versions": {"auroraio": _version(), "torch": torch.__version__, "python": platform.python_version()},
+        "versions": versions(),
         "date": datetime.now(UTC).isoformat(timespec="seconds"),
     }

@@ -11,28 +11,20 @@ import json
 import sys
 from collections.abc import Iterable, Iterator, Sequence
 from pathlib import Path
-from typing import Any
 
 import torch
 from torch import Tensor
 
 from dataload.images import BrokenImage, decode, normalize, resize_center_crop
-from dataload.tokenizer import Tokenizer
-from models import Aurora
-from models.aurora.decoder import DecodingState
-from models.generation import generate
-from models.perceiver import PerceiverIO
 from train.checkpoint import LoadedModel, load_model
+from train.generate.media import caption_media
+from train.generate.writing import BEAM_SEARCH, SAMPLING, one_line, typed, write
 from train.machine import choose_device
 from train.multimodal.config import PerceiverPretrainConfig
 from train.tasks.config import FinetuneConfig
+from train.tasks.telling import tell
 
 BATCH = 16
-BEAM_SEARCH = {
-    "beams": 4,
-    "length_penalty": 1.0,
-}  # options of one method, and what they are where nothing is said
-SAMPLING = {"temperature": 1.0, "top_k": 0, "top_p": 1.0, "seed": 0}
 
 
 def parser() -> argparse.ArgumentParser:
@@ -97,8 +89,6 @@ def main(arguments: Sequence[str] | None = None) -> int:
         device = choose_device(args.device)
         loaded = load_model(args.checkpoint, device)
         if args.question or isinstance(loaded.config, FinetuneConfig):
-            from train.tasks.telling import tell  # it is built on this module
-
             return tell(loaded, args)
         _settle(args)
         _check_objective(loaded)
@@ -106,7 +96,7 @@ def main(arguments: Sequence[str] | None = None) -> int:
         generator = torch.Generator(device).manual_seed(args.seed)
         read = caption_files
         if isinstance(loaded.config, PerceiverPretrainConfig):
-            from train.generate.media import caption_media as read  # it is built on this module
+            read = caption_media
         for group in (args.images[i : i + BATCH] for i in range(0, len(args.images), BATCH)):
             for path, captions, error in read(loaded, group, args, generator):
                 failed |= bool(error)
@@ -128,11 +118,6 @@ def _refuse(args: argparse.Namespace, names: Iterable[str], method: str) -> None
     for name in names:
         if getattr(args, name) is not None:
             raise ValueError(f"{typed(args, name)} needs --method {method}, not {args.method or 'greedy'}")
-
-
-def typed(args: argparse.Namespace, name: str) -> str:
-    """An option as it stands in the command."""
-    return f"--{name.replace('_', '-')} {str(getattr(args, name)).removesuffix('.0')}"
 
 
 def _settle(args: argparse.Namespace) -> None:
@@ -193,56 +178,6 @@ def caption_images(
     """`num` captions for each of images, uint8 [B, H, W, 3]."""
     memory = loaded.model.image_memory(normalize(images.to(generator.device)))
     return write(loaded, memory, args, generator)
-
-
-@torch.no_grad()
-def write(
-    loaded: LoadedModel, memory: Tensor, args: argparse.Namespace, generator: torch.Generator
-) -> list[list[str]]:
-    """`num` captions for each row of memory [B, M, D], as the options say."""
-    ids = generate(
-        KnownPieces(loaded.model, loaded.tokenizer),
-        memory.repeat_interleave(args.num, 0),
-        method=args.method,
-        max_length=args.max_length or loaded.config.model.text_length,
-        beams=args.beams,
-        length_penalty=args.length_penalty,
-        temperature=args.temperature,
-        top_k=args.top_k,
-        top_p=args.top_p,
-        generator=generator,
-    )
-    texts = [loaded.tokenizer.decode(tokens) for tokens in ids]
-    return [texts[i : i + args.num] for i in range(0, len(texts), args.num)]
-
-
-class KnownPieces:
-    """`model` as models.generation wants it, kept from saying ids that the tokenizer lacks.
-
-    The embedding may have more rows than there are pieces; training never reaches them, but a sample can.
-    """
-
-    def __init__(self, model: Aurora | PerceiverIO, tokenizer: Tokenizer) -> None:
-        self.model, self.pieces = model, tokenizer.vocab_size
-
-    def start(self, memory: Tensor) -> DecodingState:
-        """Begin captions for memory [B, M, D]."""
-        return self.model.start(memory)
-
-    def step(self, tokens: Tensor, state: Any) -> Tensor:
-        """Logits [N, V] after tokens int64 [N]."""
-        logits = self.model.step(tokens, state)
-        logits[:, self.pieces :] = -torch.inf
-        return logits
-
-
-def one_line(caption: str) -> str:
-    """A model can write any byte: line breaks and terminal codes become spaces; a line stays a caption. Nothing is said to be
-    nothing."""
-    return (
-        " ".join("".join(c if c.isprintable() else " " for c in caption).split())
-        or "(the model wrote nothing)"
-    )
 
 
 def _print(path: Path, captions: list[str], error: str, as_json: bool) -> None:

@@ -15,7 +15,7 @@ from dataload.pack.kinds import kind_of
 from dataload.packed import pack
 from models.perceiver import PerceiverIO, Piece
 from train.checkpoint import LoadedModel
-from train.generate.__main__ import write
+from train.generate.writing import write
 from train.multimodal.config import PerceiverPretrainConfig
 
 

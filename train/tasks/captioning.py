@@ -24,6 +24,7 @@ from models.tokens import IGNORE
 from models.writing import Writer
 from train.config import ConfigError
 from train.evaluate.result import Score
+from train.generate.writing import KnownPieces
 from train.scores.captioning import METRICS, CaptionScorer, Plan, Split, check
 from train.scores.cider import SIGMA, CiderD, Gram
 from train.scores.shuffle import derangement
@@ -191,8 +192,6 @@ def caption(
 ) -> list[str]:
     """A caption of each normalised image, by beam search as the task says. longest: tokens of a caption at most, its end
     included (None: what the model was made for, the prompt included)."""
-    from train.generate.__main__ import KnownPieces
-
     prompt, room = None, config.model.text_length
     if config.task.prompt:
         ids = [BOS, *prompt_of(config, tokenizer)]

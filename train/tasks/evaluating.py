@@ -24,8 +24,9 @@ from dataload.annotated import Items, TaskSet
 from train.checkpoint import LoadedModel, find, load_model, read_config
 from train.config import ConfigError, PretrainConfig
 from train.engine import Ranks, join, leave
+from train.evaluate.request import check_request, choose_split
 from train.evaluate.result import output_for
-from train.machine import choose_precision
+from train.machine import choose_precision, versions
 from train.multimodal.config import PerceiverPretrainConfig
 from train.report.tasks import write_task_page
 from train.tasks.base import Task, TaskResult
@@ -33,7 +34,7 @@ from train.tasks.config import FinetuneConfig
 from train.tasks.data import find_items, find_task_sources
 from train.tasks.presets import task_preset
 from train.tasks.registry import TASKS, task_of
-from train.tasks.running import score_task, versions, write_files
+from train.tasks.running import SCORERS, score_task, write_files
 from train.tasks.zeroshot import TEMPLATES, ZeroShot
 
 CLASSIFY = "classify"
@@ -68,8 +69,6 @@ def add_parsers(tasks: Any, shared: argparse.ArgumentParser) -> None:
 
 def evaluate_checkpoint(args: argparse.Namespace, given: Sequence[str]) -> int:
     """Run one task; what it raises is for `train.evaluate.main`."""
-    from train.evaluate.__main__ import check_request  # it is built on this module
-
     task = choose_task(args)
     check_options(args)
     ranks = Ranks.from_environment()
@@ -246,8 +245,6 @@ def model_for(task: Task, loaded: LoadedModel, config: FinetuneConfig) -> nn.Mod
 
 def shards_for(args: argparse.Namespace, config: FinetuneConfig) -> tuple[str, ...]:
     """The shards that are scored. Raises ConfigError where none are known, ValueError for several splits."""
-    from train.evaluate.__main__ import choose_split
-
     if args.data or config.data.heldout:
         paths = shards.expand(args.data or config.data.heldout)
     elif config.data.train:
@@ -283,7 +280,7 @@ def describe(
         "precision": args.precision,
         "device": args.device,
         "seed": config.seed,
-        "versions": versions(),
+        "versions": versions(*SCORERS),
         "command": shlex.join(["python", "-m", "train.evaluate", *given]),
         "date": datetime.now(UTC).isoformat(timespec="seconds"),
     }

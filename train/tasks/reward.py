@@ -13,6 +13,7 @@ from dataload.tokenizer import Tokenizer
 from models.base import Base
 from models.generation import Generator
 from models.tokens import EOS
+from train.generate.writing import KnownPieces
 from train.scores.captioning import regex_tokenize
 from train.scores.cider import CiderD, Weighed
 
@@ -57,8 +58,6 @@ class CiderCritic:
         self.samples, self.prompt = reward.samples, reward.prompt
 
     def speaker(self, model: Base) -> Generator:
-        from train.generate.__main__ import KnownPieces
-
         return KnownPieces(model, self.reward.tokenizer)
 
     def rewards(self, captions: Sequence[Sequence[int]]) -> Tensor:

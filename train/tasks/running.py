@@ -3,10 +3,8 @@
 from __future__ import annotations
 
 import json
-import platform
 import time
 from datetime import UTC, datetime
-from importlib import metadata
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
@@ -16,7 +14,7 @@ from dataload.annotated import TaskSet
 from dataload.broken import Broken
 from dataload.tokenizer import Tokenizer
 from train.engine import Ranks
-from train.machine import Precision, device_name, peak_memory
+from train.machine import Precision, device_name, peak_memory, versions
 from train.optimizers import in_words
 from train.scores.gather import gather_samples
 from train.signals import Stop
@@ -29,6 +27,8 @@ if TYPE_CHECKING:
     from train.run import Run
 
 ALONE = Ranks(0, 0, 1)
+
+SCORERS = ("pycocoevalcap", "pycocotools", "faster-coco-eval")  # packages that scores of tasks depend on
 
 
 def greet_task(
@@ -220,17 +220,6 @@ def describe(run: Run, result: TaskResult | None) -> dict[str, Any]:
         "command": run.command,
         "checkpoint": str(run.saved.relative_to(run.out)) if run.saved else None,
         "finished": datetime.now(UTC).isoformat(timespec="seconds"),
-        "versions": versions(),
+        "versions": versions(*SCORERS),
         "evaluation": result.to_json() if result else None,
     }
-
-
-def versions() -> dict[str, str]:
-    """Of what the figures depend on."""
-    found = {"torch": torch.__version__, "python": platform.python_version()}
-    for name in ("auroraio", "pycocoevalcap", "pycocotools", "faster-coco-eval"):
-        try:
-            found[name] = metadata.version(name)
-        except metadata.PackageNotFoundError:
-            found[name] = "not installed"
-    return found

@@ -14,7 +14,7 @@ from dataload.images import normalize
 from dataload.views import squashed_view
 from train.checkpoint import LoadedModel
 from train.config import ConfigError
-from train.generate.__main__ import SAMPLING, one_line, typed
+from train.generate.writing import SAMPLING, one_line, typed
 from train.machine import choose_device
 from train.tasks.captioning import caption
 from train.tasks.config import FinetuneConfig

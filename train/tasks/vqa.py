@@ -24,6 +24,7 @@ from models.tokens import IGNORE
 from models.writing import Writer
 from train.config import ConfigError
 from train.evaluate.result import Score
+from train.generate.writing import KnownPieces
 from train.scores.vqa import Truth, best_constant, score_vqa, truth_of
 from train.scores.vqa import accuracy as official
 from train.scores.vqa import normalize as plain
@@ -206,8 +207,6 @@ def write(
 ) -> list[str]:  # fmt: skip
     """Written answers to prompts int64 [B, T] (BOS prompt EOS, padded): those of one length go together. longest: tokens of
     an answer at most, its end included (None: `longest_answer`)."""
-    from train.generate.__main__ import KnownPieces
-
     if longest is None:
         longest = longest_answer(config.model.text_length)
 
