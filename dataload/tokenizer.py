@@ -294,6 +294,8 @@ def main(arguments: Sequence[str] | None = None) -> int:
     options = parser.parse_args(arguments)
     output = Path(options.output)
     try:
+        if output.is_dir():
+            raise IsADirectoryError(f"--output {output} is a directory; a file is needed")
         before = output.read_bytes() if output.is_file() else None
         corpus = _Corpus(options.input)
         tokenizer = train_tokenizer(

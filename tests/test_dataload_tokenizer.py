@@ -297,8 +297,10 @@ def test_command_errors(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> N
     output = str(tmp_path / "t.model")
     assert main(["--input", str(tmp_path / "none.txt"), "--output", output]) == 2
     assert main(["--input", str(tmp_path / "none.tar"), "--output", output]) == 2
+    assert main(["--input", str(tmp_path / "none.tar"), "--output", str(tmp_path)]) == 2
     errors = capsys.readouterr().err
-    assert "none.txt" in errors and "no shard at" in errors and "Traceback" not in errors
+    assert "none.txt" in errors and "no shard at" in errors and "is a directory" in errors
+    assert "Traceback" not in errors
 
 
 def test_many_at_once_are_the_same_as_one_by_one(trained: Tokenizer) -> None:

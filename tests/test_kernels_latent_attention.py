@@ -363,6 +363,24 @@ def test_compiles_without_a_graph_break(backend: str, how: str) -> None:
     torch.testing.assert_close(grads, torch.autograd.grad(want.square().sum(), leaves), rtol=1e-4, atol=1e-5)
 
 
+@pytest.mark.parametrize("how", ["bfloat16", "float16", "autocast"])
+@pytest.mark.parametrize("told", [False, True], ids=["dense", "key_lengths"])
+def test_half_types_compile_without_a_graph_break(how: str, told: bool) -> None:
+    q, k, v, lengths = ragged(torch.float32 if how == "autocast" else getattr(torch, how))
+    leaves = [t.requires_grad_() for t in (q, k, v)]
+
+    def run(*args: Tensor) -> Tensor:
+        with torch.autocast("cpu", torch.bfloat16, enabled=how == "autocast"):
+            return latent_attention(*args, key_lengths=lengths if told else None)
+
+    torch.compiler.reset()
+    out, want = torch.compile(run, fullgraph=True, backend="aot_eager")(*leaves), run(*leaves)
+    torch.testing.assert_close(out, want, rtol=2e-2, atol=2e-2)
+    grads = torch.autograd.grad(out.float().square().sum(), leaves)
+    wanted = torch.autograd.grad(want.float().square().sum(), leaves)
+    torch.testing.assert_close(grads, wanted, rtol=3e-2, atol=3e-2)
+
+
 # ---- errors
 # -----------------------------------------------------------------------------------------------------------
 

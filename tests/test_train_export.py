@@ -22,7 +22,7 @@ from models.perceiver import Piece as Pictures
 from train import checkpoint
 from train.checkpoint import CheckpointError, LoadedModel
 from train.engines.pieces import Piece, PiecesError, Stored, as_pieces, share_of, write_pieces
-from train.export.__main__ import main
+from train.export.__main__ import at_once, main
 from train.export.program import check_program, export_encoder
 from train.multimodal.config import PerceiverPretrainConfig
 from train.tasks.config import PerceiverFinetuneConfig, TaskConfig
@@ -129,10 +129,38 @@ def test_an_export_that_fails_leaves_nothing(
         (tmp_path / "out/mine.txt").write_text("mine")
         assert main(command) == 2
     assert [path.name for path in (tmp_path / "out").iterdir()] == ["mine.txt"]
+    assert main([*command[:2], str(tmp_path / "run/checkpoints/step-000002/sub")]) == 2
+    assert "step-000002, a checkpoint or an export; choose another" in capsys.readouterr().err
     assert main(command) == 0
     assert f"{tmp_path / 'out/encoder.pt2'}: the model's numbers within" in capsys.readouterr().out
     assert (tmp_path / "out/mine.txt").read_text() == "mine" and checkpoint.verify(tmp_path / "out")
-    assert not (tmp_path / "out/.unfinished").exists()
+    assert not list((tmp_path / "out").glob(".unfinished*"))
+
+
+def test_exports_at_once_do_not_mix(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    """The second to end is refused, and leaves the first one's alone; one that is stopped amid its moves takes them back."""
+    out = tmp_path / "a/out"
+    with pytest.raises(CheckpointError, match="holds an export already"):
+        with at_once(out) as late:
+            with at_once(out) as early:
+                for folder, text in ((late, '{"exported": 2}'), (early, '{"exported": 1}')):
+                    for name in ("model.safetensors", "state.json"):
+                        (folder / name).write_text(text)
+    found = {path.name: path.read_text() for path in out.iterdir()}
+    assert found == dict.fromkeys(("model.safetensors", "state.json"), '{"exported": 1}')
+    whole = Path.replace
+
+    def stopped(path: Path, target: Path) -> Path:
+        if path.name == "state.json":
+            raise KeyboardInterrupt
+        return whole(path, target)
+
+    monkeypatch.setattr(Path, "replace", stopped)
+    with pytest.raises(KeyboardInterrupt):
+        with at_once(tmp_path / "b/out") as folder:
+            for name in ("model.safetensors", "state.json"):
+                (folder / name).write_text(name)
+    assert not (tmp_path / "b").exists()
 
 
 def test_programs_are_refused_before_anything_is_written(

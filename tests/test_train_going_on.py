@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import itertools
 import os
 import subprocess
 import sys
@@ -89,8 +90,54 @@ def test_a_start_that_fails_leaves_no_lock_and_no_directory(
         assert "no data" in capsys.readouterr().err and not (tmp_path / "new").exists()
     assert main(arguments(out, "--steps", "3")) == 0
     (tmp_path / "file").write_text("")
-    assert main(arguments(tmp_path / "file/run", "--steps", "3")) == 2
-    assert "file/run cannot be written into: " in capsys.readouterr().err
+    for inside, more in itertools.product(("file/run", "file"), ([], ["--dry-run"])):
+        assert main(arguments(tmp_path / inside, "--steps", "3", *more)) == 2
+        assert f"{inside} cannot be written into: " in capsys.readouterr().err
+
+
+def test_a_lock_waits_for_who_only_looks_and_for_who_gives_up(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    (tmp_path / "run").mkdir()
+    path = tmp_path / "run" / directory.LOCK
+    look = (
+        "import fcntl, sys, time; file = open(sys.argv[1], 'a+'); fcntl.lockf(file, fcntl.LOCK_EX)\n"
+        "print('held', flush=True); sys.stdin.readline()"
+    )
+    with subprocess.Popen(
+        [sys.executable, "-c", look, str(path)], stdin=subprocess.PIPE, stdout=subprocess.PIPE, text=True
+    ) as other:
+        assert other.stdout and other.stdin and other.stdout.readline() == "held\n"
+
+        def pause(_: float) -> None:
+            if other.poll() is None:
+                other.communicate("\n")
+
+        monkeypatch.setattr(directory.time, "sleep", pause)
+        directory.Lock(tmp_path / "run").close()
+    made, asked = Path.mkdir, []
+
+    def taken_back(path: Path, *args: Any, **options: Any) -> None:
+        made(path, *args, **options)
+        asked.append(path)
+        if len(asked) == 1:
+            path.rmdir()  # by another start, which failed
+
+    monkeypatch.setattr(Path, "mkdir", taken_back)
+    directory.Lock(tmp_path / "other").close()
+    assert len(asked) == 2
+
+
+def test_a_launch_that_fails_takes_its_name_back(
+    tmp_path: Path, capsys: pytest.CaptureFixture[str], monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setenv("TORCHELASTIC_RUN_ID", "this")
+    out = tmp_path / "run"
+    assert main(arguments(out, "--steps", "3", "--data.train", "nope.tar")) == 2
+    assert not out.exists()
+    (out / directory.LAUNCH).mkdir(parents=True)
+    assert main(arguments(out, "--steps", "3")) == 2
+    assert "this run cannot start: [Errno 21] Is a directory" in capsys.readouterr().err
 
 
 def test_runs_of_a_name_are_numbered(tmp_path: Path) -> None:

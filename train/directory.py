@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import os
 import platform
+import time
 from collections.abc import Callable
 from contextlib import suppress
 from pathlib import Path
@@ -17,6 +18,7 @@ from train.telemetry.log import Progress
 LOCK = "running.lock"  # in a run's directory, while a run writes there
 LAUNCH = "launch.txt"  # in a run's directory: which launcher has started it
 
+TRIES, PAUSE = 5, 0.05  # seconds between them
 _held: dict[str, Lock] = {}  # of this process, by the lock's real path
 
 
@@ -48,7 +50,6 @@ class Lock:
             raise TakenError.of(out, "in this process")
         self._made = [path for path in (out, *out.parents) if not path.exists()]
         try:
-            out.mkdir(parents=True, exist_ok=True)
             self._file = self._locked()
         except TakenError:
             raise
@@ -58,8 +59,16 @@ class Lock:
         _held[self._name] = self
 
     def _locked(self) -> IO[str]:
-        while True:
-            file = open(self.path, "a+")
+        """The file, locked. Whoever looks at a lock has it for a moment, and a start that fails removes what it made: so what
+        is in the way is asked again."""
+        for attempt in range(TRIES):
+            try:
+                self.out.mkdir(parents=True, exist_ok=True)
+                file = open(self.path, "a+")
+            except FileNotFoundError:
+                if attempt == TRIES - 1:
+                    raise
+                continue
             try:
                 import fcntl
 
@@ -67,12 +76,17 @@ class Lock:
             except (BlockingIOError, PermissionError):
                 by = _writer(file)
                 file.close()
-                raise TakenError.of(self.out, by) from None
+                if attempt == TRIES - 1:
+                    raise TakenError.of(self.out, by) from None
+                time.sleep(PAUSE)
+                continue
             except (ImportError, OSError):
                 self.known = False
             if not self.known or _is_there(self.path, file):
                 break
             file.close()  # whoever had it has removed it between our two calls: a lock on nothing
+        else:
+            raise TakenError.of(self.out, "another process")
         file.truncate(0)
         file.write(f"process {os.getpid()} on {platform.node()}\n")
         file.flush()
@@ -93,9 +107,21 @@ class Lock:
                 path.rmdir()
 
 
+def give_up(lock: Lock) -> None:
+    """Close the lock of a run that does not come to its first step, and take back what says that it was begun."""
+    if not _occupied(lock.out):
+        with suppress(OSError):
+            (lock.out / LAUNCH).unlink()
+    lock.close()
+
+
 def look(out: Path) -> None:
-    """Raises TakenError where a `Lock` would, and makes nothing."""
+    """Raises TakenError and ConfigError where a `Lock` would, and makes nothing."""
     path = out / LOCK
+    nearest = next(folder for folder in (out, *out.resolve().parents) if folder.exists())
+    if not nearest.is_dir() or not os.access(nearest, os.W_OK):
+        why = "no folder" if not nearest.is_dir() else "not writable"
+        raise ConfigError(f"{out} cannot be written into: {nearest} is {why}")
     if os.path.realpath(path) in _held:
         raise TakenError.of(out, "in this process")
     try:

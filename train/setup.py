@@ -15,8 +15,8 @@ from train.checkpoint import CheckpointError, Snapshot
 from train.commands import command_line, command_that_began, command_to_resume, keep
 from train.config import ConfigError, PretrainConfig, differences, problems
 from train.data import Data, find_sources, open_data
-from train.directory import LAUNCH, Lock, find_run, launch
-from train.engine import Ranks, join, load_rng, share
+from train.directory import LAUNCH, Lock, find_run, give_up, launch
+from train.engine import Ranks, join, leave, load_rng, share
 from train.engines.choice import build_engine, engine_problems
 from train.engines.watchdog import Watchdog
 from train.families import family_of
@@ -50,9 +50,11 @@ def set_up(config: PretrainConfig, command: Sequence[str]) -> Run:
     out, start, lock = _resolve(config, ranks, progress, again)
     try:
         return _ready(config, command, ranks, device, progress, out, start, lock)
-    except BaseException:
+    except BaseException as error:
         if lock:
-            lock.close()
+            give_up(lock)
+        if isinstance(error, OSError):
+            raise ConfigError(f"this run cannot start: {error}") from error
         raise
 
 
@@ -128,6 +130,7 @@ def _open(
 ) -> Data | MultimodalData | TaskData:
     """Rank 0 draws the built-in corpus and indexes the shards; then the others find both done."""
     if not ranks.first and (failed := share(None, ranks)):
+        leave(ranks)
         raise failed
     try:
         data: Data | MultimodalData | TaskData
@@ -144,6 +147,7 @@ def _open(
         refused = ConfigError(str(error))
         if ranks.first:
             share(refused, ranks)  # the others must not wait for a rank that gave up
+            leave(ranks)
         raise refused from error
     if ranks.first:
         share(None, ranks)
@@ -164,12 +168,15 @@ def _resolve(
             choice = (out, start)
             if "TORCHELASTIC_RUN_ID" in os.environ:
                 (out / LAUNCH).write_text(launch())
-    except (ConfigError, CheckpointError, OSError) as error:
+    except (ConfigError, CheckpointError) as error:
         choice = error  # the others must not wait for a rank that gave up
+    except OSError as error:
+        choice = ConfigError(f"this run cannot start: {error}")
     choice = share(choice, ranks)
     if isinstance(choice, Exception):
         if lock:
-            lock.close()
+            give_up(lock)
+        leave(ranks)  # in good order: all of them come here
         raise choice
     if lock and not lock.known:
         progress.say(f"note        {choice[0]} knows no locks: keep other runs out of it yourself")

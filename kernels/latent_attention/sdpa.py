@@ -66,7 +66,7 @@ def latent_attention(q: Tensor, k: Tensor, v: Tensor, visible: Tensor | None, sc
     if on_cpu and dtype.itemsize == 2:
         fits = visible is None and dqk == dv and q.numel()  # without queries torch's kernel divides by zero
         fits = fits and not torch.compiler.is_compiling()
-        many = k.numel() >= 2 * _room()
+        many = bool(fits) and k.numel() >= 2 * _room()  # the compiler cannot look into the question
         own = fits and _as_they_are(q, k, v, many)
         if fits and (_sums_long(q, k, v) if own else many):
             read = _Summed if own else _Pieces

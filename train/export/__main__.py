@@ -27,6 +27,7 @@ import json
 import re
 import shutil
 import sys
+import tempfile
 from collections.abc import Iterator, Mapping, Sequence
 from contextlib import contextmanager, suppress
 from dataclasses import dataclass, replace
@@ -124,6 +125,11 @@ def refuse_to_mix(output: Path) -> None:
             exported = False
         if not exported:
             raise CheckpointError(f"{output} is a checkpoint of a run; choose another --output")
+    for folder in output.resolve().parents:
+        if (folder / "state.json").is_file():
+            raise CheckpointError(
+                f"{output} lies in {folder}, a checkpoint or an export; choose another --output"
+            )
     if any((output / name).exists() for name in OF_A_RUN) or checkpoint.step_directories(output):
         raise CheckpointError(f"{output} is a run's directory; choose another --output")
     if found := [name for name in WRITTEN if (output / name).exists()]:
@@ -135,20 +141,28 @@ def refuse_to_mix(output: Path) -> None:
 
 @contextmanager
 def at_once(output: Path) -> Iterator[Path]:
-    """A folder to write into, whose files go to `output` when all is done, state.json last. Of what fails nothing stays."""
-    new = not output.exists()
-    work = output / ".unfinished"
-    shutil.rmtree(work, ignore_errors=True)
-    work.mkdir(parents=True)
+    """A folder of its own to write into, whose files go to `output` when all is done, state.json last. Of what fails, or is
+    stopped, nothing stays. Raises CheckpointError where `output` has got an export meanwhile."""
+    made = [folder for folder in (output, *output.parents) if not folder.exists()]
+    output.mkdir(parents=True, exist_ok=True)
+    work = Path(tempfile.mkdtemp(prefix=".unfinished-", dir=output))
+    moved: list[Path] = []
     try:
         yield work
+        refuse_to_mix(output)
         for path in sorted(work.iterdir(), key=lambda path: path.name == "state.json"):
-            path.replace(output / path.name)
+            moved.append(output / path.name)
+            path.replace(moved[-1])
+        made = []
+    except BaseException:
+        for path in moved:
+            path.unlink(missing_ok=True)
+        raise
     finally:
         shutil.rmtree(work, ignore_errors=True)
-        if new:
-            with suppress(OSError):  # it is not empty: all went well
-                output.rmdir()
+        for folder in made:
+            with suppress(OSError):  # something is in it by now
+                folder.rmdir()
 
 
 def _merged(

@@ -78,6 +78,10 @@ def evaluate_checkpoint(args: argparse.Namespace, given: Sequence[str]) -> int:
     config = config_for(args, loaded)
     output = args.output or loaded.path / f"{args.task}.json"
     check_request(args, output)
+    if output.suffix == ".html":
+        raise ConfigError(
+            f"--output {output}: the scores are JSON, and their page stands beside them under that name"
+        )
     check_writing(args, config)
     patterns = shards_for(args, config)
 
