@@ -18,7 +18,7 @@ from PIL import Image
 from train.evaluate.result import EvalResult, Material, Score
 from train.report import write_report, write_samples
 from train.report.charts import Chart, Series, moving_average, render, short, ticks
-from train.report.page import read_metrics
+from train.report.page import _history, make_charts, read_metrics
 from train.report.samples import agreement
 from train.report.words import duration, number, percent, plain
 
@@ -268,6 +268,25 @@ def test_charts_of_long_and_of_broken_runs() -> None:
     assert moving_average([2.0, 2.0, 2.0]) == [2.0, 2.0, 2.0]
     noisy = [s + (-1) ** s for s in range(400)]
     assert moving_average(noisy)[200] == pytest.approx(200, abs=0.2)  # no lag
+
+
+def test_scores_of_several_views_are_a_line_of_their_own() -> None:
+    """They are not what the scores of one view became."""
+    names = ("text_to_image/R@1", "image_to_text/R@1", "text_to_image/R@10", "image_to_text/R@10")
+    told = [(100, 1, 0.2), (200, 1, 0.3), (1000, 14, 0.5)]
+    lines = [{"step": step, "views": views, "scores": dict.fromkeys(names, y)} for step, views, y in told]
+    charts = make_charts({"train": [], "eval": lines})
+    assert [(s.name, s.x, s.y) for s in charts[0].series] == [
+        ("caption → picture", [100, 200], [0.2, 0.3]),
+        ("picture → caption", [100, 200], [0.2, 0.3]),
+        ("caption → picture, 14 views", [1000], [0.5]),
+        ("picture → caption, 14 views", [1000], [0.5]),
+    ]
+    assert render(charts[0])["hover"]
+    assert [step for step, _ in _history(lines)["rows"]] == ["100", "200", "1,000 (14 views)"]
+    for line in lines:
+        del line["views"]  # of an older run
+    assert [len(s.x) for s in make_charts({"train": [], "eval": lines})[0].series] == [3, 3]
 
 
 def test_figures_are_readable() -> None:

@@ -192,18 +192,25 @@ def make_charts(metrics: Mapping[str, list[dict[str, Any]]]) -> list[Chart]:
         points = [(entry["step"], value) for entry in train if (value := _at(entry, path)) is not None]
         return Series(name, [p[0] for p in points], [p[1] for p in points], tone, smooth=smooth)
 
-    def scored(name: str, key: str, tone: str) -> Series:
-        points = [(e["step"], e["scores"][key]) for e in evaluations if key in e["scores"]]
+    def scored(name: str, key: str, tone: str, views: int | None = None) -> Series:
+        points = [
+            (e["step"], e["scores"][key])
+            for e in evaluations
+            if key in e["scores"] and views in (None, e.get("views", 1))
+        ]
         return Series(name, [p[0] for p in points], [p[1] for p in points], tone, dots=True)
 
-    recall = [
-        scored("caption → picture", "text_to_image/R@1", "accent"),
-        scored("picture → caption", "image_to_text/R@1", "second"),
-    ]
-    wide = [
-        scored("caption → picture", "text_to_image/R@10", "accent"),
-        scored("picture → caption", "image_to_text/R@10", "second"),
-    ]
+    def pictures(k: int) -> list[Series]:
+        """Of one view of each picture, and of several apart: the two do not compare."""
+        found = []
+        for views in sorted({e.get("views", 1) for e in evaluations}):
+            more = f", {views} views" if views > 1 else ""
+            found += [
+                scored(f"caption → picture{more}", f"text_to_image/R@{k}", "accent", views),
+                scored(f"picture → caption{more}", f"image_to_text/R@{k}", "second", views),
+            ]
+        return [series for series in found if series.x]
+
     other = [
         Chart(f"Among {many}, right one in the first ten (R@10)", [
             scored(f"caption → {one}", f"text_to_{one}/R@10", "accent"),
@@ -216,8 +223,8 @@ def make_charts(metrics: Mapping[str, list[dict[str, Any]]]) -> list[Chart]:
         scored("shuffled pictures", "perplexity/shuffled", "quiet"),
     ]
     charts = [
-        Chart("Right one first (R@1)", recall, "held-out pictures", percent=True),
-        Chart("Right one in the first ten (R@10)", wide, "held-out pictures", percent=True),
+        Chart("Right one first (R@1)", pictures(1), "held-out pictures", percent=True),
+        Chart("Right one in the first ten (R@10)", pictures(10), "held-out pictures", percent=True),
         *other,
         Chart(
             "Sounds named right",
@@ -243,7 +250,7 @@ def make_charts(metrics: Mapping[str, list[dict[str, Any]]]) -> list[Chart]:
 
 
 def _history(evaluations: list[dict[str, Any]]) -> dict[str, Any]:
-    """The evaluations as a table, for those who want figures: {"columns": names, "rows": [(step, texts)]}."""
+    """The evaluations as a table, for those who want figures: {"columns": names, "rows": [(step and views, texts)]}."""
     columns = [
         c
         for c in (
@@ -261,7 +268,13 @@ def _history(evaluations: list[dict[str, Any]]) -> dict[str, Any]:
         )
         if any(c in e["scores"] for e in evaluations)
     ]
-    rows = [(e["step"], [_cell(c, e["scores"].get(c)) for c in columns]) for e in evaluations]
+    rows = [
+        (
+            f"{e['step']:,}" + (f" ({e['views']} views)" if e.get("views", 1) > 1 else ""),
+            [_cell(c, e["scores"].get(c)) for c in columns],
+        )
+        for e in evaluations
+    ]
     return {"columns": columns, "rows": rows}
 
 
