@@ -188,9 +188,12 @@ def test_the_first_pictures_are_those_with_all_their_questions(writer: Path, tmp
 
 
 def test_the_pool_and_the_seed_are_those_asked_for(
-    started: Path, captioner: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
-) -> None:
+    started: Path, captioner: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch,
+    capsys: pytest.CaptureFixture[str],
+) -> None:  # fmt: skip
     matcher = tuned("retrieval", started, "--seed", "5")
+    command = ["retrieval", "--checkpoint", str(matcher), *heldout("--views", 14)]
+    assert "--views 14 is for pre-trained models" in refusal(evaluate.main, capsys, *command)
     output = tmp_path / "retrieval.json"
     found = {}
     for pool in ("all", "first"):
