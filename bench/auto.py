@@ -161,9 +161,15 @@ def main(arguments: Sequence[str] | None = None) -> int:
     options = parser.parse_args(arguments)
     try:
         text = table(options.runs)
+        there = json.loads(options.out.read_text(encoding="utf-8")) if options.out.is_file() else {}
+        if gone := sorted(there.keys() - json.loads(text).keys()):
+            raise ValueError(
+                f"{options.out} has entries of compute capability {', '.join(gone)}, which none of these runs is of: "
+                "name their runs too, or another --out"
+            )
+        options.out.write_text(text, encoding="utf-8")
     except (ValueError, OSError) as error:
         parser.error(str(error))
-    options.out.write_text(text, encoding="utf-8")
     print(f"{options.out}: {text.count('sdpa / triton')} calls")
     return 0
 

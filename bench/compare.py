@@ -30,7 +30,8 @@ both runs paired them with are.
 """
 CODES = """\
 exit codes: 0 nothing of ours is worse beyond the margin; 1 something is (slower, less exact, more memory, or now wrong
-or failed); 2 a file is missing or no run, or an option makes no sense. Other people's code is shown and not counted.
+or failed); 2 a file is missing or no run, no row is in both, or an option
+makes no sense. Other people's code is shown and not counted.
 """
 
 
@@ -63,6 +64,9 @@ def main(arguments: Sequence[str] | None = None) -> int:
         print(f"{parser.prog}: {error}", file=sys.stderr)
         return 2
     print(as_json(found, a, b) if options.json else as_text(found, a, b))
+    if a.rows and not {row.key for row in a.rows} & {row.key for row in b.rows}:
+        print(f"{parser.prog}: nothing to compare: no row is in both", file=sys.stderr)
+        return 2
     return 1 if found.worse else 0
 
 

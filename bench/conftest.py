@@ -7,6 +7,7 @@ save and compare work as its users expect.
 
 from __future__ import annotations
 
+import math
 from collections.abc import Callable, Iterator
 from dataclasses import dataclass, field
 from pathlib import Path
@@ -15,6 +16,7 @@ import pytest
 from pytest_benchmark.fixture import BenchmarkFixture
 
 from bench import gate, machine, record
+from bench.compare import read
 from bench.importing import make_torchvision_importable
 from bench.profiles import PROFILES, Task, choose
 from bench.report.page import write_report
@@ -71,6 +73,7 @@ class Bench:
 
 
 BENCH = pytest.StashKey[Bench]()
+EARLIER = pytest.StashKey[record.Run | None]()
 VERDICTS = pytest.StashKey[list[gate.Verdict]]()
 GATE_BUDGET = 0.5  # seconds of rounds per task
 
@@ -88,7 +91,9 @@ def pytest_addoption(parser: pytest.Parser) -> None:
         "--gate", action="store_true", help="then run the gate too (python -m bench.gate), and fail with it"
     )
     group.addoption(
-        "--against", type=Path, metavar="RUN.json", help="an earlier run, for a section on what changed since"
+        "--against",
+        metavar="RUN",
+        help="an earlier run's run.json or folder, or a name in bench/results/, for a section on what changed since",
     )
     group.addoption(
         "--budget",
@@ -108,11 +113,15 @@ def pytest_configure(config: pytest.Config) -> None:
             "the benchmark runs in one process: leave -n out, processes would disturb each other's times"
         )
     kind = machine.device()
+    earlier = config.getoption("--against")
     try:
         profile = choose(config.getoption("--profile"), kind, machine.device_name(kind))
-    except ValueError as error:
+        config.stash[EARLIER] = read(earlier) if earlier else None  # now: this run may be written over it
+    except (ValueError, OSError) as error:
         raise pytest.UsageError(str(error)) from None
     budget = config.getoption("--budget")
+    if budget is not None and not 0 <= budget < math.inf:
+        raise pytest.UsageError(f"--budget {budget}: seconds, 0 or more")
     session = Session(
         profile, profile.budget if budget is None else budget, Path(config.getoption("--report")),
         rehearsed=config.getoption("--rehearse"),
@@ -168,15 +177,13 @@ def _measure(bench: Bench, benchmark: BenchmarkFixture, entry: Entry) -> None:
     benchmark.pedantic(CLOCK.tick, rounds=len(row.seconds))
 
 
-def pytest_sessionfinish(session: pytest.Session) -> None:
+def pytest_sessionfinish(session: pytest.Session, exitstatus: int) -> None:
     config = session.config
     bench = config.stash[BENCH].session
     if not bench.rows:
         return
-    earlier = config.getoption("--against")
-    previous = record.load(earlier) if earlier else None
-    write_report(bench.run(), bench.folder, previous, headline=bench.profile.headline)
-    if config.getoption("--gate"):
+    write_report(bench.run(), bench.folder, config.stash[EARLIER], headline=bench.profile.headline)
+    if config.getoption("--gate") and exitstatus in (pytest.ExitCode.OK, pytest.ExitCode.TESTS_FAILED):
         config.stash[VERDICTS] = gate.run(bench.profile, GATE_BUDGET)[1]
         if not all(verdict.holds for verdict in config.stash[VERDICTS]):
             session.exitstatus = pytest.ExitCode.TESTS_FAILED

@@ -133,8 +133,9 @@ class Program:
     def run(self) -> int:
         """All sections; the exit status."""
         self.out.mkdir(parents=True, exist_ok=True)
-        for old in self.runs:  # of an earlier call: this one's report is about this one
-            old.unlink(missing_ok=True)
+        if "subjects" in self.sections:  # the report is about this call, not about an earlier one
+            for old in (*self.runs, *(self.out / name for name in ("index.html", "report.md", RUN_FILE))):
+                old.unlink(missing_ok=True)
         mode = "REHEARSED on a CPU: not one time below is a GPU's. " if self.rehearsed else ""
         print(f"{mode}{self.seconds / 60:.0f} minutes, results in {self.out}")
         print(f"profile {self.profile.name}: {self.profile.machine}")
@@ -153,7 +154,9 @@ class Program:
         more = (
             f" {late} ran out of time: what they had measured is kept, --minutes gives more." if late else ""
         )
-        print(f"\n{mode}{len(self.done)} sections, {failed} failed.{more} {self.out / 'index.html'}")
+        page = self.out / "index.html"
+        where = page if "subjects" in self.sections and page.is_file() else self.out / SUMMARY
+        print(f"\n{mode}{len(self.done)} sections, {failed} failed.{more} {where}")
         return 1 if failed else 0
 
     @property

@@ -6,6 +6,7 @@ import importlib.metadata
 import importlib.util
 import os
 import platform
+import shlex
 import statistics
 import subprocess
 import sys
@@ -126,7 +127,7 @@ def command() -> str:
     words = [Path(sys.argv[0]).name]
     if spec is not None:
         words = ["python", "-m", spec.name.removesuffix(".__main__")]
-    return " ".join([*words, *map(_portable, sys.argv[1:])])
+    return shlex.join([*words, *map(_portable, sys.argv[1:])])
 
 
 def _portable(word: str) -> str:

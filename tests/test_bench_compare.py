@@ -201,6 +201,7 @@ def files(tmp_path: Path) -> dict[str, str]:
         "a": make_run(row(), row("timm")),
         "same": make_run(row(), row("timm")),
         "slow": make_run(row(base=1.3), row("timm")),
+        "others": make_run(row("flex")),
         "twice": make_run(row(), row()),
     }
     for name, run in runs.items():
@@ -222,6 +223,8 @@ def test_exit_codes(files: dict[str, str], capsys: pytest.CaptureFixture[str]) -
     assert "1.00 ms -> 1.30 ms" in out.replace("\N{NO-BREAK SPACE}", " ")
     assert main([files["slow"], files["a"]]) == 0
     assert main([files["a"], files["slow"], "--margin", "0.4"]) == 0
+    assert main([files["a"], files["others"]]) == 2
+    assert "nothing to compare: no row is in both" in capsys.readouterr().err
 
 
 @pytest.mark.parametrize(

@@ -295,5 +295,5 @@ def test_a_command_is_written_as_anyone_can_type_it(tmp_path: Path) -> None:
         ).stdout.strip()
         for how in (["-m", "tool"], [str(tmp_path / "tool.py")])
     ]  # fmt: skip
-    end = "--out a --report=b c/d --tasks x/(y|z)"
+    end = "--out a --report=b c/d --tasks 'x/(y|z)'"
     assert said == [f"python -m tool {end}", f"tool.py {end}"]

@@ -92,6 +92,18 @@ def test_pytest_benchmark_compares(measured: tuple[Path, str], tmp_path: Path) -
     assert done.returncode == 0, done.stdout
     assert "Since the previous run" in (tmp_path / "index.html").read_text()
     assert "(NOW)" in done.stdout and "(0001_first)" in done.stdout
+    # a folder does as well, be it the one that is written over: the earlier run is read before
+    marked = (tmp_path / "run.json").read_text().replace('"commit": "', '"commit": "EARLIER')
+    (tmp_path / "run.json").write_text(marked)
+    again = ("-k", f"{ONE_CASE} and eager", "--budget", "0", "--report", str(tmp_path))
+    assert pytest_bench(*again, "--against", str(tmp_path)).returncode == 0
+    assert "EARLIER" in (tmp_path / "index.html").read_text()
+    for wrong, said in (
+        (("--against", str(tmp_path / "none.json")), "none.json: no such file"),
+        (("--budget", "-1"), "--budget -1.0: seconds, 0 or more"),
+    ):
+        done = pytest_bench(*again, *wrong)
+        assert done.returncode == 4 and said in done.stdout + done.stderr
 
 
 WRONG = """

@@ -117,6 +117,18 @@ def test_a_table_is_refused_where_it_would_be_a_guess(monkeypatch: pytest.Monkey
         bench_auto.table(["NVIDIA H200", "NVIDIA H100 80GB HBM3"])
 
 
+def test_another_gpus_entry_is_not_lost(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
+    out = tmp_path / "auto.json"
+    known = json.loads(auto.FILE.read_text())
+    out.write_text(json.dumps(known | {"8.0": {}}))
+    with pytest.raises(SystemExit):
+        bench_auto.main(["--out", str(out)])
+    assert "entries of compute capability 8.0, which none of these runs" in capsys.readouterr().err
+    assert json.loads(out.read_text()).keys() == known.keys() | {"8.0"}
+    out.unlink()
+    assert bench_auto.main(["--out", str(out)]) == 0 and out.read_text() == auto.FILE.read_text()
+
+
 @pytest.mark.usefixtures("hopper")
 def test_window_attention_goes_to_triton_which_was_fastest() -> None:
     qkv = torch.empty(2, 28, 28, 3, 4, 32, device="meta", dtype=torch.bfloat16)

@@ -43,6 +43,9 @@ def main(arguments: list[str] | None = None) -> int:
     """The exit code."""
     options = _parser().parse_args(arguments)
     start = time.perf_counter()
+    if options.json not in (None, "-") and not Path(options.json).resolve().parent.is_dir():
+        print(f"bench.aot: --json {options.json}: there is no such folder", file=sys.stderr)
+        return 2
     try:
         examine = _examiner()
         found = versions()

@@ -45,6 +45,10 @@ def main(argv: Sequence[str] | None = None) -> int:
         return rank(args.part, args.work)
     if args.out is None or not set(args.parts) <= {"steps", "stall", "resume"}:
         parser.error("say --out FOLDER, and which of steps, stall and resume (all, if none is named)")
+    try:
+        args.out.mkdir(parents=True, exist_ok=True)
+    except OSError as error:
+        parser.error(f"--out {args.out}: {error}")
     found: dict[str, Any] = {
         "command": machine.command(), "date": f"{datetime.datetime.now(datetime.UTC):%Y-%m-%d %H:%M} UTC",
         "device": device_name(torch.device("cpu")), "cores": os.cpu_count(), "python": platform.python_version(),
@@ -56,8 +60,7 @@ def main(argv: Sequence[str] | None = None) -> int:
             if part == "resume":
                 found["resume"] |= launch("resumed", Path(work)) | compared(Path(work))
         print(json.dumps({part: found[part]}, indent=1), flush=True)
-    args.out.mkdir(parents=True, exist_ok=True)
-    (args.out / "engines.json").write_text(json.dumps(found, indent=1) + "\n")
+        (args.out / "engines.json").write_text(json.dumps(found, indent=1) + "\n")
     (args.out / "report.md").write_text(report(found))
     return 0
 
