@@ -67,12 +67,13 @@ def _judge(gate: Gate, by_key: dict[str, Row]) -> Verdict:
 
 
 def run(profile: Profile, budget: float) -> tuple[list[Row], list[Verdict]]:
-    """Measure what the profile's gates need, no more; twice what does not hold at first. The rows are the last ones."""
+    """Measure what the profile's gates need, no more; what does not hold once more, four times as long. The rows are the last
+    ones."""
     rows = _measure(profile, profile.gates, budget)
     verdicts = judge(profile.gates, rows)
     doubtful = tuple(v.gate for v in verdicts if not v.holds and v.ratio is not None)
     if doubtful:
-        again = _measure(profile, doubtful, 2 * budget)
+        again = _measure(profile, doubtful, 4 * budget)
         keys = {row.key for row in again}
         rows = [row for row in rows if row.key not in keys] + again
         second = {v.gate: v for v in judge(doubtful, again)}

@@ -155,5 +155,5 @@ def test_what_fails_is_measured_again_and_alone(monkeypatch: pytest.MonkeyPatch)
     monkeypatch.setattr(gate, "_measure", measure)
     monkeypatch.setattr(gate, "judge", judge)
     _, verdicts = gate.run(replace(CPU, gates=gates), 0.5)
-    assert asked == [(2, 0.5), (2, 1.0)]
+    assert asked == [(2, 0.5), (2, 2.0)]
     assert [v.holds for v in verdicts] == [True, False]
