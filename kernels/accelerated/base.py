@@ -52,7 +52,7 @@ class Accelerated(nn.Module):
         if self.training and attrgetter(self.dropout_at)(self) > 0:
             return "attention dropout has been switched on"
         for name in self.skipped:
-            if hooked(self.get_submodule(name)):
+            if hooked(attrgetter(name)(self)):  # get_submodule takes several times as long
                 return f"a hook on its {name!r} waits for {self.unmade}, which are not made here"
         return None
 

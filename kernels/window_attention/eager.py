@@ -45,8 +45,8 @@ class _WindowAttention(torch.autograd.Function):
     """Shapes: P = B * nW windows, N slots in each; packed q, k, v and their gradients are [3, P, h, N, d], what products
     take and give [P*h, ., .].
 
-    Kept for the backward, in the products' dtype: q, k (of unit length in cosine attention, q times the multiplier), v, and
-    the weights.
+    Kept for the backward, as products take it and in their dtype: q, k (of unit length in cosine attention, q times the
+    multiplier), v, and the weights.
     """
 
     @staticmethod
@@ -75,18 +75,18 @@ class _WindowAttention(torch.autograd.Function):
             factor[0].mul_(logit_multiplier(logit_scale, packed.dtype)[:, None, None])
             packed[:2].mul_(factor)
 
-        q, k = _batched(packed[:2].to(compute)).unbind(0)
+        heads, packed = packed.shape[2], _batched(packed)
+        q, k = packed[:2].to(compute).unbind(0)
         logits = _product(q, k.mT, scale=None if cosine else scale)
-        by_head = _by_head(logits, packed.shape[2])
+        by_head = _by_head(logits, heads)
         if bias is not None:
             by_head.add_(bias)
         _add_masks(by_head, grid, mask_pads=pad_kv is None)
         weights = _softmax(logits).to(product)
-        out = _product(weights, _batched(packed[2]))
-        out = unpack_map(_by_head(out, packed.shape[2]), grid)
+        out = unpack_map(_by_head(_product(weights, packed[2]), heads), grid)
 
         ctx.save_for_backward(packed, weights, factor, logit_scale, pad_kv)
-        ctx.grid, ctx.scale, ctx.dtype = grid, scale, qkv.dtype
+        ctx.grid, ctx.heads, ctx.scale, ctx.dtype = grid, heads, scale, qkv.dtype
         return out.to(qkv.dtype)
 
     @staticmethod
@@ -102,8 +102,8 @@ class _WindowAttention(torch.autograd.Function):
 def _backward(ctx: Any, grad: Tensor) -> tuple[Tensor, Tensor | None, Tensor | None, Tensor | None]:
     packed, weights, factor, logit_scale, pad_kv = ctx.saved_tensors
     grid: Grid = ctx.grid
-    heads, batch = packed.shape[2], grad.shape[0]
-    q, k, v = _batched(packed).unbind(0)
+    heads, batch = ctx.heads, grad.shape[0]
+    q, k, v = packed.unbind(0)
     d_out = pack_map(grad, grid, heads).to(packed.dtype)  # [P, h, N, d]
     if grid.padded:  # what a pad query computes goes nowhere
         d_out.masked_fill_(pad_slots(grid, batch, grad), 0)
@@ -112,25 +112,25 @@ def _backward(ctx: Any, grad: Tensor) -> tuple[Tensor, Tensor | None, Tensor | N
     if packed.dtype != compute_dtype(packed):
         # What all v of a window share does not change its weights, nor what all k share the gradient of q. Without it
         # bfloat16 rounds no more than what does.
-        own = packed[1:] - packed[1:].mean(3, keepdim=True)
-        k, v = _batched(own).unbind(0)
+        own = packed[1:]  # (the mean takes torch three times as long as the sum)
+        k, v = own.sub(own.sum(-2, keepdim=True), alpha=1 / grid.slots).unbind(0)
 
     d_packed = torch.empty_like(packed)
-    d_q, d_k, d_v = _batched(d_packed).unbind(0)
+    d_q, d_k, d_v = d_packed.unbind(0)
     _product(weights.mT, d_out, d_v)
     d_logits = _softmax_backward(_product(d_out, v.mT), weights)
     scale = ctx.scale if factor is None else None
     _product(d_logits, k, d_q, scale)
     _product(d_logits.mT, q, d_k, scale)
 
+    d_packed = _by_head(d_packed, heads)
     d_bias = d_logit_scale = d_pad_kv = None
     if ctx.needs_input_grad[1]:
-        by_head = _by_head(d_logits, heads)
-        d_bias = by_head.sum(0)
+        d_bias = _sum_windows(_by_head(d_logits, heads))
     if factor is not None:
         # x = factor * raw, where factor = multiplier / |raw| (the multiplier of k is 1), so
         # d raw = factor * (d x - x * <x, d x> / multiplier^2); <x, d x> is the gradient of log(multiplier).
-        x, d_x = packed[:2], d_packed[:2]
+        x, d_x = _by_head(packed, heads)[:2], d_packed[:2]
         along = (x * d_x).sum(-1, keepdim=True)  # [2, P, h, N, 1]
         d_logit_scale = (along[0].sum((0, 2, 3)) * (logit_scale <= MAX_LOGIT_SCALE)).to(logit_scale.dtype)
         along[0].mul_(logit_multiplier(logit_scale, packed.dtype).pow(-2)[:, None, None])
@@ -159,10 +159,11 @@ def _batched(tensor: Tensor) -> Tensor:
 
 
 def _by_head(batched: Tensor, heads: int) -> Tensor:
-    """[P*h, ., .] -> [P, h, ., .], the inverse."""
+    """[..., P*h, ., .] -> [..., P, h, ., .], the inverse."""
     if torch.compiler.is_compiling():
         return batched
-    return batched.view(len(batched) // heads, heads, *batched.shape[1:])
+    *front, products, rows, columns = batched.shape
+    return batched.view(*front, products // heads, heads, rows, columns)
 
 
 def _product(left: Tensor, right: Tensor, out: Tensor | None = None, scale: float | None = None) -> Tensor:
@@ -203,10 +204,19 @@ def _softmax_backward(grad: Tensor, weights: Tensor) -> Tensor:
     return torch._softmax_backward_data(grad, weights, -1, weights.dtype, grad_input=grad)
 
 
+def _sum_windows(d_logits: Tensor) -> Tensor:
+    """[P, h, N, N] -> [h, N, N], the bias's gradient, added up in float32 at least. Of few windows torch adds up bfloat16
+    more slowly than float32."""
+    wide = torch.compiler.is_compiling() or len(d_logits) <= 8
+    return d_logits.sum(0, dtype=compute_dtype(d_logits) if wide else None)
+
+
 def _add_masks(logits: Tensor, grid: Grid, mask_pads: bool) -> None:
     """Add the shift's and the pads' masks to logits [P, h, N, N], in place; only the last windows have
     any."""
     hide = remember(logits, masks, grid, mask_pads, logits.dtype)
+    if hide.last_row is None and hide.last_column is None:
+        return
     by_window = logits.unflatten(0, (len(logits) // grid.windows, grid.rows, grid.columns))
     if hide.last_row is not None:
         by_window[:, -1].add_(hide.last_row)
