@@ -36,6 +36,7 @@ CAPABILITIES = {
     "H200": "9.0",
 }  # one entry each; see kernels/latent_attention/auto.py
 WIDTHS = (32, 64, 96, 128, 256)
+PEERS = ("eager", "sdpa", "triton")  # of which float32 takes the fastest
 CUDNN = ("sdpa", "torch-cudnn")  # what it is called in a run; sdpa takes it on these GPUs
 SHAPE = re.compile(
     r"(?P<batch>[\d,]+) x (?P<queries>[\d,]+) latents over (?P<keys>[\d,-]+) keys, (?P<heads>\d+) heads? of (?P<dim>\d+)"
@@ -63,11 +64,13 @@ def timed(name: str) -> tuple[str, list[Timed]]:
     for row in run.rows:
         if row.subject == "latent_attention" and row.status == "ok":
             found.setdefault((row.shape, row.mode, row.dtype), {})[row.peer] = row.median
-    others = RESULTS / name / "others.txt"
+    others, key = RESULTS / name / "others.txt", None
     for line in others.read_text(encoding="utf-8").splitlines() if others.exists() else ():
         if head := OTHER.fullmatch(line):
             key = (head["shape"], head["mode"], head["dtype"])
-        elif (time := TIME.match(line)) and SHAPE.fullmatch(key[0]):
+        elif (time := TIME.match(line)) and key is None:
+            raise ValueError(f"{others}: {line!r} stands in front of the first shape")
+        elif time and key and SHAPE.fullmatch(key[0]):
             found.setdefault(key, {})[time["peer"]] = float(time["ms"]) / 1e3
     return run.device, [Timed(name, *key, seconds) for key, seconds in found.items()]
 
@@ -104,10 +107,10 @@ def entry(device: str, calls: Iterable[Timed]) -> dict[str, Any]:
         raise ValueError(
             f"{device}: auto gives calls with key lengths to triton, and these say {ragged or 'nothing'}"
         )
-    single = {
-        peer: statistics.geometric_mean(call.seconds[peer] for call in calls if call.dtype == "float32")
-        for peer in ("eager", "sdpa", "triton")
-    }
+    whole = [call.seconds for call in calls if call.dtype == "float32" and call.seconds.keys() >= {*PEERS}]
+    if not whole:
+        raise ValueError(f"{device}: no call in float32 has the times of all of {', '.join(PEERS)}")
+    single = {peer: statistics.geometric_mean(seconds[peer] for seconds in whole) for peer in PEERS}
     return {
         "device": device,
         "float32": min(single, key=lambda peer: single[peer]),

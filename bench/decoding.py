@@ -12,7 +12,6 @@ import argparse
 import importlib
 import io
 import json
-import sys
 import tempfile
 import time
 from collections.abc import Iterator, Sequence
@@ -25,6 +24,7 @@ import torch
 from PIL import Image
 
 from bench import machine
+from bench.options import end_with, folder_path, positive_float, positive_int
 from dataload.pack.writer import ShardWriter
 from dataload.pipeline import Loader, LoaderConfig
 from dataload.tokenizer import Tokenizer, train_tokenizer
@@ -108,13 +108,13 @@ def rate(batches: Iterator[int], seconds: float, device: str) -> tuple[float, fl
 def main(arguments: Sequence[str] | None = None) -> int:
     """One line a rate, and decoding.json."""
     parser = argparse.ArgumentParser(prog="python -m bench.decoding", description=__doc__.split("\n")[0])
-    parser.add_argument("--out", type=Path, default=Path("runs/decoding"))
+    parser.add_argument("--out", type=folder_path, default=Path("runs/decoding"))
     parser.add_argument("--device", choices=("cuda", "cpu"), default="cuda")
-    parser.add_argument("--step", type=float, help="images/s of the training step")
-    parser.add_argument("--seconds", type=float, default=6.0)
-    parser.add_argument("--pictures", type=int, default=1024)
-    parser.add_argument("--batch", type=int, default=64)
-    parser.add_argument("--threads", type=int, default=14)
+    parser.add_argument("--step", type=positive_float, help="images/s of the training step")
+    parser.add_argument("--seconds", type=positive_float, default=6.0)
+    parser.add_argument("--pictures", type=positive_int, default=1024)
+    parser.add_argument("--batch", type=positive_int, default=64)
+    parser.add_argument("--threads", type=positive_int, default=14)
     options = parser.parse_args(arguments)
     device, few = options.device, (options.batch, options.threads)
     if device == "cuda" and not torch.cuda.is_available():
@@ -159,4 +159,4 @@ def main(arguments: Sequence[str] | None = None) -> int:
 
 
 if __name__ == "__main__":
-    sys.exit(main())
+    end_with(main, "the rates measured until now are in the folder of --out")

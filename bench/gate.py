@@ -3,13 +3,13 @@
 A ratio is taken within rounds of one run (see measure.py), its median is compared with the limit of the profile. On a
 CPU the rounds are timed in CPU seconds of one thread, so that neighbours who take the cores away do not count. What is
 wrong, or cannot run, fails too: a gate that measured nothing is not open. A ratio beyond its limit is measured once more,
-for twice as long: neighbours can also crowd the caches and the memory for seconds, and a real slowdown shows both times.
+for four times as long: neighbours can also crowd the caches and the memory for seconds, and a real slowdown shows both
+times.
 """
 
 from __future__ import annotations
 
 import argparse
-import sys
 from collections.abc import Iterable, Sequence
 from dataclasses import dataclass
 
@@ -17,6 +17,7 @@ import torch
 
 from bench import machine
 from bench.importing import make_torchvision_importable
+from bench.options import end_with, positive_float
 from bench.profiles import PROFILES, Gate, Profile, choose
 from bench.record import Row
 
@@ -100,7 +101,9 @@ def main(arguments: Sequence[str] | None = None) -> int:
     """0 where every gate holds, 1 where one does not."""
     parser = argparse.ArgumentParser(prog="python -m bench.gate", description=__doc__.split("\n")[0])
     parser.add_argument("--profile", default="auto", help=f"auto, {', '.join(PROFILES)}")
-    parser.add_argument("--budget", type=float, default=2.0, help="seconds of rounds per task (default 2)")
+    parser.add_argument(
+        "--budget", type=positive_float, default=2.0, help="seconds of rounds per task (default 2)"
+    )
     options = parser.parse_args(arguments)
     kept = make_torchvision_importable()
     kind = machine.device()
@@ -115,4 +118,4 @@ def main(arguments: Sequence[str] | None = None) -> int:
 
 
 if __name__ == "__main__":
-    sys.exit(main())
+    end_with(main)

@@ -31,6 +31,7 @@ from pathlib import Path
 
 from bench import machine, record
 from bench.importing import make_torchvision_importable
+from bench.options import end_with, folder_path, positive_float, regular_expression
 from bench.profiles import PROFILES, Profile, Task, choose
 from bench.record import RUN_FILE
 from bench.session import Session
@@ -63,14 +64,17 @@ def main(arguments: Sequence[str] | None = None) -> int:
     """0 where no section failed; one that ran out of time is named and did not fail."""
     parser = argparse.ArgumentParser(prog="python -m bench.gpu", description=__doc__.split("\n")[0])
     parser.add_argument("--full", action="store_true", help=f"take {FULL:.0f} minutes instead of {SHORT:.0f}")
-    parser.add_argument("--minutes", type=float, help="or so many")
+    parser.add_argument("--minutes", type=positive_float, help="or so many")
     parser.add_argument(
-        "--out", type=Path, default=Path("runs/gpu"), help="folder for all results (default runs/gpu)"
+        "--out", type=folder_path, default=Path("runs/gpu"), help="folder for all results (default runs/gpu)"
     )
     parser.add_argument("--profile", default="auto", help=f"auto, {', '.join(PROFILES)}")
     parser.add_argument("--rehearse", action="store_true", help="walk through it on a machine without a GPU")
     parser.add_argument(
-        "--tasks", default="", help="only those whose SUBJECT/CASE/MODE/DTYPE has this pattern"
+        "--tasks",
+        type=regular_expression,
+        default="",
+        help="only those whose SUBJECT/CASE/MODE/DTYPE has this pattern",
     )
     parser.add_argument(
         "--peers",
@@ -93,8 +97,12 @@ def main(arguments: Sequence[str] | None = None) -> int:
         profile = choose(options.profile, kind, machine.device_name(kind))
     except ValueError as error:
         parser.error(str(error))
-    if not chosen_tasks(profile, options.tasks):
+    tasks = chosen_tasks(profile, options.tasks)
+    if not tasks:
         parser.error(f"no task of profile {profile.name} matches {options.tasks!r}")
+    known = {name: None for task in tasks for name in task.peers}
+    if strange := [name for name in options.peers if name not in known]:
+        parser.error(f"--peers {' '.join(strange)}: the tasks have {'; '.join(known)}")
     minutes = options.minutes or (FULL if options.full else SHORT)
     if options.subject:
         return measure(
@@ -334,4 +342,4 @@ def measure(
 
 
 if __name__ == "__main__":
-    sys.exit(main())
+    end_with(main, "what was measured until now is in the folder of --out")

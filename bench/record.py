@@ -9,6 +9,7 @@ from __future__ import annotations
 import dataclasses
 import json
 import math
+import os
 import statistics
 from collections.abc import Sequence
 from dataclasses import dataclass, field
@@ -149,7 +150,7 @@ def save(run: Run, path: Path) -> None:
     """Write JSON, whole or not at all: a reader never sees half a file."""
     text = json.dumps({"schema": SCHEMA} | dataclasses.asdict(run), indent=1, allow_nan=True)
     path.parent.mkdir(parents=True, exist_ok=True)
-    part = path.with_suffix(".part")
+    part = path.with_suffix(f".{os.getpid()}.part")  # two runs may write here
     part.write_text(text + "\n", encoding="utf-8")
     part.replace(path)
 
@@ -167,7 +168,7 @@ def load(path: Path) -> Run:
         rows = tuple(_row(row) for row in data.pop("rows"))
         ceilings = data.pop("ceilings")
         return Run(**data, ceilings=Ceilings(**ceilings) if ceilings else None, rows=rows)
-    except (KeyError, TypeError) as error:
+    except (KeyError, TypeError, ValueError) as error:
         raise ValueError(f"{path} is no run of this benchmark: {error!r}") from error
 
 
@@ -175,7 +176,7 @@ def _row(data: dict[str, Any]) -> Row:
     return Row(
         **data
         | {
-            "seconds": tuple(data["seconds"]),
+            "seconds": tuple(map(float, data["seconds"])),
             "accuracy": tuple(Accuracy(**one) for one in data["accuracy"]),
             "paired": tuple(Paired(**one) for one in data["paired"]),
         }

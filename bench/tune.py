@@ -29,6 +29,7 @@ from torch import Tensor
 
 from bench import cases, machine
 from bench.measure import GraphTimer, sets_needed
+from bench.options import end_with, positive_int
 from bench.peers.latent import LATENT_ATTENTION, LatentCase
 from bench.peers.window import WINDOW_ATTENTION, WindowCase
 from bench.subject import FORWARD, TRAINING, Problem, Subject, bind, cotangent_of, results
@@ -238,13 +239,17 @@ def main(arguments: Sequence[str] | None = None) -> int:
     parser.add_argument("subject", choices=[*SUBJECTS])
     parser.add_argument("--case", nargs="*", help="these alone")
     parser.add_argument("--out", type=Path, default=Path("runs/tune.json"))
-    parser.add_argument("--show", type=int, default=4, help="so many rows of each kernel")
-    parser.add_argument("--workers", type=int, default=max(1, (os.cpu_count() or 2) - 2))
+    parser.add_argument("--show", type=positive_int, default=4, help="so many rows of each kernel")
+    parser.add_argument("--workers", type=positive_int, default=max(1, (os.cpu_count() or 2) - 2))
     options = parser.parse_args(arguments)
     if machine.device() != "cuda":
         parser.error("torch finds no CUDA device here")
     subject, begin = options.subject, time.monotonic()
-    chosen = [case for case in SUBJECTS[subject][1]() if not options.case or case.name in options.case]
+    every = SUBJECTS[subject][1]()
+    if strange := set(options.case or ()) - {case.name for case in every}:
+        names = ", ".join(case.name for case in every)
+        parser.error(f"--case {' '.join(sorted(strange))}: the cases of {subject} are {names}")
+    chosen = [case for case in every if not options.case or case.name in options.case]
     candidates = [c for case in chosen for c in SUBJECTS[subject][2](case)]
     with ProcessPoolExecutor(options.workers, get_context("spawn")) as pool:
         said = list(pool.map(compile_one, itertools.repeat(subject), candidates))
@@ -287,4 +292,4 @@ def main(arguments: Sequence[str] | None = None) -> int:
 
 
 if __name__ == "__main__":
-    sys.exit(main())
+    end_with(main, "the cases that were timed are in the file of --out")

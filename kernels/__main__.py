@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import platform
+from argparse import ArgumentParser
 from importlib.metadata import PackageNotFoundError, version
 from importlib.util import find_spec
 
@@ -15,6 +16,7 @@ from kernels.explain import available_backends
 
 def main() -> None:
     """Print the table."""
+    ArgumentParser(prog="python -m kernels", description=__doc__).parse_args()
     system = f"{platform.system()} {platform.machine()}"
     print(f"torch {torch.__version__}, Python {platform.python_version()}, {system}")
     print(f"CPU: {torch.get_num_threads()} threads, {torch.backends.cpu.get_cpu_capability()}")

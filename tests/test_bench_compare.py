@@ -210,6 +210,9 @@ def files(tmp_path: Path) -> dict[str, str]:
     (tmp_path / "other.json").write_text('{"schema": 1, "rows": [{"x": 1}], "ceilings": null}')
     (tmp_path / "partial.json").write_text('{"schema": 1, "rows": [], "ceilings": null}')
     (tmp_path / "list.json").write_text("[1]")
+    found = json.loads((tmp_path / "a.json").read_text())
+    found["rows"][0]["seconds"] = ["soon"]
+    (tmp_path / "words.json").write_text(json.dumps(found))
     (tmp_path / "future.json").write_text('{"schema": 99}')
     return {path.stem: str(path) for path in tmp_path.iterdir()}
 
@@ -235,6 +238,7 @@ def test_exit_codes(files: dict[str, str], capsys: pytest.CaptureFixture[str]) -
         ("other", "is no run of this benchmark"),
         ("partial", "is no run of this benchmark"),
         ("list", "is no run of this benchmark"),
+        ("words", "is no run of this benchmark: ValueError"),
         ("future", "has schema 99, this version reads 1"),
         ("twice", "B has more than one row window_attention/tiny/forward/float32/triton"),
     ],

@@ -27,6 +27,7 @@ import torch
 
 from bench import machine
 from bench.engines.ranks import rank
+from bench.options import end_with, folder_path
 from train import checkpoint
 from train.machine import device_name
 
@@ -37,7 +38,7 @@ def main(argv: Sequence[str] | None = None) -> int:
     """The command."""
     parser = argparse.ArgumentParser(prog="python -m bench.engines", description=__doc__.split("\n\n")[0])
     parser.add_argument("parts", nargs="*", default=[], metavar="steps|stall|resume")
-    parser.add_argument("--out", type=Path, help="folder for engines.json and report.md")
+    parser.add_argument("--out", type=folder_path, help="folder for engines.json and report.md")
     parser.add_argument("--part", choices=RANKS, help=argparse.SUPPRESS)  # in a rank
     parser.add_argument("--work", type=Path, help=argparse.SUPPRESS)
     args = parser.parse_args(argv)
@@ -144,4 +145,4 @@ def report(found: dict[str, Any]) -> str:
 
 
 if __name__ == "__main__":
-    sys.exit(main())
+    end_with(main, "the parts that were measured are in engines.json")

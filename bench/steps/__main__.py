@@ -25,6 +25,7 @@ from pathlib import Path
 from typing import Any
 
 from bench import machine
+from bench.options import end_with, folder_path, positive_float
 from bench.steps.cases import CASES, Case, rehearsed
 
 ROOT = Path(__file__).resolve().parents[2]
@@ -36,10 +37,10 @@ def main(argv: Sequence[str] | None = None) -> int:
     """0 where every row was measured; 1 where one failed or was cut off; 2 for a wrong command line."""
     parser = argparse.ArgumentParser(prog="python -m bench.steps", description=__doc__.split("\n")[0])
     parser.add_argument(
-        "--out", type=Path, required=True, help="folder for steps.json, report.md and plan.json"
+        "--out", type=folder_path, required=True, help="folder for steps.json, report.md and plan.json"
     )
     parser.add_argument("--only", nargs="*", choices=[*CASES], help="some of the rows, in this order")
-    parser.add_argument("--minutes", type=float, default=6.0, help="for all of it (default 6)")
+    parser.add_argument("--minutes", type=positive_float, default=6.0, help="for all of it (default 6)")
     parser.add_argument(
         "--rehearse", action="store_true", help="walk through it on a CPU with the tiny presets"
     )
@@ -173,4 +174,4 @@ class Program:
 
 
 if __name__ == "__main__":
-    sys.exit(main())
+    end_with(main, "the rows that were measured are in the folder of --out")

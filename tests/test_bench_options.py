@@ -1,0 +1,75 @@
+"""Options that make no sense are refused by name, before anything is measured; and Ctrl-C leaves no traceback."""
+
+from __future__ import annotations
+
+from collections.abc import Callable
+from pathlib import Path
+
+import pytest
+import torch
+
+from bench import auto, decoding, gate, gpu
+from bench.engines import __main__ as engines
+from bench.options import end_with
+from bench.steps import __main__ as steps
+
+FILE = str(Path(__file__).resolve())
+REHEARSE = [] if torch.cuda.is_available() else ["--rehearse"]
+
+
+@pytest.mark.parametrize(
+    ("command", "arguments", "said"),
+    [
+        (gpu.main, ["--tasks", "["], "'[' is no regular expression: unterminated character set"),
+        (gpu.main, ["--minutes", "-1"], "'-1' is no time: a number above 0 is"),
+        (
+            gpu.main,
+            [*REHEARSE, "--peers", "auto", "nobody"],
+            "--peers nobody: the tasks have auto; reference; ",
+        ),
+        (gpu.main, ["--out", FILE], f"argument --out: {FILE} is no folder"),
+        (steps.main, ["--out", f"{FILE}/within"], f"argument --out: {FILE} is no folder"),
+        (decoding.main, ["--out", FILE], f"argument --out: {FILE} is no folder"),
+        (decoding.main, ["--batch", "0"], "'0' is no count: 1, 2, ... are"),
+        (engines.main, ["--out", FILE], f"argument --out: {FILE} is no folder"),
+        (gate.main, ["--budget", "nan"], "'nan' is no time: a number above 0 is"),
+    ],
+)
+def test_what_makes_no_sense_is_refused(
+    command: Callable[[list[str]], int], arguments: list[str], said: str, capsys: pytest.CaptureFixture[str]
+) -> None:
+    with pytest.raises(SystemExit) as stopped:
+        command(arguments)
+    assert stopped.value.code == 2 and said in capsys.readouterr().err
+
+
+def test_an_interrupted_command_ends_with_130(capsys: pytest.CaptureFixture[str]) -> None:
+    def interrupted() -> int:
+        raise KeyboardInterrupt
+
+    for main, status in ((interrupted, 130), (lambda: 1, 1), (lambda: 0, 0)):
+        with pytest.raises(SystemExit) as stopped:
+            end_with(main, "all of it is lost")
+        assert stopped.value.code == status
+    assert capsys.readouterr().err == "\ninterrupted: all of it is lost\n"
+
+
+def test_times_without_a_shape_and_missing_peers_are_named(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
+) -> None:
+    whole = auto.RESULTS / auto.RUNS[0]
+    folder = tmp_path / "odd"
+    folder.mkdir()
+    (folder / "run.json").write_bytes((whole / "run.json").read_bytes())
+    (folder / "others.txt").write_text("  torch-cudnn  ok 1.5 ms\n")
+    monkeypatch.setattr(auto, "RESULTS", tmp_path)
+    with pytest.raises(SystemExit):
+        auto.main(["--runs", "odd", "--out", str(tmp_path / "auto.json")])
+    assert "'  torch-cudnn  ok 1.5 ms' stands in front of the first shape" in capsys.readouterr().err
+    monkeypatch.undo()
+    calls = [call for name in auto.RUNS for call in auto.timed(name)[1]]
+    for call in calls:
+        if call.dtype == "float32":
+            call.seconds.pop("eager", None)
+    with pytest.raises(ValueError, match="no call in float32 has the times of all of eager, sdpa, triton"):
+        auto.entry("NVIDIA H200", calls)
