@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import json
 from argparse import Namespace
+from dataclasses import replace
 from pathlib import Path
 from typing import Any
 
@@ -15,12 +16,15 @@ from dataload import annotations as notes
 from dataload import shards
 from tests.micro import arguments, corpus
 from train import finetune
+from train.config import PretrainConfig
 from train.evaluate import __main__ as evaluate
 from train.generate import __main__ as generate
+from train.multimodal.config import PerceiverPretrainConfig
 from train.pretrain import main as pretrain
 from train.scores.captioning import check
 from train.tasks import captioning, evaluating, vqa
-from train.tasks.config import FinetuneConfig, TaskConfig
+from train.tasks.config import LOSSES, FinetuneConfig, TaskConfig, TaskName
+from train.tasks.presets import task_preset
 
 
 @pytest.fixture(scope="module")
@@ -226,3 +230,30 @@ def test_each_evaluation_has_its_own_submission(captioner: Path, tmp_path: Path)
         assert evaluate.main([*command, "--max-images", "2"]) == 0
         assert len(json.loads(output.with_name(f"{output.stem}-caption_results.json").read_text())) == 2
     assert own.read_text() == "a run's"
+
+
+# --- train.finetune -------------------------------------------------------------------------------
+
+
+@pytest.mark.parametrize("kind", [*LOSSES])
+def test_a_preset_sets_only_what_its_task_reads(kind: TaskName) -> None:
+    start = PerceiverPretrainConfig() if kind == "audio" else PretrainConfig()
+    assert task_preset(kind, start).part_problems(1) == []
+
+
+@pytest.mark.parametrize(
+    ("kind", "part", "values", "said"),
+    [
+        ("captioning", "task", {"rerank": 4}, "task.rerank is 4; it is for retrieval, not captioning"),
+        ("retrieval", "task", {"beams": 2}, "task.beams is 2; it is for captioning and vqa, not retrieval"),
+        ("retrieval", "data", {"captions_per_image": 3}, "data.captions_per_image is 3; it is for captioning, not retrieval"),
+        ("detection", "data", {"speed": 0.1}, "data.speed is 0.1; it is for audio, not detection"),
+        ("vqa", "objectives", {"self_critical": 4}, "objectives.self_critical is 4; it is for captioning, not vqa"),
+    ],
+)  # fmt: skip
+def test_what_another_task_reads_is_refused(
+    kind: TaskName, part: str, values: dict[str, Any], said: str
+) -> None:
+    config = task_preset(kind, PretrainConfig())
+    changed = replace(config, **{part: replace(getattr(config, part), **values)})
+    assert said in changed.part_problems(1)

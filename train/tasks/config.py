@@ -18,6 +18,26 @@ LOSSES: dict[str, dict[str, float]] = {
     "audio": {"label": 1.0},
 }
 """Of each task its losses and their weights."""
+PICTURES: tuple[TaskName, ...] = ("captioning", "vqa", "retrieval", "detection", "segmentation")
+READ_BY: dict[str, tuple[TaskName, ...]] = {
+    "task.head": ("vqa",),
+    "task.answers": ("vqa",),
+    "task.prompt": ("captioning", "vqa"),
+    "task.several_labels": ("audio",),
+    "task.beams": ("captioning", "vqa"),
+    "task.length_penalty": ("captioning", "vqa"),
+    "task.rerank": ("retrieval",),
+    "objectives.label_smoothing": ("captioning", "vqa", "audio"),
+    "objectives.word_dropout": ("captioning",),
+    "objectives.self_critical": ("captioning",),
+    "data.captions_per_image": ("captioning",),
+    **{
+        f"data.{name}": PICTURES
+        for name in ("crop_scale", "crop_ratio", "flip", "color_jitter", "interpolation")
+    },
+    **{f"data.{name}": ("audio",) for name in ("speed", "noise", "hide_sound", "mix_sounds")},
+}
+"""The tasks that read a field. Fields that are not here are read by all, or have rules of their own."""
 
 
 @dataclass(frozen=True)
@@ -180,12 +200,9 @@ class FinetuneConfig(PretrainConfig):
             found.append(
                 "task.classes is given; written answers are not chosen among some: --task.head chosen"
             )
+        found += self._unread()
         if samples := self.objectives.self_critical:
-            if self.task.kind != "captioning":
-                found.append(
-                    f"objectives.self_critical is {samples}; it is for captioning, not {self.task.kind}"
-                )
-            elif samples < 2:
+            if samples < 2:
                 found.append(
                     f"objectives.self_critical is {samples}; it must be 0 (off) or 2 and more, which are compared"
                 )
@@ -209,6 +226,17 @@ class FinetuneConfig(PretrainConfig):
             found.append(f"objectives.kind is {self.objectives.kind}, but task.kind is {self.task.kind}")
         if self.data.heldout and not self.data.train:
             found.append("data.heldout is given without data.train")
+        return found
+
+    def _unread(self) -> list[str]:
+        """Fields with other values than their defaults that this task would not look at."""
+        found = []
+        for name, tasks in READ_BY.items():
+            part, field_name = name.split(".")
+            values = getattr(self, part)
+            value = getattr(values, field_name)
+            if self.task.kind not in tasks and value != getattr(type(values)(), field_name):
+                found.append(f"{name} is {value}; it is for {' and '.join(tasks)}, not {self.task.kind}")
         return found
 
 
