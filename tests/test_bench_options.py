@@ -2,13 +2,17 @@
 
 from __future__ import annotations
 
+import math
+import re
 from collections.abc import Callable
 from pathlib import Path
+from types import SimpleNamespace
+from typing import Any
 
 import pytest
 import torch
 
-from bench import auto, decoding, gate, gpu
+from bench import auto, conftest, decoding, gate, gpu
 from bench.engines import __main__ as engines
 from bench.options import end_with
 from bench.steps import __main__ as steps
@@ -27,6 +31,7 @@ REHEARSE = [] if torch.cuda.is_available() else ["--rehearse"]
             [*REHEARSE, "--peers", "auto", "nobody"],
             "--peers nobody: the tasks have auto; reference; ",
         ),
+        (gpu.main, [*REHEARSE, "--tasks", "swin-q"], "matches 'swin-q'"),
         (gpu.main, ["--out", FILE], f"argument --out: {FILE} is no folder"),
         (steps.main, ["--out", f"{FILE}/within"], f"argument --out: {FILE} is no folder"),
         (decoding.main, ["--out", FILE], f"argument --out: {FILE} is no folder"),
@@ -41,6 +46,41 @@ def test_what_makes_no_sense_is_refused(
     with pytest.raises(SystemExit) as stopped:
         command(arguments)
     assert stopped.value.code == 2 and said in capsys.readouterr().err
+
+
+@pytest.mark.parametrize(
+    ("given", "said"),
+    [
+        ({"--profile": "a100"}, "no profile is called 'a100'; there are cpu, a100-bf16, h200-bf16"),
+        ({"--against": "none.json"}, "none.json: no such file"),
+        ({"--budget": -1.0}, "--budget -1.0: seconds, 0 or more"),
+        ({"--budget": math.nan}, "--budget nan: seconds, 0 or more"),
+        ({"-n": 2}, "the benchmark runs in one process"),
+    ],
+)
+def test_pytest_bench_refuses_too(given: dict[str, Any], said: str) -> None:
+    options = {
+        "--profile": "auto",
+        "--against": None,
+        "--budget": None,
+        "--report": "r",
+        "--rehearse": False,
+    } | given
+    config: Any = SimpleNamespace(
+        option=SimpleNamespace(numprocesses=given.get("-n")),
+        getoption=options.__getitem__,
+        stash=pytest.Stash(),
+    )
+    with pytest.raises(pytest.UsageError, match=re.escape(said)):
+        conftest.pytest_configure(config)
+
+
+def test_a_gpu_is_asked_for_unless_rehearsing(capsys: pytest.CaptureFixture[str]) -> None:
+    if torch.cuda.is_available():
+        pytest.skip("needs a machine without a CUDA device")
+    with pytest.raises(SystemExit):
+        gpu.main([])
+    assert "torch finds no CUDA device here; --rehearse walks through" in capsys.readouterr().err
 
 
 def test_an_interrupted_command_ends_with_130(capsys: pytest.CaptureFixture[str]) -> None:

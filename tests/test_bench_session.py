@@ -82,28 +82,20 @@ def test_pytest_benchmark_has_the_same_rounds(measured: tuple[Path, str]) -> Non
 
 
 def test_pytest_benchmark_compares(measured: tuple[Path, str], tmp_path: Path) -> None:
-    """--benchmark-compare finds the saved run, and --benchmark-compare-fail fails by it: nothing is 1,000 times faster."""
+    """--benchmark-compare finds the saved run, and --benchmark-compare-fail fails by it: nothing is 1,000 times faster.
+    --against a folder, the one that is written over: the earlier run is read before."""
     folder, _ = measured
-    arguments = (
-        "-k", f"{ONE_CASE} and eager", "--budget", "0", "--report", str(tmp_path), "--benchmark-compare=0001",
-        f"--benchmark-storage={folder / 'store'}", "--against", str(folder / "report" / "run.json"),
-    )  # fmt: skip
-    done = pytest_bench(*arguments, "--benchmark-compare-fail=median:100000%")
-    assert done.returncode == 0, done.stdout
-    assert "Since the previous run" in (tmp_path / "index.html").read_text()
-    assert "(NOW)" in done.stdout and "(0001_first)" in done.stdout
-    # a folder does as well, be it the one that is written over: the earlier run is read before
-    marked = (tmp_path / "run.json").read_text().replace('"commit": "', '"commit": "EARLIER')
+    marked = (folder / "report" / "run.json").read_text().replace('"commit": "', '"commit": "EARLIER')
     (tmp_path / "run.json").write_text(marked)
-    again = ("-k", f"{ONE_CASE} and eager", "--budget", "0", "--report", str(tmp_path))
-    assert pytest_bench(*again, "--against", str(tmp_path)).returncode == 0
-    assert "EARLIER" in (tmp_path / "index.html").read_text()
-    for wrong, said in (
-        (("--against", str(tmp_path / "none.json")), "none.json: no such file"),
-        (("--budget", "-1"), "--budget -1.0: seconds, 0 or more"),
-    ):
-        done = pytest_bench(*again, *wrong)
-        assert done.returncode == 4 and said in done.stdout + done.stderr
+    done = pytest_bench(
+        "-k", f"{ONE_CASE} and eager", "--budget", "0", "--report", str(tmp_path), "--against", str(tmp_path),
+        f"--benchmark-storage={folder / 'store'}", "--benchmark-compare=0001", "--benchmark-compare-fail=median:100000%",
+    )  # fmt: skip
+    assert done.returncode == 0, done.stdout
+    assert "(NOW)" in done.stdout and "(0001_first)" in done.stdout
+    page = (tmp_path / "index.html").read_text()
+    assert "Since the previous run" in page and "EARLIER" in page
+    assert "EARLIER" not in (tmp_path / "run.json").read_text()
 
 
 WRONG = """
@@ -142,16 +134,6 @@ def test_a_wrong_kernel_fails_and_gets_no_time(tmp_path: Path) -> None:
     assert "**WRONG**: out: largest error" in (tmp_path / "r" / "report.md").read_text()
 
 
-def test_bad_options_say_so(tmp_path: Path) -> None:
-    done = pytest_bench("--profile", "a100")
-    assert (
-        done.returncode == 4
-        and "no profile is called 'a100'; there are cpu, a100-bf16, h200-bf16" in done.stderr
-    )
-    done = pytest_bench("-n", "2")
-    assert done.returncode == 4 and "the benchmark runs in one process" in done.stderr
-
-
 def test_the_gpu_program_is_bounded_and_leaves_what_it_measured(tmp_path: Path) -> None:
     """A short rehearsal: sections end in time, one that crashes leaves the others, all is written."""
     program = Program(PROFILES["cpu"], tmp_path, 120.0, rehearsed=True)
@@ -179,17 +161,12 @@ def test_the_gpu_program_is_bounded_and_leaves_what_it_measured(tmp_path: Path) 
 
 
 def test_the_gpu_program_measures_some_tasks(tmp_path: Path) -> None:
-    """By a pattern of subject, case, mode and dtype; one that nothing has is refused."""
+    """By a pattern of subject, case, mode and dtype."""
     program = Program(
         PROFILES["h200-bf16"], tmp_path, 60.0, rehearsed=False, pattern="window_attention/swin-b.*/training"
     )
     assert {task.subject for task in program.tasks} == {"window_attention"} and len(program.runs) == 1
     assert 1 < len(program.tasks) < 10 and all("/training/" in task.name for task in program.tasks)
-    done = subprocess.run(
-        [sys.executable, "-m", "bench.gpu", "--rehearse", "--tasks", "swin-q"],
-        cwd=ROOT, capture_output=True, text=True, timeout=120,
-    )  # fmt: skip
-    assert done.returncode == 2 and "no task of profile cpu matches 'swin-q'" in done.stderr
 
 
 def test_the_gpu_program_asks_the_sanitizer(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
@@ -232,12 +209,3 @@ def test_the_gpu_program_needs_little(tmp_path: Path) -> None:
     assert {row.subject for row in rows} == {"training_step", "loader"}
     assert {row.status for row in rows} == {"absent"}
     assert {row.note.split(" is not installed")[0] for row in rows} == {"timm", "PIL"}
-
-
-def test_the_gpu_program_refuses_a_cpu_unless_rehearsing() -> None:
-    if torch.cuda.is_available():
-        pytest.skip("needs a machine without a CUDA device")
-    done = subprocess.run(
-        [sys.executable, "-m", "bench.gpu"], cwd=ROOT, capture_output=True, text=True, timeout=120
-    )
-    assert done.returncode == 2 and "torch finds no CUDA device here; --rehearse walks through" in done.stderr
