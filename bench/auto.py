@@ -16,13 +16,13 @@ import argparse
 import json
 import re
 import statistics
-import sys
 from collections.abc import Iterable, Sequence
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
 from bench import record
+from bench.options import end_with, file_path
 from bench.peaks import peak_of
 from bench.record import RUN_FILE
 from bench.subject import FORWARD, TRAINING
@@ -68,10 +68,11 @@ def timed(name: str) -> tuple[str, list[Timed]]:
     for line in others.read_text(encoding="utf-8").splitlines() if others.exists() else ():
         if head := OTHER.fullmatch(line):
             key = (head["shape"], head["mode"], head["dtype"])
-        elif (time := TIME.match(line)) and key is None:
-            raise ValueError(f"{others}: {line!r} stands in front of the first shape")
-        elif time and key and SHAPE.fullmatch(key[0]):
-            found.setdefault(key, {})[time["peer"]] = float(time["ms"]) / 1e3
+        elif time := TIME.match(line):
+            if key is None:
+                raise ValueError(f"{others}: {line!r} stands in front of the first shape")
+            if SHAPE.fullmatch(key[0]):
+                found.setdefault(key, {})[time["peer"]] = float(time["ms"]) / 1e3
     return run.device, [Timed(name, *key, seconds) for key, seconds in found.items()]
 
 
@@ -154,17 +155,28 @@ def table(runs: Iterable[str]) -> str:
     return "{\n" + ",\n".join(lines) + "\n}\n"
 
 
+def entries_of(path: Path) -> dict[str, Any]:
+    """An earlier table. Raises ValueError for another file."""
+    try:
+        found = json.loads(path.read_text(encoding="utf-8"))
+    except ValueError as error:
+        raise ValueError(f"{path} is no table of this command: {error}") from None
+    if not isinstance(found, dict):
+        raise ValueError(f"{path} is no table of this command")
+    return found
+
+
 def main(arguments: Sequence[str] | None = None) -> int:
     """Writes the table, or says what is wrong with the runs."""
     parser = argparse.ArgumentParser(prog="python -m bench.auto", description=__doc__.split("\n")[0])
     parser.add_argument(
         "--runs", nargs="+", default=RUNS, help=f"folders of bench/results/ (default {' '.join(RUNS)})"
     )
-    parser.add_argument("--out", type=Path, default=FILE)
+    parser.add_argument("--out", type=file_path, default=FILE)
     options = parser.parse_args(arguments)
     try:
         text = table(options.runs)
-        there = json.loads(options.out.read_text(encoding="utf-8")) if options.out.is_file() else {}
+        there = entries_of(options.out) if options.out.is_file() else {}
         if gone := sorted(there.keys() - json.loads(text).keys()):
             raise ValueError(
                 f"{options.out} has entries of compute capability {', '.join(gone)}, which none of these runs is of: "
@@ -178,4 +190,4 @@ def main(arguments: Sequence[str] | None = None) -> int:
 
 
 if __name__ == "__main__":
-    sys.exit(main())
+    end_with(main)

@@ -64,7 +64,7 @@ def main(arguments: Sequence[str] | None = None) -> int:
         print(f"{parser.prog}: {error}", file=sys.stderr)
         return 2
     print(as_json(found, a, b) if options.json else as_text(found, a, b))
-    if a.rows and not {row.key for row in a.rows} & {row.key for row in b.rows}:
+    if not {row.key for row in a.rows} & {row.key for row in b.rows}:
         print(f"{parser.prog}: nothing to compare: no row is in both", file=sys.stderr)
         return 2
     return 1 if found.worse else 0

@@ -8,9 +8,9 @@ save and compare work as its users expect.
 from __future__ import annotations
 
 import math
+from argparse import ArgumentTypeError
 from collections.abc import Callable, Iterator
 from dataclasses import dataclass, field
-from pathlib import Path
 
 import pytest
 from pytest_benchmark.fixture import BenchmarkFixture
@@ -18,6 +18,7 @@ from pytest_benchmark.fixture import BenchmarkFixture
 from bench import gate, machine, record
 from bench.compare import read
 from bench.importing import make_torchvision_importable
+from bench.options import folder_path
 from bench.profiles import PROFILES, Task, choose
 from bench.report.page import write_report
 from bench.session import Session
@@ -117,13 +118,14 @@ def pytest_configure(config: pytest.Config) -> None:
     try:
         profile = choose(config.getoption("--profile"), kind, machine.device_name(kind))
         config.stash[EARLIER] = read(earlier) if earlier else None  # now: this run may be written over it
-    except (ValueError, OSError) as error:
+        report = folder_path(config.getoption("--report"))
+    except (ValueError, OSError, ArgumentTypeError) as error:
         raise pytest.UsageError(str(error)) from None
     budget = config.getoption("--budget")
     if budget is not None and not 0 <= budget < math.inf:
         raise pytest.UsageError(f"--budget {budget}: seconds, 0 or more")
     session = Session(
-        profile, profile.budget if budget is None else budget, Path(config.getoption("--report")),
+        profile, profile.budget if budget is None else budget, report,
         rehearsed=config.getoption("--rehearse"),
     )  # fmt: skip
     config.stash[BENCH] = Bench(session, make_torchvision_importable())

@@ -159,4 +159,4 @@ def main(arguments: Sequence[str] | None = None) -> int:
 
 
 if __name__ == "__main__":
-    end_with(main, "the rates measured until now are in the folder of --out")
+    end_with(main)

@@ -136,14 +136,12 @@ class Program:
         self.profile, self.out, self.rehearsed = profile, out.resolve(), rehearsed
         self.pattern, self.tasks = pattern, chosen_tasks(profile, pattern)
         self.seconds, self.end = seconds, time.monotonic() + seconds
+        self.earlier = [_written(path) for path in self.runs]
         self.done: list[Section] = []
 
     def run(self) -> int:
         """All sections; the exit status."""
         self.out.mkdir(parents=True, exist_ok=True)
-        if "subjects" in self.sections:  # the report is about this call, not about an earlier one
-            for old in (*self.runs, *(self.out / name for name in ("index.html", "report.md", RUN_FILE))):
-                old.unlink(missing_ok=True)
         mode = "REHEARSED on a CPU: not one time below is a GPU's. " if self.rehearsed else ""
         print(f"{mode}{self.seconds / 60:.0f} minutes, results in {self.out}")
         print(f"profile {self.profile.name}: {self.profile.machine}")
@@ -162,8 +160,8 @@ class Program:
         more = (
             f" {late} ran out of time: what they had measured is kept, --minutes gives more." if late else ""
         )
-        page = self.out / "index.html"
-        where = page if "subjects" in self.sections and page.is_file() else self.out / SUMMARY
+        reported = any(s.name == "report" and s.status == "ok" for s in self.done)
+        where = self.out / ("index.html" if reported else SUMMARY)
         print(f"\n{mode}{len(self.done)} sections, {failed} failed.{more} {where}")
         return 1 if failed else 0
 
@@ -246,7 +244,7 @@ class Program:
             del waiting[name]
             command = [
                 sys.executable, "-m", "bench.gpu", "--subject", name, "--profile", self.profile.name,
-                "--out", str(self.out / name), "--minutes", str(0.8 * share / 60), "--tasks", self.pattern,
+                "--out", str(self.out / name), "--minutes", str(0.8 * share / 60), f"--tasks={self.pattern}",
                 *(["--peers", *self.peers] if self.peers else []),
             ]  # fmt: skip
             self.process(name, command + ["--rehearse"] * self.rehearsed, share + GRACE)
@@ -271,8 +269,9 @@ class Program:
         self.add(Section(name, status, time.monotonic() - start, note or (lines[-1] if lines else "")))
 
     def report(self) -> None:
-        """One page of all runs that are there, also of sections that were cut off."""
-        found = [record.load(path) for path in self.runs if path.exists()]
+        """One page of all that this call measured, also of sections that were cut off. An earlier call's stays until then."""
+        both = zip(self.runs, self.earlier, strict=True)
+        found = [record.load(path) for path, earlier in both if _written(path) not in (None, earlier)]
         if not found:
             self.add(Section("report", "failed", 0.0, "nothing was measured"))
             return
@@ -280,6 +279,8 @@ class Program:
             found[0], command=machine.command(), rows=tuple(row for one in found for row in one.rows)
         )
         record.save(run, self.out / RUN_FILE)
+        for page in ("index.html", "report.md"):
+            (self.out / page).unlink(missing_ok=True)
         try:
             from bench.report.page import write_report
         except ImportError as error:
@@ -289,6 +290,11 @@ class Program:
             return
         write_report(run, self.out, headline=self.profile.headline)
         self.add(Section("report", "ok", 0.0, f"{len(run.rows)} rows"))
+
+
+def _written(path: Path) -> int | None:
+    """When, in nanoseconds; None where there is no such file."""
+    return path.stat().st_mtime_ns if path.exists() else None
 
 
 def _pytest() -> list[str]:
@@ -342,4 +348,4 @@ def measure(
 
 
 if __name__ == "__main__":
-    end_with(main, "what was measured until now is in the folder of --out")
+    end_with(main)

@@ -13,27 +13,27 @@ from typing import NoReturn
 
 
 def positive_float(text: str) -> float:
-    """A time that is more than none, in the option's unit."""
+    """A number above 0."""
     try:
         number = float(text)
     except ValueError:
         number = math.nan
     if not 0 < number < math.inf:
-        raise argparse.ArgumentTypeError(f"{text!r} is no time: a number above 0 is")
+        raise argparse.ArgumentTypeError(f"it must be a number above 0, got {text!r}")
     return number
 
 
 def positive_int(text: str) -> int:
     """1 or more."""
     if not text.isdecimal() or int(text) < 1:
-        raise argparse.ArgumentTypeError(f"{text!r} is no count: 1, 2, ... are")
+        raise argparse.ArgumentTypeError(f"it must be 1, 2, ..., got {text!r}")
     return int(text)
 
 
 def folder_path(text: str) -> Path:
-    """A folder, there or not yet."""
+    """A folder to write into, there or not yet."""
     path = Path(text)
-    first = next(place for place in (path, *path.absolute().parents) if place.exists() or place.is_symlink())
+    first = _first_there(path)
     if not first.is_dir():
         raise argparse.ArgumentTypeError(f"{first} is no folder")
     if not os.access(first, os.W_OK | os.X_OK):
@@ -41,8 +41,31 @@ def folder_path(text: str) -> Path:
     return path
 
 
+def file_path(text: str) -> Path:
+    """A file to write, there or not yet."""
+    path = Path(text)
+    if _first_there(path).absolute() != path.absolute():
+        folder_path(str(path.parent))
+    elif not path.is_file():
+        raise argparse.ArgumentTypeError(f"{text!r} is no file")
+    return path
+
+
+def _first_there(path: Path) -> Path:
+    """Of a path and its parents."""
+    for place in (path, *path.absolute().parents):
+        try:
+            place.lstat()
+        except (FileNotFoundError, NotADirectoryError):
+            continue
+        except OSError as error:  # too long a name, a closed folder
+            raise argparse.ArgumentTypeError(f"{place}: {error.strerror}") from None
+        return place
+    return Path(path.anchor)
+
+
 def regular_expression(text: str) -> str:
-    """A regular expression, as the module "re" reads them."""
+    """As the module "re" reads them."""
     try:
         re.compile(text)
     except re.error as error:
@@ -50,11 +73,11 @@ def regular_expression(text: str) -> str:
     return text
 
 
-def end_with(main: Callable[[], int], kept: str = "") -> NoReturn:
-    """End this process with what `main` returns; with 130 and no traceback after Ctrl-C. kept: what is there then."""
+def end_with(main: Callable[[], int]) -> NoReturn:
+    """End this process with what `main` returns; with 130 and no traceback after Ctrl-C."""
     try:
         status = main()
     except KeyboardInterrupt:
-        print(f"\ninterrupted{': ' * bool(kept)}{kept}", file=sys.stderr)
+        print("\ninterrupted", file=sys.stderr)
         status = 130
     sys.exit(status)

@@ -14,7 +14,8 @@ import statistics
 from collections.abc import Sequence
 from dataclasses import dataclass, field
 from pathlib import Path
-from typing import Any, Literal
+from types import UnionType
+from typing import Any, Literal, get_args, get_origin, get_type_hints
 
 SCHEMA = 1
 RUN_FILE = "run.json"
@@ -167,16 +168,40 @@ def load(path: Path) -> Run:
     try:
         rows = tuple(_row(row) for row in data.pop("rows"))
         ceilings = data.pop("ceilings")
-        return Run(**data, ceilings=Ceilings(**ceilings) if ceilings else None, rows=rows)
+        run = Run(**data, ceilings=Ceilings(**ceilings) if ceilings else None, rows=rows)
+        _check(run, Run, "run")
+        return run
     except (KeyError, TypeError, ValueError) as error:
         raise ValueError(f"{path} is no run of this benchmark: {error!r}") from error
+
+
+def _check(value: object, kind: Any, where: str) -> None:
+    """Raises TypeError where a value is not of the type that its field has."""
+    form, inner = get_origin(kind), get_args(kind)
+    if dataclasses.is_dataclass(kind):
+        for name, of in get_type_hints(kind).items():
+            _check(getattr(value, name), of, f"{where}.{name}")
+    elif form is UnionType:
+        if value is not None:
+            _check(value, inner[0], where)
+    elif form is tuple and isinstance(value, tuple):
+        for i, one in enumerate(value):
+            _check(one, inner[0], f"{where}[{i}]")
+    elif form is dict and isinstance(value, dict):
+        for name, one in value.items():
+            _check(one, inner[1], f"{where}[{name!r}]")
+    elif form is Literal:
+        if value not in inner:
+            raise TypeError(f"{where} is {value!r}, not one of {', '.join(inner)}")
+    elif not isinstance(value, (int, float) if kind is float else form or kind):
+        raise TypeError(f"{where} is {value!r}, not of type {kind.__name__}")
 
 
 def _row(data: dict[str, Any]) -> Row:
     return Row(
         **data
         | {
-            "seconds": tuple(map(float, data["seconds"])),
+            "seconds": tuple(data["seconds"]),
             "accuracy": tuple(Accuracy(**one) for one in data["accuracy"]),
             "paired": tuple(Paired(**one) for one in data["paired"]),
         }

@@ -29,7 +29,7 @@ from torch import Tensor
 
 from bench import cases, machine
 from bench.measure import GraphTimer, sets_needed
-from bench.options import end_with, positive_int
+from bench.options import end_with, file_path, positive_int
 from bench.peers.latent import LATENT_ATTENTION, LatentCase
 from bench.peers.window import WINDOW_ATTENTION, WindowCase
 from bench.subject import FORWARD, TRAINING, Problem, Subject, bind, cotangent_of, results
@@ -238,7 +238,7 @@ def main(arguments: Sequence[str] | None = None) -> int:
     parser = argparse.ArgumentParser(prog="python -m bench.tune", description=__doc__.split("\n")[0])
     parser.add_argument("subject", choices=[*SUBJECTS])
     parser.add_argument("--case", nargs="*", help="these alone")
-    parser.add_argument("--out", type=Path, default=Path("runs/tune.json"))
+    parser.add_argument("--out", type=file_path, default=Path("runs/tune.json"))
     parser.add_argument("--show", type=positive_int, default=4, help="so many rows of each kernel")
     parser.add_argument("--workers", type=positive_int, default=max(1, (os.cpu_count() or 2) - 2))
     options = parser.parse_args(arguments)
@@ -292,4 +292,4 @@ def main(arguments: Sequence[str] | None = None) -> int:
 
 
 if __name__ == "__main__":
-    end_with(main, "the cases that were timed are in the file of --out")
+    end_with(main)

@@ -238,7 +238,7 @@ def test_exit_codes(files: dict[str, str], capsys: pytest.CaptureFixture[str]) -
         ("other", "is no run of this benchmark"),
         ("partial", "is no run of this benchmark"),
         ("list", "is no run of this benchmark"),
-        ("words", "is no run of this benchmark: ValueError"),
+        ("words", "run.rows[0].seconds[0] is 'soon', not of type float"),
         ("future", "has schema 99, this version reads 1"),
         ("twice", "B has more than one row window_attention/tiny/forward/float32/triton"),
     ],

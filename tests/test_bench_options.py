@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import math
+import os
 import re
 from collections.abc import Callable
 from pathlib import Path
@@ -13,10 +14,14 @@ import pytest
 import torch
 
 from bench import auto, conftest, decoding, gate, gpu
+from bench.aot import __main__ as aot
 from bench.engines import __main__ as engines
 from bench.options import end_with
+from bench.profiles import PROFILES
+from bench.session import Session
 from bench.steps import __main__ as steps
 
+CLOSED = str(Path(__file__).resolve().parent)
 FILE = str(Path(__file__).resolve())
 REHEARSE = [] if torch.cuda.is_available() else ["--rehearse"]
 
@@ -25,7 +30,7 @@ REHEARSE = [] if torch.cuda.is_available() else ["--rehearse"]
     ("command", "arguments", "said"),
     [
         (gpu.main, ["--tasks", "["], "'[' is no regular expression: unterminated character set"),
-        (gpu.main, ["--minutes", "-1"], "'-1' is no time: a number above 0 is"),
+        (gpu.main, ["--minutes", "-1"], "it must be a number above 0, got '-1'"),
         (
             gpu.main,
             [*REHEARSE, "--peers", "auto", "nobody"],
@@ -35,14 +40,25 @@ REHEARSE = [] if torch.cuda.is_available() else ["--rehearse"]
         (gpu.main, ["--out", FILE], f"argument --out: {FILE} is no folder"),
         (steps.main, ["--out", f"{FILE}/within"], f"argument --out: {FILE} is no folder"),
         (decoding.main, ["--out", FILE], f"argument --out: {FILE} is no folder"),
-        (decoding.main, ["--batch", "0"], "'0' is no count: 1, 2, ... are"),
+        (decoding.main, ["--batch", "0"], "it must be 1, 2, ..., got '0'"),
         (engines.main, ["--out", FILE], f"argument --out: {FILE} is no folder"),
-        (gate.main, ["--budget", "nan"], "'nan' is no time: a number above 0 is"),
+        (gpu.main, ["--out", "a" * 300], "File name too long"),
+        (gpu.main, ["--out", CLOSED], f"argument --out: {CLOSED} cannot be written into"),
+        (aot.main, ["--json", str(Path(FILE).parent)], "is no file"),
+        (auto.main, ["--out", f"{FILE}/a.json"], f"argument --out: {FILE} is no folder"),
+        (gate.main, ["--budget", "inf"], "it must be a number above 0, got 'inf'"),
+        (gate.main, ["--budget", "nan"], "it must be a number above 0, got 'nan'"),
     ],
 )
 def test_what_makes_no_sense_is_refused(
-    command: Callable[[list[str]], int], arguments: list[str], said: str, capsys: pytest.CaptureFixture[str]
+    command: Callable[[list[str]], int],
+    arguments: list[str],
+    said: str,
+    capsys: pytest.CaptureFixture[str],
+    monkeypatch: pytest.MonkeyPatch,
 ) -> None:
+    real = os.access  # root may write anywhere
+    monkeypatch.setattr(os, "access", lambda path, mode: str(path) != CLOSED and real(path, mode))
     with pytest.raises(SystemExit) as stopped:
         command(arguments)
     assert stopped.value.code == 2 and said in capsys.readouterr().err
@@ -54,6 +70,7 @@ def test_what_makes_no_sense_is_refused(
         ({"--profile": "a100"}, "no profile is called 'a100'; there are cpu, a100-bf16, h200-bf16"),
         ({"--against": "none.json"}, "none.json: no such file"),
         ({"--budget": -1.0}, "--budget -1.0: seconds, 0 or more"),
+        ({"--report": FILE}, f"{FILE} is no folder"),
         ({"--budget": math.nan}, "--budget nan: seconds, 0 or more"),
         ({"-n": 2}, "the benchmark runs in one process"),
     ],
@@ -89,9 +106,9 @@ def test_an_interrupted_command_ends_with_130(capsys: pytest.CaptureFixture[str]
 
     for main, status in ((interrupted, 130), (lambda: 1, 1), (lambda: 0, 0)):
         with pytest.raises(SystemExit) as stopped:
-            end_with(main, "all of it is lost")
+            end_with(main)
         assert stopped.value.code == status
-    assert capsys.readouterr().err == "\ninterrupted: all of it is lost\n"
+    assert capsys.readouterr().err == "\ninterrupted\n"
 
 
 def test_times_without_a_shape_and_missing_peers_are_named(
@@ -113,3 +130,27 @@ def test_times_without_a_shape_and_missing_peers_are_named(
             call.seconds.pop("eager", None)
     with pytest.raises(ValueError, match="no call in float32 has the times of all of eager, sdpa, triton"):
         auto.entry("NVIDIA H200", calls)
+
+
+@pytest.mark.parametrize("text", ["[]", "", "{"])
+def test_another_file_is_no_table(text: str, tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
+    (tmp_path / "other.json").write_text(text)
+    with pytest.raises(SystemExit):
+        auto.main(["--out", str(tmp_path / "other.json")])
+    assert "other.json is no table of this command" in capsys.readouterr().err
+    assert (tmp_path / "other.json").read_text() == text
+
+
+@pytest.mark.parametrize("status", [pytest.ExitCode.OK, pytest.ExitCode.INTERRUPTED])
+def test_a_stopped_run_does_not_begin_the_gate(
+    status: pytest.ExitCode, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    asked: list[object] = []
+    monkeypatch.setattr(conftest, "write_report", lambda *_, **__: None)
+    monkeypatch.setattr(gate, "run", lambda *given: asked.append(given) or ([], []))
+    session = Session(PROFILES["cpu"], 0.0, tmp_path, rows={("a", "b"): []})
+    stash = pytest.Stash()
+    stash[conftest.BENCH], stash[conftest.EARLIER] = conftest.Bench(session, None), None
+    config: Any = SimpleNamespace(stash=stash, getoption=lambda name: name == "--gate")
+    conftest.pytest_sessionfinish(SimpleNamespace(config=config), status)  # type: ignore[arg-type]
+    assert bool(asked) == (status == pytest.ExitCode.OK)

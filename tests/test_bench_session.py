@@ -160,6 +160,28 @@ def test_the_gpu_program_is_bounded_and_leaves_what_it_measured(tmp_path: Path) 
     assert json.loads((tmp_path / "machine.json").read_text())["absent"].keys() >= {"flash_attn"}
 
 
+def test_the_gpu_program_keeps_an_earlier_report_until_it_has_one(
+    measured: tuple[Path, str], tmp_path: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    """And a report is about what this call measured alone."""
+    folder, _ = measured
+    for path in ("index.html", "run.json", "window_attention/run.json"):
+        (tmp_path / path).parent.mkdir(exist_ok=True)
+        (tmp_path / path).write_bytes((folder / "report" / Path(path).name).read_bytes())
+    before = {path: path.read_bytes() for path in tmp_path.rglob("*.*") if path.is_file()}
+    Program(PROFILES["cpu"], tmp_path, 1.0, True, sections=["subjects"]).run()  # no time for anything
+    assert {path: path.read_bytes() for path in before} == before
+    assert capsys.readouterr().out.endswith(f" {tmp_path / 'sections.json'}\n")
+    program = Program(PROFILES["cpu"], tmp_path, 1.0, True)
+    (tmp_path / "swin_block").mkdir()
+    record.save(record.load(folder / "report" / "run.json"), tmp_path / "swin_block" / "run.json")
+    program.report()
+    assert (
+        program.done[-1].note == "6 rows"
+        and (tmp_path / "index.html").read_bytes() != before[tmp_path / "index.html"]
+    )
+
+
 def test_the_gpu_program_measures_some_tasks(tmp_path: Path) -> None:
     """By a pattern of subject, case, mode and dtype."""
     program = Program(

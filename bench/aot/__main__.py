@@ -25,6 +25,7 @@ from typing import Any
 
 from bench.aot.occupancy import CHIPS, KB
 from bench.aot.verdict import Row
+from bench.options import end_with, file_path
 from kernels import aot
 
 SCHEMA = 1
@@ -43,9 +44,6 @@ def main(arguments: list[str] | None = None) -> int:
     """The exit code."""
     options = _parser().parse_args(arguments)
     start = time.perf_counter()
-    if options.json not in (None, "-") and not Path(options.json).resolve().parent.is_dir():
-        print(f"bench.aot: --json {options.json}: there is no such folder", file=sys.stderr)
-        return 2
     try:
         examine = _examiner()
         found = versions()
@@ -70,10 +68,11 @@ def main(arguments: list[str] | None = None) -> int:
             "rows": [dataclasses.asdict(row) | {"passed": not row.failures} for row in rows],
         }
         text = json.dumps(record, indent=1)
-        if options.json == "-":
+        if options.json == Path("-"):
             print(text)
             return 0 if passed else 1
-        Path(options.json).write_text(text + "\n", encoding="utf-8")
+        options.json.parent.mkdir(parents=True, exist_ok=True)
+        options.json.write_text(text + "\n", encoding="utf-8")
     print(", ".join(f"{name} {version}" for name, version in found.items()))
     print(table(rows))
     failed = sum(bool(row.failures) for row in rows)
@@ -160,10 +159,15 @@ def _parser() -> argparse.ArgumentParser:
     parser.add_argument("--arch", nargs="+", type=int, choices=sorted(CHIPS), default=sorted(CHIPS))
     parser.add_argument("--kernel", nargs="+", metavar="NAME", help="only these")
     parser.add_argument(
-        "--json", nargs="?", const="-", metavar="FILE", help="without FILE: to standard output"
+        "--json",
+        nargs="?",
+        const="-",
+        type=file_path,
+        metavar="FILE",
+        help="without FILE: to standard output",
     )
     return parser
 
 
 if __name__ == "__main__":
-    sys.exit(main())
+    end_with(main)

@@ -62,7 +62,7 @@ def main(argv: Sequence[str] | None = None) -> int:
                 found["resume"] |= launch("resumed", Path(work)) | compared(Path(work))
         print(json.dumps({part: found[part]}, indent=1), flush=True)
         (args.out / "engines.json").write_text(json.dumps(found, indent=1) + "\n")
-    (args.out / "report.md").write_text(report(found))
+        (args.out / "report.md").write_text(report(found))
     return 0
 
 
@@ -145,4 +145,4 @@ def report(found: dict[str, Any]) -> str:
 
 
 if __name__ == "__main__":
-    end_with(main, "the parts that were measured are in engines.json")
+    end_with(main)

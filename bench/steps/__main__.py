@@ -174,4 +174,4 @@ class Program:
 
 
 if __name__ == "__main__":
-    end_with(main, "the rows that were measured are in the folder of --out")
+    end_with(main)

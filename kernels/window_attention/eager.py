@@ -112,8 +112,8 @@ def _backward(ctx: Any, grad: Tensor) -> tuple[Tensor, Tensor | None, Tensor | N
     if packed.dtype != compute_dtype(packed):
         # What all v of a window share does not change its weights, nor what all k share the gradient of q. Without it
         # bfloat16 rounds no more than what does.
-        own = packed[1:]  # (the mean takes torch three times as long as the sum)
-        k, v = own.sub(own.sum(-2, keepdim=True), alpha=1 / grid.slots).unbind(0)
+        own = packed[1:]
+        k, v = (own - own.mean(-2, keepdim=True)).unbind(0)  # a sum would need more digits than their mean
 
     d_packed = torch.empty_like(packed)
     d_q, d_k, d_v = d_packed[0], d_packed[1], d_packed[2]  # a compiler that writes into `unbind` fixes the batch
