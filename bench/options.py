@@ -46,8 +46,8 @@ def file_path(text: str) -> Path:
     path = Path(text)
     if _first_there(path).absolute() != path.absolute():
         folder_path(str(path.parent))
-    elif not path.is_file():
-        raise argparse.ArgumentTypeError(f"{text!r} is no file")
+    elif path.is_dir():
+        raise argparse.ArgumentTypeError(f"{text!r} is a folder")
     return path
 
 

@@ -44,7 +44,7 @@ REHEARSE = [] if torch.cuda.is_available() else ["--rehearse"]
         (engines.main, ["--out", FILE], f"argument --out: {FILE} is no folder"),
         (gpu.main, ["--out", "a" * 300], "File name too long"),
         (gpu.main, ["--out", CLOSED], f"argument --out: {CLOSED} cannot be written into"),
-        (aot.main, ["--json", str(Path(FILE).parent)], "is no file"),
+        (aot.main, ["--json", str(Path(FILE).parent)], "is a folder"),
         (auto.main, ["--out", f"{FILE}/a.json"], f"argument --out: {FILE} is no folder"),
         (gate.main, ["--budget", "inf"], "it must be a number above 0, got 'inf'"),
         (gate.main, ["--budget", "nan"], "it must be a number above 0, got 'nan'"),
