@@ -319,6 +319,7 @@ def test_only_the_reference_differentiates_twice() -> None:
         ({"window": 9}, ValueError, "from 1 to the map's 8 x 8, got 9 x 9"),
         ({"window": (4, 0)}, ValueError, "from 1 to the map's 8 x 8, got 4 x 0"),
         ({"window": (4, 4, 4)}, ValueError, r"an int or \(y, x\) of ints, got \(4, 4, 4\)"),
+        ({"shift": True}, ValueError, r"shift must be an int or \(y, x\) of ints, got True"),
         ({"window": 4.0}, ValueError, r"an int or \(y, x\) of ints, got 4.0"),
         ({"qkv": None}, TypeError, "qkv must be a torch.Tensor, got NoneType"),
         ({"bias": [1.0]}, TypeError, "bias must be a torch.Tensor, got list"),

@@ -171,7 +171,8 @@ def _check(
 def _pair(name: str, value: int | tuple[int, int]) -> tuple[int, int]:
     """`value` as (y, x)."""
     both = (value, value) if isinstance(value, int) else value
-    if not (isinstance(both, Sequence) and len(both) == 2 and all(isinstance(size, int) for size in both)):
+    whole = isinstance(both, Sequence) and len(both) == 2
+    if not (whole and all(isinstance(size, int) and not isinstance(size, bool) for size in both)):
         raise ValueError(f"{NAME}: {name} must be an int or (y, x) of ints, got {value!r}")
     return both[0], both[1]
 
