@@ -116,11 +116,8 @@ def _backward(ctx: Any, grad: Tensor) -> tuple[Tensor, Tensor | None, Tensor | N
         k, v = (own - own.mean(-2, keepdim=True)).unbind(0)  # a sum would need more digits than their mean
 
     d_packed = torch.empty_like(packed)
-    d_q, d_k, d_v = (
-        d_packed[0],
-        d_packed[1],
-        d_packed[2],
-    )  # a compiler that writes into `unbind` fixes the batch
+    # A compiler fixes the batch where what `unbind` gave is written into.
+    d_q, d_k, d_v = d_packed[0], d_packed[1], d_packed[2]
     _product(weights.mT, d_out, d_v)
     d_logits = _softmax_backward(_product(d_out, v.mT), weights)
     scale = ctx.scale if factor is None else None
