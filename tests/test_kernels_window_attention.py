@@ -254,13 +254,13 @@ def test_compiles_without_a_graph_break(backend: str, cosine: bool) -> None:
     torch.testing.assert_close(grads, expected, rtol=1e-4, atol=1e-4)
 
 
-def test_compiles_once_with_batch_and_scale_left_open(monkeypatch: pytest.MonkeyPatch) -> None:
+@torch._dynamo.config.patch(error_on_recompile=True)
+def test_compiles_once_with_batch_and_scale_left_open() -> None:
     table = example()[1]
 
     def run(qkv: Tensor, scale: float) -> Tensor:
         return window_attention(qkv, table, window=4, shift=(1, 2), scale=scale, backend="eager")
 
-    monkeypatch.setattr(torch._dynamo.config, "error_on_recompile", True)
     torch.compiler.reset()
     compiled = torch.compile(run, dynamic=True, fullgraph=True, backend="aot_eager")
     for batch, scale in ((5, 0.3), (7, 0.4)):  # two sizes that are equal in the first call are taken for one
