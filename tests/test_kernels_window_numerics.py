@@ -58,20 +58,21 @@ def multiply_bfloat16(monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setattr(eager, "FEWEST_BFLOAT16", 0)
 
 
+@pytest.mark.parametrize("side", [14, 10])  # which the window does not divide
 @pytest.mark.parametrize(
     ("able", "bound", "shared"), [(True, 0.005, None), (False, 0.002, None), (True, 0.005, 1000.0)]
 )
 def test_what_all_keys_share_costs_half_types_nothing(
-    able: bool, bound: float, shared: float | None, monkeypatch: pytest.MonkeyPatch
+    able: bool, bound: float, shared: float | None, side: int, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     """A bias of the layer before, ten times as large as what differs, or a thousand times. And a table's gradient is no sum of
     rounded sums."""
     multiply_bfloat16(monkeypatch)
     monkeypatch.setattr(products, "CPU_HAS_BFLOAT16", able)
-    qkv = torch.randn(4, 14, 14, 3, 3, 32)
+    qkv = torch.randn(4, side, side, 3, 3, 32)
     qkv[:, :, :, 1:] += 10 * torch.randn(2, 3, 32) if shared is None else shared
     inputs = qkv.bfloat16(), torch.randn(13 * 13, 3).bfloat16()
-    direction = torch.randn(4, 14, 14, 96).bfloat16()
+    direction = torch.randn(4, side, side, 96).bfloat16()
 
     def gradients(dtype: torch.dtype, backend: str) -> list[Tensor]:
         leaves = [t.to(dtype).requires_grad_() for t in inputs]

@@ -113,7 +113,11 @@ def _backward(ctx: Any, grad: Tensor) -> tuple[Tensor, Tensor | None, Tensor | N
         # What all v of a window share does not change its weights, nor what all k share the gradient of q. Without it
         # bfloat16 rounds no more than what does.
         own = packed[1:]
-        k, v = (own - own.mean(-2, keepdim=True)).unbind(0)  # a sum would need more digits than their mean
+        shared = own.mean(-2, keepdim=True)  # a sum would need more digits
+        if grid.padded and pad_kv is None:  # pads are zeros that nobody sees
+            real = (~pad_slots(grid, batch, grad)).sum(-2, keepdim=True)
+            shared = _batched((_by_head(shared, heads) * (grid.slots / real)).to(own.dtype))
+        k, v = (own - shared).unbind(0)
 
     d_packed = torch.empty_like(packed)
     # A compiler fixes the batch where what `unbind` gave is written into.
