@@ -182,6 +182,7 @@ def main(arguments: Sequence[str] | None = None) -> int:
                 f"{options.out} has entries of compute capability {', '.join(gone)}, which none of these runs is of: "
                 "name their runs too, or another --out"
             )
+        options.out.parent.mkdir(parents=True, exist_ok=True)
         options.out.write_text(text, encoding="utf-8")
     except (ValueError, OSError) as error:
         parser.error(str(error))

@@ -44,10 +44,14 @@ def folder_path(text: str) -> Path:
 def file_path(text: str) -> Path:
     """A file to write, there or not yet."""
     path = Path(text)
-    if _first_there(path).absolute() != path.absolute():
-        folder_path(str(path.parent))
+    if (
+        _first_there(path).absolute() != path.absolute() or not path.exists()
+    ):  # or a link to what is not there
+        folder_path(str(path.resolve().parent))
     elif path.is_dir():
         raise argparse.ArgumentTypeError(f"{text!r} is a folder")
+    elif not os.access(path, os.W_OK):
+        raise argparse.ArgumentTypeError(f"{text!r} cannot be written")
     return path
 
 

@@ -203,6 +203,7 @@ def files(tmp_path: Path) -> dict[str, str]:
         "slow": make_run(row(base=1.3), row("timm")),
         "others": make_run(row("flex")),
         "twice": make_run(row(), row()),
+        "empty": make_run(),
     }
     for name, run in runs.items():
         save(run, tmp_path / f"{name}.json")
@@ -226,7 +227,7 @@ def test_exit_codes(files: dict[str, str], capsys: pytest.CaptureFixture[str]) -
     assert "1.00 ms -> 1.30 ms" in out.replace("\N{NO-BREAK SPACE}", " ")
     assert main([files["slow"], files["a"]]) == 0
     assert main([files["a"], files["slow"], "--margin", "0.4"]) == 0
-    assert main([files["a"], files["others"]]) == 2
+    assert main([files["a"], files["others"]]) == main([files["empty"], files["a"]]) == 2
     assert "nothing to compare: no row is in both" in capsys.readouterr().err
 
 

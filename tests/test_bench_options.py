@@ -5,6 +5,7 @@ from __future__ import annotations
 import math
 import os
 import re
+from argparse import ArgumentTypeError
 from collections.abc import Callable
 from pathlib import Path
 from types import SimpleNamespace
@@ -16,12 +17,13 @@ import torch
 from bench import auto, conftest, decoding, gate, gpu
 from bench.aot import __main__ as aot
 from bench.engines import __main__ as engines
-from bench.options import end_with
+from bench.options import end_with, file_path
 from bench.profiles import PROFILES
 from bench.session import Session
 from bench.steps import __main__ as steps
 
 CLOSED = str(Path(__file__).resolve().parent)
+CLOSED_FILE = str(Path(gate.__file__).resolve())
 FILE = str(Path(__file__).resolve())
 REHEARSE = [] if torch.cuda.is_available() else ["--rehearse"]
 
@@ -46,6 +48,7 @@ REHEARSE = [] if torch.cuda.is_available() else ["--rehearse"]
         (gpu.main, ["--out", CLOSED], f"argument --out: {CLOSED} cannot be written into"),
         (aot.main, ["--json", str(Path(FILE).parent)], "is a folder"),
         (auto.main, ["--out", f"{FILE}/a.json"], f"argument --out: {FILE} is no folder"),
+        (aot.main, ["--json", CLOSED_FILE], f"{CLOSED_FILE!r} cannot be written"),
         (gate.main, ["--budget", "inf"], "it must be a number above 0, got 'inf'"),
         (gate.main, ["--budget", "nan"], "it must be a number above 0, got 'nan'"),
     ],
@@ -58,7 +61,9 @@ def test_what_makes_no_sense_is_refused(
     monkeypatch: pytest.MonkeyPatch,
 ) -> None:
     real = os.access  # root may write anywhere
-    monkeypatch.setattr(os, "access", lambda path, mode: str(path) != CLOSED and real(path, mode))
+    monkeypatch.setattr(
+        os, "access", lambda path, mode: str(path) not in (CLOSED, CLOSED_FILE) and real(path, mode)
+    )
     with pytest.raises(SystemExit) as stopped:
         command(arguments)
     assert stopped.value.code == 2 and said in capsys.readouterr().err
@@ -71,6 +76,7 @@ def test_what_makes_no_sense_is_refused(
         ({"--against": "none.json"}, "none.json: no such file"),
         ({"--budget": -1.0}, "--budget -1.0: seconds, 0 or more"),
         ({"--report": FILE}, f"{FILE} is no folder"),
+        ({"--budget": math.inf}, "--budget inf: seconds, 0 or more"),
         ({"--budget": math.nan}, "--budget nan: seconds, 0 or more"),
         ({"-n": 2}, "the benchmark runs in one process"),
     ],
@@ -98,6 +104,14 @@ def test_a_gpu_is_asked_for_unless_rehearsing(capsys: pytest.CaptureFixture[str]
     with pytest.raises(SystemExit):
         gpu.main([])
     assert "torch finds no CUDA device here; --rehearse walks through" in capsys.readouterr().err
+
+
+def test_a_link_to_what_cannot_be_there_is_no_file(tmp_path: Path) -> None:
+    (tmp_path / "link").symlink_to(f"{FILE}/a.json")
+    (tmp_path / "new").symlink_to(tmp_path / "b.json")
+    with pytest.raises(ArgumentTypeError, match=re.escape(f"{FILE} is no folder")):
+        file_path(str(tmp_path / "link"))
+    assert file_path(str(tmp_path / "new")) == tmp_path / "new"
 
 
 def test_an_interrupted_command_ends_with_130(capsys: pytest.CaptureFixture[str]) -> None:

@@ -16,7 +16,7 @@ from dataload import annotations as notes
 from dataload import shards
 from tests.micro import arguments, corpus
 from train import finetune
-from train.config import PretrainConfig
+from train.config import ConfigError, PretrainConfig
 from train.evaluate import __main__ as evaluate
 from train.generate import __main__ as generate
 from train.multimodal.config import PerceiverPretrainConfig
@@ -247,6 +247,11 @@ def test_a_preset_sets_only_what_its_task_reads(kind: TaskName) -> None:
         ("captioning", "task", {"rerank": 4}, "task.rerank is 4; it is for retrieval, not captioning"),
         ("retrieval", "task", {"beams": 2}, "task.beams is 2; it is for captioning and vqa, not retrieval"),
         ("retrieval", "data", {"captions_per_image": 3}, "data.captions_per_image is 3; it is for captioning, not retrieval"),
+        ("captioning", "task", {"class_ids": ("1",)},
+         "task.class_ids is ('1',); it is for detection and segmentation and audio, not captioning"),
+        ("vqa", "task", {"answers": 9}, "task.answers is for answers that are chosen, not for head written"),
+        ("vqa", "task", {"head": "chosen", "beams": 4}, "task.beams is for answers that are written, not for head chosen"),
+        ("retrieval", "task", {"rerank": -1}, "task.rerank is -1; it must be 0 (off) or more"),
         ("detection", "data", {"speed": 0.1}, "data.speed is 0.1; it is for audio, not detection"),
         ("vqa", "objectives", {"self_critical": 4}, "objectives.self_critical is 4; it is for captioning, not vqa"),
     ],
@@ -257,3 +262,13 @@ def test_what_another_task_reads_is_refused(
     config = task_preset(kind, PretrainConfig())
     changed = replace(config, **{part: replace(getattr(config, part), **values)})
     assert said in changed.part_problems(1)
+
+
+def test_what_an_earlier_version_passed_over_does_not_keep_a_model_from_its_scores() -> None:
+    config = task_preset("captioning", PretrainConfig())
+    old, wrong = (replace(config, task=replace(config.task, **one)) for one in ({"rerank": 4}, {"beams": 0}))
+    evaluating.check_writing(Namespace(task="captioning", beams=None, length_penalty=None), old)
+    with pytest.raises(ConfigError, match="task.beams is 0"):
+        evaluating.check_writing(Namespace(task="captioning", beams=None, length_penalty=None), wrong)
+    prompted = replace(task_preset("retrieval", PretrainConfig()), task=TaskConfig("retrieval", prompt="old"))
+    assert task_preset("retrieval", prompted).part_problems(1) == []

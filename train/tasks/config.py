@@ -20,6 +20,7 @@ LOSSES: dict[str, dict[str, float]] = {
 """Of each task its losses and their weights."""
 PICTURES: tuple[TaskName, ...] = ("captioning", "vqa", "retrieval", "detection", "segmentation")
 READ_BY: dict[str, tuple[TaskName, ...]] = {
+    "task.class_ids": ("detection", "segmentation", "audio"),
     "task.head": ("vqa",),
     "task.answers": ("vqa",),
     "task.prompt": ("captioning", "vqa"),
@@ -200,7 +201,9 @@ class FinetuneConfig(PretrainConfig):
             found.append(
                 "task.classes is given; written answers are not chosen among some: --task.head chosen"
             )
-        found += self._unread()
+        if self.task.rerank < 0:
+            found.append(f"task.rerank is {self.task.rerank}; it must be 0 (off) or more")
+        found += self.unread()
         if samples := self.objectives.self_critical:
             if samples < 2:
                 found.append(
@@ -228,9 +231,20 @@ class FinetuneConfig(PretrainConfig):
             found.append("data.heldout is given without data.train")
         return found
 
-    def _unread(self) -> list[str]:
+    def unread(self) -> list[str]:
         """Fields with other values than their defaults that this task would not look at."""
         found = []
+        task, chosen = self.task, self.task.head == "chosen"
+        by_head = {
+            "task.answers": not chosen and task.answers != TaskConfig.answers,
+            "task.beams": chosen and task.beams != 1,  # as the preset has it
+            "task.length_penalty": chosen and task.length_penalty != TaskConfig.length_penalty,
+            "objectives.label_smoothing": chosen and self.objectives.label_smoothing > 0,
+        }
+        for name in (name for name, given in by_head.items() if given and task.kind == "vqa"):
+            found.append(
+                f"{name} is for answers that are {'written' if chosen else 'chosen'}, not for head {task.head}"
+            )
         for name, tasks in READ_BY.items():
             part, field_name = name.split(".")
             values = getattr(self, part)

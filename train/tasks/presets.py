@@ -8,6 +8,7 @@ from models.aurora import AuroraConfig
 from models.perceiver import PerceiverConfig
 from train.config import ConfigError, OptimConfig, PretrainConfig
 from train.tasks.config import (
+    READ_BY,
     FinetuneConfig,
     PerceiverFinetuneConfig,
     TaskConfig,
@@ -35,9 +36,8 @@ def task_preset(kind: str, start: PretrainConfig) -> FinetuneConfig:
         raise ConfigError(f"{kind} is for {' and '.join(wanted)}; the checkpoint is {has}'s")
     model = start.model
     made = make(PerceiverFinetuneConfig(model=model) if perceiver else FinetuneConfig(model=model))  # type: ignore[arg-type]
-    if (
-        isinstance(start, FinetuneConfig) and start.task.kind == kind
-    ):  # it goes on with what it learned to read first
+    if isinstance(start, FinetuneConfig) and start.task.kind == kind and kind in READ_BY["task.prompt"]:
+        # it goes on with what it learned to read first
         made = replace(made, task=replace(made.task, prompt=start.task.prompt))
     return replace(made, name=f"{kind}-{start.name}")
 
