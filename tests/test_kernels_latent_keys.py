@@ -7,6 +7,7 @@ from typing import Any
 import pytest
 import torch
 from torch import Tensor
+from torch.fx.experimental.proxy_tensor import make_fx
 
 from bench.measure import peak_memory
 from kernels import latent_attention, products
@@ -66,18 +67,29 @@ def test_half_types_a_piece_at_a_time(
 
 
 @pytest.mark.parametrize(
-    ("able", "queries", "gradients", "read_in"),
+    ("able", "queries", "heads", "gradients", "read_in"),
     [
-        (True, 40, False, torch.bfloat16),
-        (True, 40, True, torch.float32),  # its backward is slower for so few
-        (True, 3000, True, torch.bfloat16),
-        (True, 600, False, torch.float32),  # many queries of many keys
-        (False, 40, False, torch.float32),
+        (True, 40, 2, False, torch.bfloat16),
+        (True, 40, 2, True, torch.float32),  # its backward is slower for so few
+        (True, 3000, 2, True, torch.bfloat16),
+        (True, 600, 2, False, torch.float32),  # many queries of many keys
+        (False, 40, 4, False, torch.bfloat16),
+        (False, 100, 2, False, torch.bfloat16),
+        (False, 100, 4, False, torch.float32),
+        (False, 3000, 2, True, torch.float32),
     ],
-    ids=["as they are", "gradients", "many with gradients", "many", "no instructions"],
-)
+    ids=[
+        "as they are", "gradients", "many with gradients", "many", "no instructions", "no instructions, few heads",
+        "no instructions, many", "no instructions, gradients",
+    ],
+)  # fmt: skip
 def test_bfloat16_is_read_as_it_is_where_that_is_faster(
-    able: bool, queries: int, gradients: bool, read_in: torch.dtype, monkeypatch: pytest.MonkeyPatch
+    able: bool,
+    queries: int,
+    heads: int,
+    gradients: bool,
+    read_in: torch.dtype,
+    monkeypatch: pytest.MonkeyPatch,
 ) -> None:
     """And either way as exactly as a float64 softmax, rounded, and what the weights lose by rounding."""
     monkeypatch.setattr(products, "CPU_HAS_BFLOAT16", able)
@@ -90,7 +102,9 @@ def test_bfloat16_is_read_as_it_is_where_that_is_faster(
         return wide(q, *others, **options)
 
     monkeypatch.setattr(sdpa, "_FORWARD", spy)  # the kernel, where pieces are widened
-    q, k, v = (torch.randn(2, n, h, 32).bfloat16() for n, h in ((queries, 4), (97, 2), (97, 2)))
+    q, k, v = (
+        torch.randn(2, n, h, 32).bfloat16() for n, h in ((queries, 2 * heads), (97, heads), (97, heads))
+    )
     q.requires_grad_(gradients)
     out = latent_attention(q, k, v, scale=0.3, backend="sdpa").detach()
     assert set(seen) <= {read_in} and (seen or read_in == torch.bfloat16)
@@ -201,3 +215,22 @@ def test_samples_of_one_length_are_read_at_once(
     for mine, theirs in zip(run("sdpa"), want, strict=True):
         torch.testing.assert_close(mine, theirs, rtol=tolerance, atol=tolerance)
     assert calls == [1]
+
+
+@pytest.mark.parametrize("mode", ["real", "fake", "symbolic"])
+@pytest.mark.parametrize("backend", ["sdpa", "eager"])
+def test_a_trace_of_full_samples_holds_for_empty_ones(backend: str, mode: str) -> None:
+    """Whether a sample has a visible key is asked of values where nobody records what is done."""
+    tensors = [torch.randn(2, n, 2, 16) for n in (3, 40, 40)]
+
+    def attend(q: Tensor, k: Tensor, v: Tensor, mask: Tensor) -> Tensor:
+        return latent_attention(q, k, v, key_mask=mask, backend=backend)
+
+    full = torch.ones(2, 40, dtype=torch.bool)
+    traced = make_fx(attend, tracing_mode=mode)(*tensors, full)
+    part = full.clone()
+    part[1] = False
+    for mask in (full, part):
+        want = latent_attention(*tensors, key_mask=mask, backend="reference")
+        for found in (attend(*tensors, mask), traced(*tensors, mask)):
+            torch.testing.assert_close(found, want)

@@ -223,12 +223,26 @@ def unfold_heads(out: Tensor, heads: int) -> Tensor:
     return out.unflatten(2, (heads // out.shape[1], -1)).flatten(1, 2).transpose(1, 2)
 
 
-def additive_mask(visible: Tensor, dtype: torch.dtype) -> tuple[Tensor, Tensor]:
-    """visible [B, N] -> (0 and -inf [B, N], empty [B]).
+def additive_mask(visible: Tensor, dtype: torch.dtype) -> tuple[Tensor, Tensor | None]:
+    """visible [B, N] -> (0 and -inf [B, N], empty [B], or None where it is known that no sample is).
 
     A sample without a visible key is not masked: its result is set to zero afterwards, and until then
     nothing is NaN.
     """
-    empty = ~visible.any(-1)
+    seen = visible.any(-1)
     zeros = torch.zeros(visible.shape, dtype=dtype, device=visible.device)
+    if _all(seen):
+        return zeros.masked_fill(~visible, float("-inf")), None
+    empty = ~seen
     return zeros.masked_fill(~(visible | empty[:, None]), float("-inf")), empty
+
+
+def _all(flags: Tensor) -> bool:
+    """Whether all are known to be True: False where asking costs a wait, or where a trace is made for other values too."""
+    traced = torch.compiler.is_compiling() or torch.jit.is_tracing() or type(flags) is not Tensor
+    if traced or flags.device.type != "cpu":
+        return False
+    try:
+        return bool(flags.all())
+    except RuntimeError:  # make_fx with real tensors
+        return False

@@ -1,9 +1,10 @@
 """Latent attention through torch's scaled_dot_product_attention.
 
 On Hopper GPUs cuDNN's kernel comes first: it took half of FlashAttention-2's time on an H200, and takes dqk != dv. On a CPU
-half types are computed in float32: torch's own half arithmetic measured 4 to 6 times slower there. Where the CPU multiplies
-bfloat16 by its own instructions torch's kernel reads it without gradients in 0.5 to 0.9 of that time, but for many queries of
-many keys; with gradients it takes 0.7 to 0.95 of it where its blocks are large, and up to 2.9 of it where they are small.
+half types are computed in float32: torch's own half arithmetic measured 1.4 to 8 times slower there, but for bfloat16 without
+gradients, which torch's kernel widens a block at a time in 0.5 to 1.1 of that time. Where the CPU multiplies bfloat16 by its
+own instructions that kernel takes 0.5 to 0.9 of it, but for many queries of many keys; with gradients 0.7 to 0.95 of it where
+its blocks are large, and up to 2.9 of it where they are small.
 """
 
 from __future__ import annotations
@@ -24,8 +25,10 @@ from kernels.products import product_dtype
 # Multiplications to a sample from which on samples are looked at one by one: 50 microseconds of a core.
 LEAST_WORK = 2**20
 # Where a CPU multiplies bfloat16, measured on an EPYC with AVX512_BF16 (bench/results/2026-11-29-epyc-cpu-latent-bfloat16).
-# Without gradients: 512 queries and more to a head of k are faster in float32 (.72 to .98) of more keys than that.
+# Without gradients: 512 queries and more to a head of k are faster in float32 (.72 to .98) of more keys than that. Where it
+# does not, 128 are, of 4 heads of k and more (EPYC with AVX2: .65 to 1.06; 1 or 2 heads 1.04 to 1.27; 32 queries 1.1 to 1.5).
 MANY_QUERIES, MANY_KEYS = 512, 2048
+SOME_QUERIES, SOME_HEADS = 128, 4
 # With gradients: queries x keys (512 at most: torch's block) x head_dim squared from which on bfloat16 is the faster one. Of
 # 110 shapes with 256 to 16,384 queries, 32 to 2,048 keys, head_dim 32 to 256, those above take .84 to 1.8 (most 1.05 to 1.25)
 # times as long in float32, those below .35 to 1.1.
@@ -97,12 +100,15 @@ def latent_attention(q: Tensor, k: Tensor, v: Tensor, visible: Tensor | None, sc
 
 def _as_they_are(q: Tensor, k: Tensor, v: Tensor, many: bool) -> bool:
     """Whether torch's kernel for CPUs reads a half type faster than it does float32 copies; of `many` keys, pieces of them."""
-    if product_dtype(q.dtype, q.device) != q.dtype:
-        return False
+    multiplies = product_dtype(q.dtype, q.device) == q.dtype
     queries, keys, dim = _queries(q, k), k.shape[1], q.shape[3]
     few = not many or keys <= MANY_KEYS
     if not _learning(q, k, v):
-        return few or queries < MANY_QUERIES
+        most = MANY_QUERIES if multiplies else SOME_QUERIES
+        few = few or queries < most or (not multiplies and k.shape[2] < SOME_HEADS)
+        return few and q.dtype == torch.bfloat16
+    if not multiplies:
+        return False
     few = few or queries >= 2 * MANY_QUERIES or queries * dim**2 >= WIDE_QUERIES
     return few and queries * min(keys, 512) * dim**2 >= LARGE_BLOCKS
 
