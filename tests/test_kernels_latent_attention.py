@@ -343,10 +343,12 @@ def test_deterministic_under_checkpointing_and_autocast(backend: str) -> None:
 
 
 @pytest.mark.parametrize("backend", BACKENDS[1:])
-@pytest.mark.parametrize("how", ["plain", "key_lengths", "cu_seqlens_k"])
+@pytest.mark.parametrize("how", ["plain", "whole heads", "key_lengths", "cu_seqlens_k"])
 def test_compiles_without_a_graph_break(backend: str, how: str) -> None:
     q, k, v, lengths = ragged(torch.float32)
     options: dict[str, object] = {}
+    if how == "whole heads":  # none shared
+        k, v = (t[:, :, :1].repeat(1, 1, q.shape[2], 1) for t in (k, v))
     if how == "key_lengths":
         options = {"key_lengths": lengths}
     elif how == "cu_seqlens_k":

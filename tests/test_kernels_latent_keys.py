@@ -234,3 +234,36 @@ def test_a_trace_of_full_samples_holds_for_empty_ones(backend: str, mode: str) -
         want = latent_attention(*tensors, key_mask=mask, backend="reference")
         for found in (attend(*tensors, mask), traced(*tensors, mask)):
             torch.testing.assert_close(found, want)
+
+
+@pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16], ids=str)
+@pytest.mark.parametrize("able", [True, False], ids=["instructions", "none"])
+def test_queries_that_overlap(able: bool, dtype: torch.dtype, monkeypatch: pytest.MonkeyPatch) -> None:
+    """torch's kernel for CPUs gives its result their order of strides, and wrote rows over one another."""
+    monkeypatch.setattr(products, "CPU_HAS_BFLOAT16", able)
+    k, v = (torch.randn(1, 40, 4, 32).to(dtype) for _ in range(2))
+    row, heads, line = (torch.randn(size).to(dtype) for size in ((32, 1), (4, 32, 1), (36,)))
+    overlapping = (
+        row.t()[:, None, None],
+        heads.permute(2, 0, 1)[:, None],
+        line.unfold(0, 32, 1)[None, :, None],
+    )
+    for q in (t.expand(1, 5, 4, 32) for t in overlapping):
+        found = latent_attention(q, k, v, backend="sdpa")
+        torch.testing.assert_close(found, latent_attention(q.contiguous(), k, v, backend="sdpa"))
+
+
+@pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16], ids=str)
+@pytest.mark.parametrize("able", [True, False], ids=["instructions", "none"])
+def test_keys_whose_numbers_lie_apart(
+    able: bool, dtype: torch.dtype, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """Maps with their channels first, which torch's kernel for CPUs leaves to one that holds all logits: 64 MB here."""
+    monkeypatch.setattr(products, "CPU_HAS_BFLOAT16", able)
+    q = torch.randn(1, 256, 4, 16).to(dtype)
+    k, v = (torch.randn(1, 4, 16, 2**14).to(dtype).permute(0, 3, 1, 2) for _ in range(2))
+    peak = peak_memory(lambda: latent_attention(q, k, v, backend="sdpa"), "cpu")
+    assert peak < 3 * (k.nbytes + v.nbytes)
+    found = latent_attention(q, k, v, backend="sdpa").float()
+    want = latent_attention(*(t.float().contiguous() for t in (q, k, v)), backend="reference")
+    assert (found - want).square().mean().sqrt() < 0.005 * want.square().mean().sqrt()

@@ -79,7 +79,7 @@ class _Attention(torch.autograd.Function):
         return_lse: bool,
     ) -> tuple[Tensor, Tensor | None]:
         sizes = q.shape[:2]
-        scaled = torch.mul(q, scale, out=q.new_empty(q.shape)).flatten(0, 1)  # a copy that is contiguous
+        scaled = _scaled(q, scale)
         k, v = k.flatten(0, 1), v.flatten(0, 1)
         logits = torch.bmm(scaled, k.mT)  # [B * h, M, N]
         if mask is not None:
@@ -126,7 +126,7 @@ class _Pieces(torch.autograd.Function):
         heads: int,
     ) -> tuple[Tensor, Tensor]:
         sizes = q.shape[:2]
-        scaled = torch.mul(q, scale, out=q.new_empty(q.shape)).flatten(0, 1)
+        scaled = _scaled(q, scale)
         ctx.sizes, ctx.scale, ctx.dropout_p, ctx.heads = sizes, scale, dropout_p, heads
         largest = scaled.new_full((*scaled.shape[:2], 1), float("-inf"))
         total = torch.zeros_like(largest)
@@ -199,6 +199,13 @@ def _kept(ctx: Any, seed: Tensor | None, scaled: Tensor, some: slice) -> Tensor 
 
 def _dropped(weights: Tensor, keep: Tensor | None, dropout_p: float) -> Tensor:
     return weights if keep is None else weights * keep / (1 - dropout_p)
+
+
+def _scaled(q: Tensor, scale: float) -> Tensor:
+    """[B, h, M, d] -> [B * h, M, d], contiguous, in one pass; a compiler makes its own, and would keep q's order of strides."""
+    if torch.compiler.is_compiling() or type(q) is not Tensor:
+        return (q * scale).flatten(0, 1)
+    return torch.mul(q, scale, out=q.new_empty(q.shape)).flatten(0, 1)
 
 
 def softmax_(logits: Tensor) -> Tensor:

@@ -1,10 +1,10 @@
 """Latent attention through torch's scaled_dot_product_attention.
 
 On Hopper GPUs cuDNN's kernel comes first: it took half of FlashAttention-2's time on an H200, and takes dqk != dv. On a CPU
-half types are computed in float32: torch's own half arithmetic measured 1.4 to 8 times slower there, but for bfloat16 without
-gradients, which torch's kernel widens a block at a time in 0.5 to 1.1 of that time. Where the CPU multiplies bfloat16 by its
-own instructions that kernel takes 0.5 to 0.9 of it, but for many queries of many keys; with gradients 0.7 to 0.95 of it where
-its blocks are large, and up to 2.9 of it where they are small.
+half types are computed in float32: torch's own bfloat16 measured 2 to 8 times slower there with gradients, its float16 1.4 to 4
+times without. bfloat16 without gradients is widened by torch's kernel a block at a time, in 0.5 to 1.1 of that time. Where the
+CPU multiplies bfloat16 by its own instructions that kernel takes 0.5 to 0.9 of it, but for many queries of many keys; with
+gradients 0.7 to 0.95 of it where its blocks are large, and up to 2.9 of it where they are small.
 """
 
 from __future__ import annotations
@@ -77,6 +77,9 @@ def latent_attention(q: Tensor, k: Tensor, v: Tensor, visible: Tensor | None, sc
         if not own:
             q, k, v = q.float(), k.float(), v.float()
     folded = fold_heads(q, k.shape[2])  # [B, h_kv, g * M, dqk]
+    if on_cpu:
+        folded = _rows(folded)
+        k, v = (t if t.stride(-1) == 1 else t.contiguous() for t in (k, v))
     cudnn = not on_cpu and is_hopper(q.device) and dtype.itemsize == 2 and takes_cudnn(q, k, v)
     cudnn = cudnn and torch.backends.cuda.cudnn_sdp_enabled()
     if (
@@ -104,6 +107,8 @@ def _as_they_are(q: Tensor, k: Tensor, v: Tensor, many: bool) -> bool:
     queries, keys, dim = _queries(q, k), k.shape[1], q.shape[3]
     few = not many or keys <= MANY_KEYS
     if not _learning(q, k, v):
+        if many and (k.stride(-1), v.stride(-1)) != (1, 1):
+            return False  # it would take copies of them, of which pieces are smaller
         most = MANY_QUERIES if multiplies else SOME_QUERIES
         few = few or queries < most or (not multiplies and k.shape[2] < SOME_HEADS)
         return few and q.dtype == torch.bfloat16
@@ -230,7 +235,8 @@ class _Summed(torch.autograd.Function):
 
 
 def _rows(tensor: Tensor) -> Tensor:
-    """Rows of numbers side by side, none of them twice: what the products of torch's kernels ask for."""
+    """Rows of numbers side by side, none of them twice: what torch's kernels for CPUs ask for. Of k and v whose numbers lie
+    apart they would hold all logits; of queries that overlap they give wrong results without a word."""
     whole = tensor.stride(-1) == 1 and all(stride >= tensor.shape[-1] for stride in tensor.stride()[:-1])
     return tensor if whole else tensor.contiguous()
 
