@@ -264,6 +264,21 @@ def test_keys_whose_numbers_lie_apart(
     k, v = (torch.randn(1, 4, 16, 2**14).to(dtype).permute(0, 3, 1, 2) for _ in range(2))
     peak = peak_memory(lambda: latent_attention(q, k, v, backend="sdpa"), "cpu")
     assert peak < 3 * (k.nbytes + v.nbytes)
+    hidden = torch.rand(1, 2**14) > 0.5
+    peak = peak_memory(lambda: latent_attention(q, k, v, key_mask=hidden, backend="sdpa"), "cpu")
+    assert peak < 1.3 * 4 * (k.numel() + v.numel())  # a copy in float32
     found = latent_attention(q, k, v, backend="sdpa").float()
     want = latent_attention(*(t.float().contiguous() for t in (q, k, v)), backend="reference")
     assert (found - want).square().mean().sqrt() < 0.005 * want.square().mean().sqrt()
+
+
+@pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16], ids=str)
+def test_latents_of_all_samples_are_not_copied(dtype: torch.dtype) -> None:
+    """A parameter that is expanded over the batch, as in Perceiver: no memory but the result's."""
+    q = torch.randn(512, 8, 64).to(dtype).expand(16, 512, 8, 64)
+    k, v = (torch.randn(16, 64, 8, 64).to(dtype) for _ in range(2))
+    with torch.no_grad():
+        peak = peak_memory(lambda: latent_attention(q, k, v, backend="sdpa"), "cpu")
+        found, want = (latent_attention(t, k, v, backend="sdpa") for t in (q, q.contiguous()))
+    assert peak < 1.2 * q.numel() * dtype.itemsize
+    assert torch.equal(found, want)

@@ -75,11 +75,8 @@ def latent_attention(q: Tensor, k: Tensor, v: Tensor, visible: Tensor | None, sc
             read = _Summed if own else _Pieces
             return unfold_heads(read.apply(fold_heads(q, k.shape[2]), k, v, scale), heads)
         if not own:
-            q, k, v = q.float(), k.float(), v.float()
+            q, k, v = _wide(q), _wide(k), _wide(v)
     folded = fold_heads(q, k.shape[2])  # [B, h_kv, g * M, dqk]
-    if on_cpu:
-        folded = _rows(folded)
-        k, v = (t if t.stride(-1) == 1 else t.contiguous() for t in (k, v))
     cudnn = not on_cpu and is_hopper(q.device) and dtype.itemsize == 2 and takes_cudnn(q, k, v)
     cudnn = cudnn and torch.backends.cuda.cudnn_sdp_enabled()
     if (
@@ -87,6 +84,9 @@ def latent_attention(q: Tensor, k: Tensor, v: Tensor, visible: Tensor | None, sc
     ):  # torch's other fused kernels want them equal; zeros change neither the logits nor the result
         width = max(dqk, dv)
         folded, k, v = (F.pad(t, (0, width - t.shape[-1])) for t in (folded, k, v))
+    if on_cpu:
+        folded = _rows(folded)
+        k, v = (t if t.stride(-1) == 1 else t.contiguous() for t in (k, v))
     mask = empty = None
     if visible is not None:
         mask, empty = additive_mask(visible, q.dtype)
@@ -235,9 +235,11 @@ class _Summed(torch.autograd.Function):
 
 
 def _rows(tensor: Tensor) -> Tensor:
-    """Rows of numbers side by side, none of them twice: what torch's kernels for CPUs ask for. Of k and v whose numbers lie
-    apart they would hold all logits; of queries that overlap they give wrong results without a word."""
-    whole = tensor.stride(-1) == 1 and all(stride >= tensor.shape[-1] for stride in tensor.stride()[:-1])
+    """[B, ., ., d], each row's numbers side by side and no two rows of a sample in one another: what torch's kernels for CPUs
+    ask for. Of k and v whose numbers lie apart they would hold all logits; of queries that overlap they give wrong results
+    without a word."""
+    size, (batch, *strides, last) = tensor.shape[-1], tensor.stride()
+    whole = last == 1 and all(stride >= size for stride in strides) and (batch >= size or batch == 0)
     return tensor if whole else tensor.contiguous()
 
 

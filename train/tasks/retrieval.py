@@ -99,7 +99,7 @@ class Retrieval:
         chance = retrieval_chance(owner, len(images))
         plain = retrieval_scores(images, texts, owner)
         found, first = plain, (texts @ images.T)
-        if config.task.rerank:
+        if config.task.rerank > 0:  # an earlier version took less
             memory = torch.stack([one.value[3] for one in predictions])
             first = rerank(self._model, texts @ images.T, memory, tokens, config.task.rerank)
             back = rerank(self._model, images @ texts.T, memory, tokens, config.task.rerank, by_image=True)
@@ -112,7 +112,7 @@ class Retrieval:
                 value,
                 {
                     **({"chance": chance[name]} if name in chance else {}),
-                    **({"embeddings alone": plain[name]} if config.task.rerank and name in plain else {}),
+                    **({"embeddings alone": plain[name]} if config.task.rerank > 0 and name in plain else {}),
                 },
             )
             for name, value in found.items()
