@@ -241,6 +241,11 @@ def test_a_preset_sets_only_what_its_task_reads(kind: TaskName) -> None:
     assert task_preset(kind, start).part_problems(1) == []
 
 
+def test_chosen_answers_leave_the_default_beams_unread() -> None:
+    config = task_preset("vqa", PretrainConfig())
+    assert replace(config, task=TaskConfig("vqa", head="chosen")).part_problems(1) == []
+
+
 @pytest.mark.parametrize(
     ("kind", "part", "values", "said"),
     [

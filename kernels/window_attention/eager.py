@@ -59,12 +59,13 @@ class _WindowAttention(torch.autograd.Function):
         grid: Grid,
         scale: float,
     ) -> Tensor:
+        batch, heads, head_dim = qkv.shape[0], *qkv.shape[-2:]
         cosine = logit_scale is not None
         compute = compute_dtype(qkv)
         product = compute if cosine else _operand_dtype(qkv, grid)
         packed = pack_qkv(qkv, grid).to(product)
         if grid.padded:
-            _fill_pads(packed, pad_kv, grid)
+            _fill_pads(packed, pad_kv, grid, batch)
 
         factor = None
         if logit_scale is not None:
@@ -75,19 +76,20 @@ class _WindowAttention(torch.autograd.Function):
             factor[0].mul_(logit_multiplier(logit_scale, packed.dtype)[:, None, None])
             packed[:2].mul_(factor)
 
-        heads, packed = packed.shape[2], _batched(packed)
+        packed = _batched(packed)
         q, k = packed[:2].to(compute).unbind(0)
         logits = _product(q, k.mT, scale=None if cosine else scale)
         by_head = _by_head(logits, heads)
         if bias is not None:
             by_head.add_(bias)
-        _add_masks(by_head, grid, mask_pads=pad_kv is None)
+        _add_masks(by_head, grid, batch, mask_pads=pad_kv is None)
         weights = _softmax(logits).to(product)
-        out = unpack_map(_by_head(_product(weights, packed[2]), heads), grid)
+        out = unpack_map(_by_head(_product(weights, packed[2]), heads), grid, batch, heads, head_dim)
 
         ctx.save_for_backward(packed, weights, factor, logit_scale, pad_kv)
         ctx.grid, ctx.heads, ctx.scale, ctx.dtype = grid, heads, scale, qkv.dtype
-        return out.to(qkv.dtype)
+        # Compiled by torch 2.11, a result that `to` gives back as it is would get no gradient.
+        return out if out.dtype == qkv.dtype else out.to(qkv.dtype)
 
     @staticmethod
     @once_differentiable("window_attention")
@@ -103,6 +105,7 @@ def _backward(ctx: Any, grad: Tensor) -> tuple[Tensor, Tensor | None, Tensor | N
     packed, weights, factor, logit_scale, pad_kv = ctx.saved_tensors
     grid: Grid = ctx.grid
     heads, batch = ctx.heads, grad.shape[0]
+    head_dim = grad.shape[-1] // heads
     q, k, v = packed.unbind(0)
     d_out = pack_map(grad, grid, heads).to(packed.dtype)  # [P, h, N, d]
     if grid.padded:  # what a pad query computes goes nowhere
@@ -143,7 +146,8 @@ def _backward(ctx: Any, grad: Tensor) -> tuple[Tensor, Tensor | None, Tensor | N
     if pad_kv is not None and ctx.needs_input_grad[3]:
         of_pads = d_packed[1:] * pad_slots(grid, batch, grad)  # [2, P, h, N, d]
         d_pad_kv = of_pads.sum((1, 3), dtype=compute_dtype(packed)).to(pad_kv.dtype)
-    return unpack_qkv(d_packed, grid).to(ctx.dtype), d_bias, d_logit_scale, d_pad_kv
+    d_qkv = unpack_qkv(d_packed, grid, batch, heads, head_dim)
+    return d_qkv.to(ctx.dtype), d_bias, d_logit_scale, d_pad_kv
 
 
 def _operand_dtype(qkv: Tensor, grid: Grid) -> torch.dtype:
@@ -186,9 +190,9 @@ def _product(left: Tensor, right: Tensor, out: Tensor | None = None, scale: floa
     return torch.baddbmm(out, left, right, beta=0, alpha=1 if scale is None else scale, out=out)
 
 
-def _fill_pads(packed: Tensor, pad_kv: Tensor | None, grid: Grid) -> None:
+def _fill_pads(packed: Tensor, pad_kv: Tensor | None, grid: Grid, batch: int) -> None:
     """Put pad_kv [2, h, d] (or zeros) into the pad slots of packed [3, P, h, N, d], in place."""
-    is_pad = pad_slots(grid, packed.shape[1] // grid.windows, packed)
+    is_pad = pad_slots(grid, batch, packed)
     packed.masked_fill_(is_pad, 0)
     if pad_kv is not None:
         packed[1:].add_(pad_kv.to(packed.dtype)[:, None, :, None, :] * is_pad)
@@ -216,13 +220,13 @@ def _sum_windows(d_logits: Tensor) -> Tensor:
     return d_logits.sum(0, dtype=compute_dtype(d_logits) if wide else None)
 
 
-def _add_masks(logits: Tensor, grid: Grid, mask_pads: bool) -> None:
+def _add_masks(logits: Tensor, grid: Grid, batch: int, mask_pads: bool) -> None:
     """Add the shift's and the pads' masks to logits [P, h, N, N], in place; only the last windows have
     any."""
     hide = remember(logits, masks, grid, mask_pads, logits.dtype)
     if hide.last_row is None and hide.last_column is None:
         return
-    by_window = logits.unflatten(0, (len(logits) // grid.windows, grid.rows, grid.columns))
+    by_window = logits.unflatten(0, (batch, grid.rows, grid.columns))
     if hide.last_row is not None:
         by_window[:, -1].add_(hide.last_row)
     if hide.last_column is not None:

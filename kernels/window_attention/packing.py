@@ -92,10 +92,9 @@ def pack_qkv(qkv: Tensor, grid: Grid) -> Tensor:
     return gathered.view(3, batch * grid.windows, heads, grid.slots, head_dim)
 
 
-def unpack_qkv(packed: Tensor, grid: Grid) -> Tensor:
-    """The inverse of `pack_qkv`; pad slots are dropped."""
-    _, windows, heads, _, head_dim = packed.shape
-    batch = windows // grid.windows
+def unpack_qkv(packed: Tensor, grid: Grid, batch: int, heads: int, head_dim: int) -> Tensor:
+    """The inverse of `pack_qkv`; pad slots are dropped. Sizes are told: torch 2.11's compiler fails where an autograd.Function
+    asks a tensor of its own for them."""
     gathered = packed.view(-1, head_dim).index_select(0, rows(windows_to_qkv, grid, batch, heads, packed))
     return gathered.view(batch, grid.height, grid.width, 3, heads, head_dim)
 
@@ -107,10 +106,8 @@ def pack_map(plane: Tensor, grid: Grid, heads: int) -> Tensor:
     return gathered.view(batch * grid.windows, heads, grid.slots, head_dim)
 
 
-def unpack_map(packed: Tensor, grid: Grid) -> Tensor:
-    """The inverse of `pack_map`; pad slots are dropped."""
-    windows, heads, _, head_dim = packed.shape
-    batch = windows // grid.windows
+def unpack_map(packed: Tensor, grid: Grid, batch: int, heads: int, head_dim: int) -> Tensor:
+    """The inverse of `pack_map`; pad slots are dropped. Sizes as above."""
     gathered = packed.view(-1, head_dim).index_select(0, rows(windows_to_map, grid, batch, heads, packed))
     return gathered.view(batch, grid.height, grid.width, heads * head_dim)
 

@@ -237,7 +237,7 @@ class FinetuneConfig(PretrainConfig):
         task, chosen = self.task, self.task.head == "chosen"
         by_head = {
             "task.answers": not chosen and task.answers != TaskConfig.answers,
-            "task.beams": chosen and task.beams != 1,  # as the preset has it
+            "task.beams": chosen and task.beams not in (1, TaskConfig.beams),  # the preset's, and the default
             "task.length_penalty": chosen and task.length_penalty != TaskConfig.length_penalty,
             "objectives.label_smoothing": chosen and self.objectives.label_smoothing > 0,
         }
