@@ -141,11 +141,19 @@ def test_resume_with_another_model_is_refused(halfway: Path, capsys: pytest.Capt
 
 
 def test_what_changed_since_the_checkpoint_is_said(halfway: Path, capsys: pytest.CaptureFixture[str]) -> None:
+    begun = (halfway / "command.txt").read_text().splitlines()[0]
     assert main(arguments(halfway, "--resume", "auto", "--optim.lr", "0.002")) == 0
-    assert (
-        f"optim.lr was {preset('aurora-tiny').optim.lr} in the checkpoint; from now on 0.002"
-        in capsys.readouterr().out
-    )
+    said = capsys.readouterr().out
+    assert f"optim.lr was {preset('aurora-tiny').optim.lr} in the checkpoint; from now on 0.002" in said
+    assert f"this run was begun by {begun}\n" in said and "train.pretrain" in begun
+
+
+def test_a_disk_without_room_is_named_at_the_start(
+    tmp_path: Path, capsys: pytest.CaptureFixture[str], monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr("train.setup.free_disk", lambda out: 1_000_000)
+    assert main(arguments(tmp_path / "run", "--steps", "1", "--optim.warmup", "0")) == 0
+    assert "but 1 MB are free at" in capsys.readouterr().out
 
 
 def test_killed_run_ends_as_if_nothing_had_happened(straight: Path, tmp_path: Path) -> None:

@@ -38,10 +38,17 @@ def command_that_began(
 ) -> str:
     """What begins the run in `out` anew. start: the checkpoint that it goes on from; of one of its own, the command that its
     first start has kept (`keep`) counts, not the one that was typed to go on."""
-    known, own = out / BEGUN, start is not None and start.resolve().is_relative_to(out.resolve())
-    if own and known.is_file() and (lines := known.read_text(encoding="utf-8").splitlines()):
-        return lines[0]
+    own = start is not None and start.resolve().is_relative_to(out.resolve())
+    if own and (first := begun_by(start)):
+        return first
     return command_line(_without(typed, "--resume") if start is None or own else typed, ranks, program)
+
+
+def begun_by(start: Path | None) -> str | None:
+    """What began the run whose step directory `start` is, as far as is known."""
+    known = start.parent.parent / BEGUN if start and start.parent.name == "checkpoints" else None
+    lines = known.read_text(encoding="utf-8").splitlines() if known and known.is_file() else []
+    return lines[0] if lines else None
 
 
 def keep(out: Path, begun: str, typed: str) -> None:

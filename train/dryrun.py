@@ -14,6 +14,7 @@ from models import AuroraConfig
 from models.parameters import count_aurora, count_perceiver
 from models.perceiver import PerceiverConfig, PerceiverObjectives
 from train.checkpoint import read_config, verify
+from train.commands import begun_by
 from train.config import ConfigError, PretrainConfig, micro_batch, problems, to_dict
 from train.data import find_sources, load_tokenizer
 from train.directory import find_run, look
@@ -29,8 +30,8 @@ from train.plan.__main__ import plan_for
 from train.plan.budget import largest_block
 from train.plan.engines import (
     EngineChoice,
-    checkpoint_bytes,
     engine_of,
+    room_for_checkpoints,
     scores,
     scoring_memory,
     scoring_problem,
@@ -76,7 +77,7 @@ def say_where(config: PretrainConfig) -> Path:
     print(f"output      {out}")
     if start:
         print(f"resume      {start}")
-        compare(read_config(start), config, progress)
+        compare(read_config(start), config, progress, begun_by(start))
         refuse_fewer_steps(start, verify(start)["step"], config)
     return out
 
@@ -224,12 +225,8 @@ def _check_machine(config: PretrainConfig, ranks: Ranks) -> list[str]:
         )
     found += _check_scoring(config, parameters, memory, ranks.size, has)
 
-    each = checkpoint_bytes(config, parameters)
     out = Path(config.out or f"runs/{config.name}")
-    needed, free = (
-        each * (config.keep_checkpoints + 1),
-        free_disk(out),
-    )  # a new one is whole before an old one goes
+    (each, needed), free = room_for_checkpoints(config, parameters), free_disk(out)
     print(
         f"disk        {gigabytes(needed)} for {config.keep_checkpoints} checkpoints of {gigabytes(each)} "
         f"and one in the making; {gigabytes(free)} free at {out}"

@@ -184,7 +184,7 @@ class Saver:
         if self.ranks.first:
             shutil.rmtree(writing.work, ignore_errors=True)
         final = checkpoint.step_directory(self.directory, writing.snapshot.step)
-        newest = f"the newest is {self.saved}" if self.saved else "there is none yet"
+        newest = f"the newest is {self.saved}" if self.saved else "none has been saved yet"
         said = f"could not save {final}: {'; '.join(errors[:3])} ({newest})"
         if must:
             raise SaveError(said)

@@ -12,7 +12,7 @@ import torch
 
 from train import checkpoint
 from train.checkpoint import CheckpointError, Snapshot
-from train.commands import command_line, command_that_began, command_to_resume, keep
+from train.commands import begun_by, command_line, command_that_began, command_to_resume, keep
 from train.config import ConfigError, PretrainConfig, differences, problems
 from train.data import Data, find_sources, open_data
 from train.directory import LAUNCH, Lock, find_run, give_up, launch
@@ -21,9 +21,10 @@ from train.engines.choice import build_engine, engine_problems
 from train.engines.watchdog import Watchdog
 from train.families import family_of
 from train.greeting import greeting
-from train.machine import Precision, choose_precision, keep_freed_memory
+from train.machine import Precision, choose_precision, free_disk, gigabytes, keep_freed_memory
 from train.multimodal.config import PerceiverPretrainConfig
 from train.multimodal.data import MultimodalData, find_pairs, open_pairs
+from train.plan.engines import room_for_checkpoints
 from train.run import Run
 from train.saving import Saver
 from train.tasks.config import FinetuneConfig
@@ -71,7 +72,7 @@ def _ready(
     """The same, of a run whose directory is known."""
     snapshot, former = checkpoint.read(start, verified=True) if start else (None, None)
     if former:
-        compare(former, config, progress)
+        compare(former, config, progress, begun_by(start))
     if snapshot and start:
         refuse_fewer_steps(start, snapshot.step, config)
     config = replace(config, out=str(out))
@@ -81,6 +82,7 @@ def _ready(
     family = family_of(config)
     model = family.model(config)
     begun = [] if snapshot else family.begin(model, config)
+    parameters = sum(weight.numel() for weight in model.parameters() if weight.requires_grad)
     torch.manual_seed(config.seed + 1 + ranks.rank)  # other dropout on every rank
 
     data = _open(config, ranks, device, progress)
@@ -118,6 +120,8 @@ def _ready(
     run.observer = Observer(run)
     for line in [*greeting(config, device, precision, ranks, data, out), *begun]:
         progress.say(line)
+    if snapshot is None and (short := _short_of_disk(config, parameters, out)):
+        progress.say(short)
     if snapshot and start:
         progress.say(f"resume      {start}: going on after step {run.step} of {config.steps}")
     run.watchdog.start()
@@ -152,6 +156,17 @@ def _open(
     if ranks.first:
         share(None, ranks)
     return data
+
+
+def _short_of_disk(config: PretrainConfig, parameters: int, out: Path) -> str | None:
+    """A line to say where the disk has no room for the checkpoints of a run of so many weights that learn."""
+    (each, needed), free = room_for_checkpoints(config, parameters), free_disk(out)
+    if needed <= free:
+        return None
+    return (
+        f"note        {gigabytes(needed)} for {config.keep_checkpoints} checkpoints of {gigabytes(each)} and one in the "
+        f"making, but {gigabytes(free)} are free at {out}: fewer --keep-checkpoints or another --out help"
+    )
 
 
 def _resolve(
@@ -192,8 +207,9 @@ def refuse_fewer_steps(start: Path, done: int, config: PretrainConfig) -> None:
         )
 
 
-def compare(former: PretrainConfig, config: PretrainConfig, progress: Progress) -> None:
-    """Refuse another model; say every other change."""
+def compare(former: PretrainConfig, config: PretrainConfig, progress: Progress, begun: str | None) -> None:
+    """Refuse another model; say every other change, and what `begun` the run: who goes on with it may have left out what was
+    typed then."""
     if family_of(former).name != family_of(config).name:
         raise ConfigError(
             f"the checkpoint is of {family_of(former).name}, this run trains {family_of(config).name}"
@@ -203,9 +219,11 @@ def compare(former: PretrainConfig, config: PretrainConfig, progress: Progress) 
     if model:
         more = f" and {len(model) - 4} more fields" if len(model) > 4 else ""
         raise ConfigError("the checkpoint is of another model: " + "; ".join(model[:4]) + more)
-    for name, (a, b) in changed.items():
-        if name not in ("out", "resume", "dry_run"):
-            progress.say(f"resume      {name} was {a!r} in the checkpoint; from now on {b!r}")
+    told = {name: values for name, values in changed.items() if name not in ("out", "resume", "dry_run")}
+    for name, (a, b) in told.items():
+        progress.say(f"resume      {name} was {a!r} in the checkpoint; from now on {b!r}")
+    if told and begun:
+        progress.say(f"resume      this run was begun by {begun}")
 
 
 def _precision(

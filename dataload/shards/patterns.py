@@ -70,7 +70,9 @@ def _find(part: str, pattern: str) -> list[Path]:
     if path.is_dir():
         found = sorted(path.glob("*.tar"))
         if not found:
-            raise FileNotFoundError(f"the folder {part} holds no .tar file")
+            raise FileNotFoundError(
+                f"the folder {part} holds no .tar file; python -m dataload.pack makes shards of pictures and captions"
+            )
         return found
     if path.is_file():
         return [path]

@@ -126,6 +126,12 @@ def checkpoint_bytes(config: PretrainConfig, parameters: int) -> float:
     return parameters * (4.0 + MOMENTS.get(config.optim.kind, 8.0) + (4.0 if config.ema_decay else 0.0))
 
 
+def room_for_checkpoints(config: PretrainConfig, parameters: int) -> tuple[float, float]:
+    """Bytes of one checkpoint, and of all that lie on the disk at once: a new one is whole before an old one goes."""
+    each = checkpoint_bytes(config, parameters)
+    return each, each * (config.keep_checkpoints + 1)
+
+
 @dataclass(frozen=True)
 class Traffic:
     """Bytes that each rank sends: in every micro-step (beside its backward pass), and once per optimizer step."""
