@@ -108,8 +108,8 @@ def test_bfloat16_products_where_the_cpu_has_them(monkeypatch: pytest.MonkeyPatc
 
     def kept(**options: Tensor) -> set[torch.dtype]:
         """The dtypes of the weights and of q, k, v that wait for the backward."""
-        made = window_attention(qkv, window=3, shift=1, backend="eager", **options).grad_fn.saved_tensors
-        return {t.dtype for t in made if t is not None and t.dim() > 3}
+        out = window_attention(qkv, window=3, shift=1, backend="eager", **options)
+        return {t.dtype for t in out.grad_fn.saved_tensors if t is not None and t.dim() > 3}
 
     work = 4 * 2 * 9**2 * 16  # windows, heads, slots, head_dim
     few, many = work, work + 1

