@@ -59,7 +59,9 @@ def open_container(data: bytes, broken: type[BrokenSample], *, trusting: bool = 
         raise ImportError(f"sound and video need PyAV ({error}): pip install 'auroraio[data]'") from error
     av.logging.set_level(None)
     # PyAV 19 escapes what is no UTF-8 of its own accord, and does not take this any more
-    text: dict[str, Any] = {"metadata_errors": "replace"} if int(av.__version__.partition(".")[0]) < 19 else {}
+    text: dict[str, Any] = (
+        {"metadata_errors": "replace"} if int(av.__version__.partition(".")[0]) < 19 else {}
+    )
     likely = container_of(data)
     kinds = (likely,) if trusting else dict.fromkeys((likely, None))  # None: all demuxers look at it
     options = {"format_whitelist": CONTAINERS} | ({"codec_whitelist": "none"} if trusting else {})
