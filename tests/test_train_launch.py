@@ -126,6 +126,23 @@ def test_slurm_starts_torchrun_on_every_node(tmp_path: Path) -> None:
     assert not (tmp_path / "requeued").exists()
 
 
+@pytest.mark.parametrize(
+    ("torch", "waits"),
+    [("2.9.1", False), ("2.11.0+cu130", False), ("2.12.0a0+git", True), ("3.0", True), ("", True)],
+)
+def test_slurm_asks_for_patience_where_torchrun_has_it(tmp_path: Path, torch: str, waits: bool) -> None:
+    """An old torch's does not know the option; where the version is not told, it is taken for a newer one."""
+    python = tmp_path / "python"
+    python.write_text(f"#!/bin/sh\necho {torch}\n" if torch else "#!/bin/sh\nexit 1\n")
+    python.chmod(0o755)
+    done = submit(tmp_path, "aurora-xl", PYTHON=str(python))
+    words = (tmp_path / "srun").read_text().splitlines()
+    assert done.returncode == 0 and "--signals-to-handle" in words
+    assert ("--shutdown-timeout" in words) == waits and (
+        f"torchrun of torch {torch} kills" in done.stderr
+    ) != waits
+
+
 def test_slurm_requeues_what_ran_and_not_what_failed_at_once(tmp_path: Path) -> None:
     done = submit(tmp_path, "aurora-xl", CODE="143", TAKES="1", SHORTEST="1")
     assert (

@@ -24,7 +24,14 @@ from train.plan.arithmetic import flops_of
 from train.plan.batches import batch_of, kinds, split
 from train.plan.budget import Setup, bus, make_plan, to_json
 from train.plan.calibration import RESULTS, read, summary
-from train.plan.engines import EngineChoice, checkpoint_bytes, engine_of, static_memory, traffic
+from train.plan.engines import (
+    EngineChoice,
+    checkpoint_bytes,
+    engine_of,
+    room_for_checkpoints,
+    static_memory,
+    traffic,
+)
 from train.plan.measure import encoder_step, filled, training_step
 from train.plan.meter import Meter
 from train.plan.stated import RECIPES, findings
@@ -175,6 +182,11 @@ def test_the_average_is_in_the_checkpoint_and_eight_bits_are_eight_bits() -> Non
     assert checkpoint_bytes(replace(MICRO, ema_decay=0.9), 1000) == 16_000
     eight = replace(MICRO, optim=replace(MICRO.optim, kind="torch-8bit"))
     assert checkpoint_bytes(eight, 1000) == 6_000
+    few = replace(eight, keep_checkpoints=2)
+    assert room_for_checkpoints(few, 1000, frozen=5000) == (
+        26_000,
+        78_000,
+    )  # what is frozen is saved, without moments
 
 
 def test_offload_is_refused_where_a_run_refuses_it() -> None:

@@ -145,7 +145,7 @@ def test_what_changed_since_the_checkpoint_is_said(halfway: Path, capsys: pytest
     assert main(arguments(halfway, "--resume", "auto", "--optim.lr", "0.002")) == 0
     said = capsys.readouterr().out
     assert f"optim.lr was {preset('aurora-tiny').optim.lr} in the checkpoint; from now on 0.002" in said
-    assert f"this run was begun by {begun}\n" in said and "train.pretrain" in begun
+    assert f"that one was begun by {begun}\n" in said and "train.pretrain" in begun
 
 
 def test_a_disk_without_room_is_named_at_the_start(

@@ -11,7 +11,15 @@ import pytest
 import torch
 
 from train import commands
-from train.commands import command_line, command_that_began, command_to_resume, keep, python, torchrun
+from train.commands import (
+    begun_by,
+    command_line,
+    command_that_began,
+    command_to_resume,
+    keep,
+    python,
+    torchrun,
+)
 from train.engine import Ranks, gather_rng, rng_state
 from train.setup import _go_on_from
 
@@ -54,6 +62,10 @@ def test_what_begins_a_run_anew_is_what_began_it(tmp_path: Path) -> None:
     keep(out, first, "again")
     assert (out / "command.txt").read_text().splitlines() == [first, "again"]
     assert command_that_began(["--resume", "auto"], out, own, one) == first
+    (out / "command.txt").write_bytes(b"python caf\xe9\n")
+    assert begun_by(own) == "python caf\ufffd"
+    keep(out, "python caf\udce9", "again")
+    assert (out / "command.txt").read_bytes() == b"python caf\xe9\nagain\n"
     other = command_that_began(["--resume", str(own)], tmp_path / "new", own, one)
     assert other.endswith(f" -m train.pretrain --resume {own}")
 

@@ -47,16 +47,20 @@ def command_that_began(
 def begun_by(start: Path | None) -> str | None:
     """What began the run whose step directory `start` is, as far as is known."""
     known = start.parent.parent / BEGUN if start and start.parent.name == "checkpoints" else None
-    lines = known.read_text(encoding="utf-8").splitlines() if known and known.is_file() else []
+    try:
+        lines = known.read_text(encoding="utf-8", errors="replace").splitlines() if known else []
+    except OSError:  # there is none, or it is someone else's
+        return None
     return lines[0] if lines else None
 
 
 def keep(out: Path, begun: str, typed: str) -> None:
     """Write down what began the run, for those who go on with it, and what was typed to do so."""
     known = out / BEGUN
-    before = known.read_text(encoding="utf-8").splitlines() if known.is_file() else []
+    raw = {"encoding": "utf-8", "errors": "surrogateescape"}  # paths need be no UTF-8
+    before = known.read_text(**raw).splitlines() if known.is_file() else []
     lines = [*before, typed] if before[:1] == [begun] else [begun]
-    known.write_text("\n".join(lines) + "\n", encoding="utf-8")
+    known.write_text("\n".join(lines) + "\n", **raw)
 
 
 def python() -> str:

@@ -9,6 +9,7 @@ from dataclasses import replace
 from pathlib import Path
 
 import torch
+from torch import nn
 
 from train import checkpoint
 from train.checkpoint import CheckpointError, Snapshot
@@ -82,7 +83,7 @@ def _ready(
     family = family_of(config)
     model = family.model(config)
     begun = [] if snapshot else family.begin(model, config)
-    parameters = sum(weight.numel() for weight in model.parameters() if weight.requires_grad)
+    short = None if snapshot else _short_of_disk(config, model, out)
     torch.manual_seed(config.seed + 1 + ranks.rank)  # other dropout on every rank
 
     data = _open(config, ranks, device, progress)
@@ -120,7 +121,7 @@ def _ready(
     run.observer = Observer(run)
     for line in [*greeting(config, device, precision, ranks, data, out), *begun]:
         progress.say(line)
-    if snapshot is None and (short := _short_of_disk(config, parameters, out)):
+    if short:
         progress.say(short)
     if snapshot and start:
         progress.say(f"resume      {start}: going on after step {run.step} of {config.steps}")
@@ -158,9 +159,12 @@ def _open(
     return data
 
 
-def _short_of_disk(config: PretrainConfig, parameters: int, out: Path) -> str | None:
-    """A line to say where the disk has no room for the checkpoints of a run of so many weights that learn."""
-    (each, needed), free = room_for_checkpoints(config, parameters), free_disk(out)
+def _short_of_disk(config: PretrainConfig, model: nn.Module, out: Path) -> str | None:
+    """A line to say where the disk has no room for a run's checkpoints."""
+    learn, all_ = (
+        sum(w.numel() for w in model.parameters() if w.requires_grad or every) for every in (False, True)
+    )
+    (each, needed), free = room_for_checkpoints(config, learn, all_ - learn), free_disk(out)
     if needed <= free:
         return None
     return (
@@ -223,7 +227,7 @@ def compare(former: PretrainConfig, config: PretrainConfig, progress: Progress, 
     for name, (a, b) in told.items():
         progress.say(f"resume      {name} was {a!r} in the checkpoint; from now on {b!r}")
     if told and begun:
-        progress.say(f"resume      this run was begun by {begun}")
+        progress.say(f"resume      that one was begun by {begun}")
 
 
 def _precision(

@@ -126,9 +126,10 @@ def checkpoint_bytes(config: PretrainConfig, parameters: int) -> float:
     return parameters * (4.0 + MOMENTS.get(config.optim.kind, 8.0) + (4.0 if config.ema_decay else 0.0))
 
 
-def room_for_checkpoints(config: PretrainConfig, parameters: int) -> tuple[float, float]:
-    """Bytes of one checkpoint, and of all that lie on the disk at once: a new one is whole before an old one goes."""
-    each = checkpoint_bytes(config, parameters)
+def room_for_checkpoints(config: PretrainConfig, parameters: int, frozen: int = 0) -> tuple[float, float]:
+    """Bytes of one checkpoint, and of all that lie on the disk at once: a new one is whole before an old one goes. frozen: so
+    many more weights, which have no moments."""
+    each = checkpoint_bytes(config, parameters) + 4.0 * frozen
     return each, each * (config.keep_checkpoints + 1)
 
 
